@@ -1,0 +1,68 @@
+# The only entry for people and for CI. Needs Python 3.11 or newer and make; `make PY=python3.12 ...` names the Python.
+# pip's own environment variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) choose where packages come from.
+PY ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip -qq --disable-pip-version-check install --constraint constraints.txt
+# make gpu
+PYTHON ?= python3
+OUT ?= benchmarks/results
+PART ?= all
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test pytest lint type bench docs gpu digits tables wheel clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
+
+setup: .venv/.stamp  ## make .venv with the pinned versions of constraints.txt
+
+# torch goes first and alone: of its many builds, the one that the machine's pip settings offer for the pinned version.
+.venv/.stamp: pyproject.toml constraints.txt
+	@$(PY) -c 'import sys; sys.exit("Python is %d.%d; 3.11 or newer is needed: make PY=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/pip || $(PY) -m venv .venv
+	@echo "installing the pinned packages into .venv (a minute or two)"
+	$(PIP) torch hatchling
+	$(PIP) --no-build-isolation --editable '.[all,dev]'
+	touch $@
+
+demo: setup  ## the main job on the built-in digits, into demo/
+	$(BIN)/mmd-export demo --out demo --overwrite
+
+test: lint pytest  ## everything that CI checks
+
+pytest: setup  ## the tests alone; ARGS="-k plan" chooses
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## style, types, import contracts, wheel, start-up time, tables
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tests/project/checks.py
+	$(BIN)/python -m benchmarks.tables --check
+
+type: setup  ## mypy --strict
+	$(BIN)/mypy
+
+bench: setup  ## measure everything that the README states, into benchmarks/results/
+	$(BIN)/python -m benchmarks.run_all
+
+docs: tables  ## the tables, and the page of all commands
+	$(BIN)/typer mmd_export.cli utils docs --name mmd-export --output docs/commands.md
+
+gpu:  ## measure on an NVIDIA GPU; PYTHON=, OUT=, PART= choose; needs no .venv
+	$(PYTHON) benchmarks/gpu.py --out $(OUT) --part $(PART)
+
+digits: setup  ## train the built-in model and its encoders again
+	$(BIN)/python finetune/recipes/train_digits.py
+
+tables: setup  ## write the tables of the README from benchmarks/results/
+	$(BIN)/python -m benchmarks.tables
+
+wheel: setup  ## source archive and wheel, into dist/
+	$(BIN)/python -m build --no-isolation
+
+clean:  ## remove what can be made again, but not .venv
+	rm -rf demo dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find benchmarks finetune mmd_export runtimes tests -name __pycache__ -type d -prune -exec rm -rf {} +
