@@ -1,0 +1,41 @@
+"""Errors that a user can act on, each with the exit code of the command line."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MmdExportError(Exception):
+    """What is wrong, where, both values and the next move, in one line."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(MmdExportError):
+    """A wrong option, an unknown name, an input file that cannot serve."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class NotAvailableError(MmdExportError):
+    """Not available on this machine, or not supported by the target."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class ParityError(MmdExportError):
+    """The artefact does not compute what the reference computes."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class BundleError(MmdExportError):
+    """The bundle is damaged or cannot be trusted."""
+
+    exit_code: ClassVar[int] = 5
+
+
+class LatencyGateError(MmdExportError):
+    """Slower than the gate allows."""
+
+    exit_code: ClassVar[int] = 6

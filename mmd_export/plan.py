@@ -1,0 +1,153 @@
+"""A few-step sampler as a table of numbers. Standard library only.
+
+A plan makes K network calls. With ``state.0 = initial_scale * noise``, call k = 0 ... K-1 is
+
+    output_k = network(scale_k * state_k, timestep_k)
+    clean_k  = clamp(a_k * state_k + b_k * output_k, -clip, clip)         (only where the step needs it)
+    state_{k+1} = sum of weight * {state_j, output_j, clean_j, noise_s},  j <= k
+
+and the sample is ``state_K``, clamped to [-1, 1] for pixel models. Every number is a float64 computed once on the host,
+so a sampler can become neither a branch nor an op of the graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias, get_args
+
+from mmd_export.errors import UsageError
+
+Source: TypeAlias = Literal["state", "output", "clean", "noise"]
+PredictionType: TypeAlias = Literal["epsilon", "v_prediction", "sample", "flow_prediction", "edm", "trigflow"]
+Scalar: TypeAlias = "str | int | float | bool | None"
+
+
+@dataclass(frozen=True)
+class Term:
+    """``weight * source[index]``: ``index`` counts network calls from 0, or noisy steps for ``noise``."""
+
+    source: Source
+    index: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One network call and the affine update behind it. ``alpha``, ``sigma``: the level of its input."""
+
+    timestep: float
+    alpha: float
+    sigma: float
+    update: tuple[Term, ...]
+    clean: tuple[float, float] | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The whole sampler. ``settings`` says how the table was made; it has no effect on the result."""
+
+    solver: str
+    prediction_type: PredictionType
+    steps: tuple[Step, ...]
+    clip: float | None = None
+    initial_scale: float = 1.0
+    clamp_output: bool = True
+    settings: Mapping[str, Scalar] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise UsageError("plan: it has no step; ask for at least 1")
+        if self.prediction_type not in get_args(PredictionType):
+            known = ", ".join(get_args(PredictionType))
+            raise UsageError(f"plan: prediction type {self.prediction_type!r} is unknown; known: {known}")
+        if not all(math.isfinite(number) for number in self._numbers()):
+            raise UsageError(f"plan {self.solver}: a coefficient is not finite; choose another schedule or step count")
+        for k, step in enumerate(self.steps):
+            self._check_step(k, step)
+        drawn = [term.index for step in self.steps for term in step.update if term.source == "noise"]
+        if sorted(set(drawn)) != list(range(len(set(drawn)))):
+            raise UsageError(
+                f"plan {self.solver}: noise inputs {sorted(set(drawn))} are not numbered from 0 without gaps"
+            )
+
+    def _numbers(self) -> Iterator[float]:
+        yield from (self.initial_scale, 0.0 if self.clip is None else self.clip)
+        for step in self.steps:
+            yield from (step.timestep, step.alpha, step.sigma, step.scale, *(step.clean or ()))
+            yield from (term.weight for term in step.update)
+
+    def _check_step(self, k: int, step: Step) -> None:
+        if not step.update:
+            raise UsageError(f"plan {self.solver}: step {k} has no update")
+        if step.clean is not None and self.clip is None:
+            raise UsageError(f"plan {self.solver}: step {k} clamps the clean guess, but the plan has no clip range")
+        for term in step.update:
+            if term.source not in get_args(Source):
+                raise UsageError(f"plan {self.solver}: step {k} uses the unknown source {term.source!r}")
+            if term.source != "noise" and not 0 <= term.index <= k:
+                raise UsageError(
+                    f"plan {self.solver}: step {k} uses {term.source} {term.index}, which is not known yet"
+                )
+            if term.source == "clean" and self.steps[term.index].clean is None:
+                raise UsageError(f"plan {self.solver}: step {k} uses clean {term.index}, which no step computes")
+
+    @property
+    def step_count(self) -> int:
+        """K, the number of network calls."""
+        return len(self.steps)
+
+    @property
+    def noisy_steps(self) -> int:
+        """S, the number of step noises that the graph takes."""
+        return len({term.index for step in self.steps for term in step.update if term.source == "noise"})
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """What the network is told, call by call."""
+        return tuple(step.timestep for step in self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; ``from_dict`` gives the equal plan back, bit for bit."""
+        plan = {name: getattr(self, name) for name in ("solver", "prediction_type", "clip", "initial_scale")}
+        plan |= {"clamp_output": self.clamp_output, "settings": dict(self.settings)}
+        return plan | {"steps": [_step_to_dict(step) for step in self.steps]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StepPlan:
+        """The plan in ``data``; raises UsageError that names an unknown or missing key."""
+        _check_keys("plan", data, cls)
+        try:
+            return cls(**{**data, "steps": tuple(_step_from_dict(step) for step in data["steps"])})
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise UsageError(f"plan: a value has the wrong type or length ({error})") from error
+
+    def digest(self) -> str:
+        """SHA-256 over the numbers; two plans with the same digest compute the same sampler."""
+        numbers = {key: value for key, value in self.to_dict().items() if key != "settings"}
+        return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+
+
+def _step_to_dict(step: Step) -> dict[str, Any]:
+    row = {name: getattr(step, name) for name in ("timestep", "alpha", "sigma", "scale")}
+    row["clean"] = None if step.clean is None else list(step.clean)
+    return row | {"update": [[term.source, term.index, term.weight] for term in step.update]}
+
+
+def _step_from_dict(data: Mapping[str, Any]) -> Step:
+    _check_keys("plan step", data, Step)
+    clean = None if data["clean"] is None else (float(data["clean"][0]), float(data["clean"][1]))
+    update = tuple(Term(source, int(index), float(weight)) for source, index, weight in data["update"])
+    return Step(**{**data, "clean": clean, "update": update})
+
+
+def _check_keys(what: str, data: Mapping[str, Any], model: type) -> None:
+    known = {entry.name for entry in fields(model)}
+    if unknown := sorted(set(data) - known):
+        raise UsageError(f"{what}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    if missing := sorted(known - set(data)):
+        raise UsageError(f"{what}: key {missing[0]!r} is missing")

@@ -1,0 +1,55 @@
+"""The plan that a model and the options ask for: a table of its own if there is one, else read off diffusers' class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmd_export.plan import StepPlan
+from mmd_export.schedule import SchedulerConfig
+from mmd_export.solvers import SOLVERS, make_plan, resolve
+
+
+def choose_plan(
+    config: SchedulerConfig,
+    steps: int | None,
+    *,
+    sampler: str | None = None,
+    eta: float | None = None,
+    spacing: str | None = None,
+    timesteps: Sequence[int] | None = None,
+) -> StepPlan:
+    """``mmd_export.solvers.make_plan`` for every sampler that has a table; the prober for the others."""
+    chosen, count = resolve(config, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
+    if (sampler or chosen.sampler) in SOLVERS:
+        return make_plan(config, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
+    from mmd_export.probe import probe
+
+    return probe(chosen, count)
+
+
+def plan_again(
+    plan: StepPlan,
+    config: SchedulerConfig,
+    steps: int | None = None,
+    *,
+    sampler: str | None = None,
+    eta: float | None = None,
+    spacing: str | None = None,
+    timesteps: Sequence[int] | None = None,
+) -> StepPlan:
+    """The plan that ``plan`` was, but for the options that are given: equal digests mean that nothing was changed."""
+    settings = plan.settings
+    known_eta, known_steps = settings.get("eta"), settings.get("num_inference_steps", plan.step_count)
+    same = sampler in (None, plan.solver)
+    if timesteps is None and spacing is None and same and (steps is None or steps == known_steps):
+        spacing = str(settings["timestep_spacing"])
+    if timesteps is None and steps is None:
+        steps = int(str(known_steps))
+    return choose_plan(
+        config,
+        steps,
+        sampler=sampler or plan.solver,
+        eta=float(str(known_eta)) if eta is None and known_eta is not None and same else eta,
+        spacing=spacing,
+        timesteps=timesteps,
+    )
