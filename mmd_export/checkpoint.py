@@ -1,0 +1,140 @@
+"""Read weights from disk: MODEL -> denoiser, scheduler settings, shapes, hash. torch and diffusers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from mmd_export.checkpoints.base import Checkpoint, describe
+from mmd_export.checkpoints.diffusers_folder import PICKLE, PLAN_FILE, SAFETENSORS, download, read_folder
+from mmd_export.errors import UsageError
+from mmd_export.manifest import CheckpointRef
+
+__all__ = ["BUILT_IN", "PICKLE", "PLAN_FILE", "SAFETENSORS", "Checkpoint", "describe", "load_checkpoint",
+           "load_matching"]  # fmt: skip
+
+BUILT_IN = {"digits": Path(__file__).parent / "models" / "digits"}
+FORMATS = ("ddim", "guided", "python")
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def load_checkpoint(
+    model: str | Path, *, ema: bool | str | None = None, sample_size: int | tuple[int, int] | None = None
+) -> Checkpoint:
+    """The network that ``model`` names.
+
+    Args:
+        model: ``digits``, a diffusers folder (pipeline or bare UNet2DModel), a run folder, a hub id ``owner/name``,
+            ``ddim:FILE``, ``guided:FILE`` or ``python:package.module:attribute``. A file may be followed by
+            ``?name=value&...``, as in ``ddim:ckpt.pth?ema=false&sample_size=64``: what the other arguments say.
+        ema: of a file with several entries: True the average, False the plain weights, a name that entry; None the
+            average if there is one.
+        sample_size: of a file whose layout does not tell the size of the images.
+
+    Raises UsageError that names the file and what is wrong with it. Only a hub id uses the network.
+    """
+    source = _parse(str(model))
+    options = source.options | {
+        name: value for name, value in (("ema", ema), ("sample_size", sample_size)) if value is not None
+    }
+    if source.format == "ddim":
+        from mmd_export.checkpoints.ddim import read_ddim
+
+        return read_ddim(source.path, **source.require(options, "ema", "sample_size"))
+    if source.format == "guided":
+        from mmd_export.checkpoints.guided import OPTIONS, read_guided
+
+        return read_guided(source.path, **source.require(options, "ema", "sample_size", *OPTIONS))
+    if source.format == "python":
+        from mmd_export.checkpoints.python_module import read_python
+
+        return read_python(source.place, **source.require(options, "sample_size"))
+    source.require(options)
+    folder = _locate(source.place)
+    built_in = source.place in BUILT_IN
+    name = source.place if built_in else folder.resolve().name
+    return read_folder(folder, name, "Apache-2.0" if built_in else None)
+
+
+def load_matching(
+    model: str,
+    wanted: CheckpointRef,
+    *,
+    ema: bool | str | None = None,
+    sample_size: int | tuple[int, int] | None = None,
+) -> Checkpoint:
+    """The checkpoint that a bundle was built from, told apart by its hash; raises UsageError with both hashes."""
+    checkpoint = load_checkpoint(model, ema=ema, sample_size=sample_size)
+    if checkpoint.sha256 != wanted.sha256:
+        raise UsageError(
+            f"checkpoint {checkpoint.name} has hash {checkpoint.sha256[:12]}, the bundle was built from {wanted.name} "
+            f"with {wanted.sha256[:12]}; pass the folder it was built from"
+        )
+    return checkpoint
+
+
+@dataclass(frozen=True)
+class _Source:
+    """``format:place?options``; ``format`` is empty for a folder, a hub id or a built-in name."""
+
+    format: str
+    place: str
+    options: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """``place`` as a file that exists."""
+        path = Path(self.place)
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise UsageError(f"model {self.format}:{self.place}: the file {what}; a checkpoint file is expected")
+        return path
+
+    def require(self, options: dict[str, Any], *known: str) -> dict[str, Any]:
+        """``options``, all of them known to this kind of source."""
+        if unknown := sorted(set(options) - set(known)):
+            kind = f"{self.format}: takes {', '.join(known)}" if known else "a diffusers folder takes none"
+            raise UsageError(f"model {self.place}: option {unknown[0]}={options[unknown[0]]} has no meaning; {kind}")
+        return options
+
+
+def _parse(model: str) -> _Source:
+    kind, colon, place = model.partition(":")
+    if not colon or kind not in FORMATS:
+        return _Source("", model, {})
+    options: dict[str, Any] = {}
+    if not Path(place).exists() and "?" in place:
+        place, _, query = place.rpartition("?")
+        for name, text in parse_qsl(query, keep_blank_values=True):
+            options[name] = _value(model, name, text)
+    return _Source(kind, place, options)
+
+
+def _value(model: str, name: str, text: str) -> Any:
+    """``true`` and ``false``, whole numbers, HxW, else the text itself."""
+    if name == "ema":
+        return _TRUTH.get(text.lower(), text) if text not in ("0", "1") else text
+    if name == "sample_size":
+        parts = text.lower().split("x")
+        if not all(part.isdigit() for part in parts) or len(parts) > 2:
+            raise UsageError(f"model {model}: sample_size is {text!r}; a number or HEIGHTxWIDTH is expected")
+        return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+    return int(text) if text.isdigit() else _TRUTH.get(text.lower(), text)
+
+
+def _locate(model: str) -> Path:
+    if model in BUILT_IN:
+        return BUILT_IN[model]
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UsageError(
+            f"model {model} is a file; a diffusers folder, a hub id or one of {', '.join(BUILT_IN)} is expected; "
+            "an original DDIM or DDPM checkpoint is ddim:FILE"
+        )
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UsageError(f"model {model} does not exist; built in: {', '.join(BUILT_IN)}")
+    return download(model)

@@ -1,0 +1,1 @@
+"""One file a kind of source: what ``mmd_export.checkpoint`` dispatches to."""

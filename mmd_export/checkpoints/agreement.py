@@ -1,0 +1,57 @@
+"""Settings that two configs of one pipeline both state: refused where they differ, both values in the message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmd_export.errors import UsageError
+from mmd_export.schedule import SchedulerConfig
+
+_SHARED = ("prediction_type", "num_train_timesteps")  # what a network's config and a scheduler's may both say
+_LATENT_SCALE = ("scaling_factor", "latent_scale")
+
+
+def require_channels(config: Mapping[str, Any], where: str) -> int:
+    """The channels of the state; the network must give back as many as it takes."""
+    taken, given = config.get("in_channels", 3), config.get("out_channels", 3)
+    if not isinstance(taken, int) or not isinstance(given, int):
+        raise UsageError(f"{where}: in_channels is {taken!r}, out_channels {given!r}; whole numbers are expected")
+    if given == 2 * taken:
+        raise UsageError(
+            f"{where}: in_channels {taken} and out_channels {given} differ: the model learned its variance; "
+            "the samplers here have a fixed one, so keep its first half of channels only"
+        )
+    if taken != given:
+        raise UsageError(f"{where}: in_channels {taken} and out_channels {given} differ")
+    return taken
+
+
+def require_agreement(config: Mapping[str, Any], scheduler: SchedulerConfig, where: str) -> None:
+    """The network's config against the scheduler's: prediction type and number of training timesteps."""
+    for setting in _SHARED:
+        own, other = config.get(setting), getattr(scheduler, setting, None)
+        if own is not None and other is not None and own != other:
+            raise UsageError(
+                f"{where}: the model says {setting} {own!r}, the scheduler {other!r}; correct the wrong config"
+            )
+
+
+def require_latents(config: Mapping[str, Any], autoencoder: Mapping[str, Any], where: str) -> None:
+    """The network's config against its autoencoder's: latent channels and scale."""
+    channels, latent = config.get("in_channels", 3), autoencoder.get("latent_channels")
+    if latent is not None and latent != channels:
+        raise UsageError(
+            f"{where}: the model takes {channels} channels, the autoencoder makes latents of {latent}; "
+            "they belong to different pipelines"
+        )
+    own, other = _first(config, _LATENT_SCALE), _first(autoencoder, _LATENT_SCALE)
+    if own is not None and other is not None and own != other:
+        raise UsageError(
+            f"{where}: the model says latent scale {own!r}, the autoencoder {other!r}; correct the wrong config"
+        )
+
+
+def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """The value of the first of ``names`` that ``config`` states, or None."""
+    return next((config[name] for name in names if config.get(name) is not None), None)

@@ -1,0 +1,142 @@
+"""``python:package.module:attribute``: any nn.Module, or a function without arguments that makes one.
+
+The module is called as ``network(x, timestep)``, or ``network(x, timestep, class_labels)`` if it has ``num_classes``:
+x (B, C, H, W), timestep (1,), class_labels int64 (B). It returns the prediction (B, C, H, W). ``sample_shape`` (or
+``shape``) is (C, H, W); ``scheduler_config`` is what a scheduler_config.json would hold. Importing runs its code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmd_export.checkpoints.base import Checkpoint
+from mmd_export.checkpoints.gradient import GradientDenoiser
+from mmd_export.checkpoints.static import first_line, require_static
+from mmd_export.checkpoints.weights import hash_weights
+from mmd_export.denoiser import ModuleDenoiser
+from mmd_export.errors import UsageError
+from mmd_export.schedule import SchedulerConfig
+
+
+def read_python(place: str, *, sample_size: int | tuple[int, int] | None = None) -> Checkpoint:
+    """The network that ``place`` names; raises UsageError with what it lacks or does that a graph cannot."""
+    where = f"model python:{place}"
+    module, attribute = _import(place, where)
+    network = _network(attribute, where)
+    shape = _shape(network, sample_size, where)
+    classes = _classes(network, where)
+    scheduler, warnings = _scheduler(network, where)
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UsageError(f"{where}: {name} holds NaN or infinity")
+    denoiser: nn.Module = ModuleDenoiser(network)
+    if require_static(network, shape, classes, where):
+        denoiser = GradientDenoiser(network, shape, classes, where)
+        denoiser.require_equal()
+    file = Path(module.__file__) if module.__file__ else None
+    source = hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else ""
+    own = {"class": type(network).__qualname__, "source": source, "shape": list(shape), "classes": classes}
+    return Checkpoint(
+        name=place.rpartition(":")[2].rpartition(".")[2],
+        folder=file.parent if file else Path(),
+        denoiser=denoiser.eval().requires_grad_(False),
+        scheduler=scheduler,
+        shape=shape,
+        sha256=hash_weights(network.state_dict(), own, scheduler),
+        classes=classes,
+        warnings=warnings,
+    )
+
+
+def _import(place: str, where: str) -> tuple[ModuleType, Any]:
+    """The module and the attribute; the working folder is looked in too, as ``python -m`` does."""
+    name, colon, path = place.partition(":")
+    if not colon or not name or not path:
+        raise UsageError(f"{where}: package.module:attribute is expected, as in python:mynets.unet:make_unet")
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # importing runs the module's own code
+        raise UsageError(f"{where}: {name} cannot be imported: {first_line(error)}") from error
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
+    attribute: Any = module
+    for part in path.split("."):
+        if not hasattr(attribute, part):
+            known = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+            raise UsageError(f"{where}: {name} has no {path}; it has {', '.join(known[:8]) or 'nothing callable'}")
+        attribute = getattr(attribute, part)
+    return module, attribute
+
+
+def _network(attribute: Any, where: str) -> nn.Module:
+    """The nn.Module, made if need be; on the CPU, in float32, evaluating, no gradients for its weights."""
+    if not isinstance(attribute, nn.Module):
+        if not callable(attribute):
+            raise UsageError(
+                f"{where} is {type(attribute).__name__}; an nn.Module or a function that makes one is expected"
+            )
+        try:
+            attribute = attribute()
+        except Exception as error:  # the factory is foreign code
+            raise UsageError(f"{where}: calling it without arguments fails: {first_line(error)}") from error
+    if not isinstance(attribute, nn.Module):
+        raise UsageError(f"{where} makes {type(attribute).__name__}; an nn.Module is expected")
+    return attribute.cpu().float().eval().requires_grad_(False)
+
+
+def _shape(network: nn.Module, size: int | tuple[int, int] | None, where: str) -> tuple[int, int, int]:
+    stated = next((getattr(network, name) for name in ("sample_shape", "shape") if hasattr(network, name)), None)
+    try:
+        channels, height, width = (int(side) for side in stated)  # type: ignore[union-attr]
+    except (TypeError, ValueError):
+        raise UsageError(f"{where}: sample_shape is {stated!r}; (channels, height, width) is expected") from None
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+    if min(channels, height, width) < 1:
+        raise UsageError(f"{where}: sample_shape is {(channels, height, width)}; positive numbers are expected")
+    return channels, height, width
+
+
+def _classes(network: nn.Module, where: str) -> int | None:
+    classes = getattr(network, "num_classes", None)
+    if classes is not None and (not isinstance(classes, int) or isinstance(classes, bool) or classes < 1):
+        raise UsageError(f"{where}: num_classes is {classes!r}; a positive whole number or None is expected")
+    return classes
+
+
+def _scheduler(network: nn.Module, where: str) -> tuple[SchedulerConfig, tuple[str, ...]]:
+    stated = getattr(network, "scheduler_config", None)
+    if stated is None:
+        scheduler = SchedulerConfig()
+        assumed = (
+            f"{where} states no scheduler_config; taken as {scheduler.class_name}, {scheduler.beta_schedule} betas "
+            f"{scheduler.beta_start:g} to {scheduler.beta_end:g}, {scheduler.prediction_type} prediction"
+        )
+        return scheduler, (assumed,)
+    if not isinstance(stated, Mapping):
+        raise UsageError(f"{where}: scheduler_config is {type(stated).__name__}, not a dict")
+    try:
+        scheduler = SchedulerConfig.from_dict({"_class_name": "DDIMScheduler", **stated})
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+    own = getattr(network, "prediction_type", None)
+    if own is not None and own != scheduler.prediction_type:
+        raise UsageError(
+            f"{where}: the module says prediction_type {own!r}, its scheduler_config {scheduler.prediction_type!r}; "
+            "correct the wrong one"
+        )
+    return scheduler, ()

@@ -1,0 +1,160 @@
+"""Foreign modules, tried out before any export: what branches on data, draws noise or keeps state is refused here."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.overrides import TorchFunctionMode
+
+from mmd_export.errors import UsageError
+
+SAME = 1e-4  # float32 rounding in other orders of summation stays far below, a dependence on the batch far above
+_TORCH = Path(inspect.getfile(torch)).parent
+_HERE = Path(__file__).parent
+
+
+class _GradientWatch(TorchFunctionMode):
+    """Notes whether a gradient is taken; torch.func.grad ends in torch.autograd.grad too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        self.seen = self.seen or func in (torch.autograd.grad, torch.Tensor.backward)
+        return func(*args, **(kwargs or {}))
+
+
+def example_inputs(
+    shape: tuple[int, int, int], batch: int, classes: int | None, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """Unit normal ``x`` from a generator of its own, a timestep (1,), and class labels for a model that takes them."""
+    x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    labels = () if classes is None else (torch.arange(batch) % classes,)
+    return x, torch.tensor([500]), *labels
+
+
+def require_static(network: nn.Module, shape: tuple[int, int, int], classes: int | None, where: str) -> bool:
+    """Check that ``network`` is a pure function of its inputs that keeps samples apart; whether it takes a gradient.
+
+    Raises UsageError with what it does instead, and the line of its code where that is known.
+    """
+    takes_gradient = _shapes_alone_decide(network, shape, classes, where)
+    inputs = example_inputs(shape, 2, classes)
+    before = _random_states()
+    first = call(network, inputs, where)
+    if before != _random_states():
+        raise UsageError(f"{where} draws random numbers; only noise inputs may be random")
+    _require_image(first, inputs[0], where)
+    again = float((call(network, inputs, where) - first).abs().max())
+    if again > 0.0:
+        raise UsageError(f"{where} draws noise or keeps state: two calls with the same input differ by {again:.2g}")
+    alone = call(network, (inputs[0][:1], inputs[1], *(label[:1] for label in inputs[2:])), where)
+    mixed = float((alone - first[:1]).abs().max() / first.abs().max().clamp(min=1e-6))
+    if mixed > SAME:
+        raise UsageError(
+            f"{where} mixes the samples of a batch: one sample alone differs by {mixed:.2g} of the largest output from "
+            "the same one in a batch of two; sum over the batch, do not average"
+        )
+    _require_double(network, shape, classes, where)
+    return takes_gradient
+
+
+def _shapes_alone_decide(network: nn.Module, shape: tuple[int, int, int], classes: int | None, where: str) -> bool:
+    """Run it on tensors without data: whatever asks for a value, and so could branch on it, raises."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = [fake.from_tensor(value) for value in example_inputs(shape, 2, classes)]
+    watch = _GradientWatch()
+    try:
+        with fake, watch, torch.enable_grad():
+            network(*inputs)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UsageError(
+            f"{where} branches on data{_place(error)}: it reads a tensor's value; a static graph cannot, "
+            "torch.where or a tensor operation can"
+        ) from error
+    except UnsupportedOperatorException as error:
+        raise UsageError(f"{where} uses {error}, which has no shape rule, so it cannot be captured") from error
+    except Exception as error:  # the module's own code may raise anything
+        if ".numpy()" in str(error):
+            raise UsageError(f"{where} leaves torch{_place(error)}: numpy code cannot be captured") from error
+        raise UsageError(_failed(where, inputs, error)) from error
+    return watch.seen
+
+
+def call(network: nn.Module, inputs: tuple[Tensor, ...], where: str) -> Tensor:
+    """One call with gradients possible inside; any error in one line."""
+    try:
+        with torch.enable_grad():
+            output = network(*inputs)
+    except Exception as error:  # the module's own code may raise anything
+        raise UsageError(_failed(where, inputs, error)) from error
+    if not isinstance(output, Tensor):
+        raise UsageError(f"{where} returns {type(output).__name__}, not a tensor; return the prediction itself")
+    return output.detach()
+
+
+def _require_image(output: Tensor, x: Tensor, where: str) -> None:
+    if output.shape != x.shape or output.dtype != x.dtype:
+        found, wanted = f"{tuple(output.shape)} {output.dtype}", f"{tuple(x.shape)} {x.dtype}"
+        raise UsageError(f"{where} returns {found} for x {wanted}; the same shape and type are expected")
+    if not bool(torch.isfinite(output).all()):
+        raise UsageError(f"{where} returns NaN or infinity for unit normal noise at timestep 500")
+
+
+def _require_double(network: nn.Module, shape: tuple[int, int, int], classes: int | None, where: str) -> None:
+    """The reference of every parity check is the network in float64."""
+    inputs = example_inputs(shape, 1, classes, torch.float64)
+    try:
+        output = call(copy.deepcopy(network).double(), inputs, where)
+    except UsageError as error:
+        raise UsageError(f"{error}; the reference runs in float64, so cast to x.dtype, not to float32") from error
+    _require_image(output, inputs[0], where)
+
+
+def _random_states() -> tuple[bytes, str, int]:
+    """Of torch, numpy and Python."""
+    return torch.get_rng_state().numpy().tobytes(), str(np.random.get_state()), hash(random.getstate())  # noqa: NPY002 - the state of the old generator is what a module may draw from
+
+
+def _failed(where: str, inputs: Any, error: Exception) -> str:
+    shapes = ", ".join(f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for value in inputs)
+    return f"{where} fails{_place(error)} on (x, timestep[, class_labels]) of {shapes}: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def _place(error: BaseException) -> str:
+    """`` at FILE:LINE`` of the last line of foreign code that led to ``error``; empty if there is none."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        if file.is_file() and _TORCH not in file.parents and _HERE not in file.parents:
+            return f" at {file.name}:{frame.lineno} ({frame.line})" if frame.line else f" at {file.name}:{frame.lineno}"
+    return ""
+
+
+@contextmanager
+def gradients_possible() -> Iterator[None]:
+    """Out of inference mode and no_grad, whatever the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield

@@ -1,0 +1,113 @@
+"""Networks behind one signature: ``denoiser(x, timestep, class_labels=None) -> output``, all (B, C, H, W).
+
+What the output means (epsilon, v, x0) is numbers of the plan, so no adapter converts it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmd_export.errors import UsageError
+
+
+class DiffusersUNet(nn.Module):
+    """diffusers' UNet2DModel without its output wrapper."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Raw output (B, C, H, W) for ``x`` (B, C, H, W), ``timestep`` (1,) and ``class_labels`` int64 (B)."""
+        if class_labels is None:
+            output: Tensor = self.unet(x, timestep, return_dict=False)[0]
+        else:
+            output = self.unet(x, timestep, class_labels, return_dict=False)[0]
+        return output
+
+
+class ModuleDenoiser(nn.Module):
+    """Any module that is called as ``network(x, timestep)`` or ``network(x, timestep, class_labels)``."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """What the module returns, (B, C, H, W)."""
+        labels = () if class_labels is None else (class_labels,)
+        output: Tensor = self.network(x, timestep, *labels)
+        return output
+
+
+@dataclass(frozen=True)
+class EdmPreconditioning:
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise); Karras et al. 2022, eq. 7 and table 1.
+
+    D guesses the clean image from x = x0 + sigma n, so a step of a plan holds all four: ``scale`` c_in, ``timestep``
+    c_noise, ``clean`` (c_skip, c_out), with F as the network.
+    """
+
+    c_skip: float
+    c_out: float
+    c_in: float
+    c_noise: float
+
+    @classmethod
+    def at(cls, sigma: float, sigma_data: float = 0.5) -> EdmPreconditioning:
+        """The numbers at noise level ``sigma`` for data of standard deviation ``sigma_data``."""
+        if not (math.isfinite(sigma) and sigma > 0 and math.isfinite(sigma_data) and sigma_data > 0):
+            raise UsageError(f"EDM: sigma is {sigma}, sigma_data {sigma_data}; both must be positive")
+        total = sigma**2 + sigma_data**2
+        return cls(
+            c_skip=sigma_data**2 / total,
+            c_out=sigma * sigma_data / math.sqrt(total),
+            c_in=1.0 / math.sqrt(total),
+            c_noise=math.log(sigma) / 4.0,
+        )
+
+
+class EdmDenoiser(nn.Module):
+    """D of ``EdmPreconditioning`` on a fixed grid of noise levels, from the raw network F: call ``k``, not a timestep.
+
+    Its output is the clean image, so a plan around it has prediction type ``sample``.
+    """
+
+    def __init__(self, network: nn.Module, sigmas: Sequence[float], sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.network = network
+        self.levels = tuple(EdmPreconditioning.at(sigma, sigma_data) for sigma in sigmas)
+
+    def forward(self, x: Tensor, k: int, class_labels: Tensor | None = None) -> Tensor:
+        """D(x; sigma_k), shapes (B, C, H, W)."""
+        level = self.levels[k]
+        noise = torch.tensor([level.c_noise], dtype=x.dtype, device=x.device)
+        output: Tensor = self.network(level.c_in * x, noise, class_labels)
+        return level.c_skip * x + level.c_out * output
+
+
+def timestep_tensor(timestep: float, device: torch.device | None = None) -> Tensor:
+    """Shape (1,): int64 for a whole number, as diffusers' schedulers give, else float32."""
+    if float(timestep).is_integer():
+        return torch.tensor([int(timestep)], dtype=torch.int64, device=device)
+    return torch.tensor([timestep], dtype=torch.float32, device=device)
+
+
+class AtTimesteps(nn.Module):
+    """A denoiser on a fixed grid: call ``k`` instead of a timestep."""
+
+    def __init__(self, denoiser: nn.Module, timesteps: Sequence[float]) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.timesteps = tuple(timesteps)
+
+    def forward(self, x: Tensor, k: int, class_labels: Tensor | None = None) -> Tensor:
+        """The denoiser's output at the timestep of call ``k``."""
+        timestep = timestep_tensor(self.timesteps[k], x.device)
+        output: Tensor = self.denoiser(x, timestep, class_labels)
+        return output
