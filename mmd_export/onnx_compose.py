@@ -1,0 +1,207 @@
+"""Compose K copies of one network call and the plan's arithmetic into one ONNX graph. onnx_ir, no torch.
+
+Values carry the plan's names: ``state.<k>`` after every step, ``output.<k>`` and ``clean.<k>`` inside, ``sample`` at
+the end; nodes of call k start with ``step.<k>/``. Weights are initialisers shared by all calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mmd_export.plan import StepPlan, Term
+
+IR_VERSION = 10  # of ONNX 1.17; the oldest that carries opset 20 and that current runtimes all read
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """The outside of the graph. ``batch``: a number, or None for a symbolic dimension; ``output``: float32 or uint8."""
+
+    shape: tuple[int, int, int]
+    batch: int | None = 1
+    classes: int | None = None
+    output: str = "float32"
+
+    @property
+    def batch_dim(self) -> int | str:
+        """The first dimension as ONNX and the manifest write it."""
+        return "batch" if self.batch is None else self.batch
+
+
+class _Composer:
+    """Collects nodes and initialisers; one method an idea."""
+
+    def __init__(self, call: ir.Model, plan: StepPlan, spec: GraphSpec) -> None:
+        self.call, self.plan, self.spec = call.graph, plan, spec
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self.image: tuple[int | str, ...] = (spec.batch_dim, *spec.shape)
+        self.known: dict[tuple[str, int], ir.Value] = {}
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+    def constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
+        """One initialiser a name."""
+        if name not in self.initializers:
+            tensor = ir.tensor(array, name=name)
+            value = ir.Value(
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+            )
+            self.initializers[name] = value
+        return self.initializers[name]
+
+    def scalar(self, number: float) -> ir.Value:
+        """A float32 number of the plan; equal numbers are one initialiser."""
+        return self.constant(f"plan/{float(np.float32(number))!r}", np.array(number, dtype=np.float32))
+
+    def op(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: ir.Attr) -> ir.Value:
+        """One float32 node of the image's shape, or what the caller makes of it."""
+        node = ir.Node(
+            "", op_type, inputs, attributes=list(attributes.values()), num_outputs=1, name=f"{name}/{op_type}"
+        )
+        node.outputs[0].name = name
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        node.outputs[0].shape = ir.Shape(self.image)
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def scaled(self, weight: float, value: ir.Value, name: str) -> ir.Value:
+        return value if weight == 1.0 else self.op("Mul", [value, self.scalar(weight)], name)
+
+    def weighted_sum(self, terms: Sequence[Term], name: str) -> ir.Value:
+        """Sum of ``weight * known[source, index]`` in the order of ``terms``; the last node is called ``name``."""
+        first, *rest = terms
+        total = self.op(
+            "Mul", [self.known[first.source, first.index], self.scalar(first.weight)], self._part(name, 0, rest)
+        )
+        for i, term in enumerate(rest, start=1):
+            product = self.op(
+                "Mul", [self.known[term.source, term.index], self.scalar(term.weight)], f"{name}/product.{i}"
+            )
+            total = self.op("Add", [total, product], self._part(name, i, rest[i:]))
+        return total
+
+    @staticmethod
+    def _part(name: str, i: int, rest: Sequence[Term]) -> str:
+        return f"{name}/sum.{i}" if rest else name
+
+    def network(
+        self, k: int, x: ir.Value, labels: ir.Value | None, constants: Sequence[NDArray[np.generic]]
+    ) -> ir.Value:
+        """Copy the nodes of the captured call; its inputs are (x, [class_labels], *constants)."""
+        given = [x, *([] if labels is None else [labels])]
+        given += [self.constant(f"step.{k}/time.{i}", array) for i, array in enumerate(constants)]
+        values: dict[ir.Value | None, ir.Value | None] = {None: None}
+        values |= dict(zip(self.call.inputs, given, strict=True))
+        for name, value in self.call.initializers.items():
+            values[value] = self.initializers.setdefault(str(name), _detached(value))
+        for index, node in enumerate(self.call):
+            copy = ir.Node(
+                node.domain,
+                node.op_type,
+                [values[value] for value in node.inputs],
+                attributes=list(node.attributes.values()),
+                num_outputs=len(node.outputs),
+                name=f"step.{k}/{index}.{node.op_type}",
+            )
+            for old, new in zip(node.outputs, copy.outputs, strict=True):
+                new.name, new.type, new.shape = f"step.{k}/{old.name}", old.type, None
+                values[old] = new
+            self.nodes.append(copy)
+        output = values[self.call.outputs[0]]
+        assert output is not None
+        output.name = f"output.{k}"
+        return output
+
+    def step(self, k: int, labels: ir.Value | None, constants: Sequence[NDArray[np.generic]]) -> None:
+        """One step of the plan; the formula is in the docstring of ``mmd_export.plan``."""
+        step, state = self.plan.steps[k], self.known["state", k]
+        output = self.network(k, self.scaled(step.scale, state, f"step.{k}/scaled"), labels, constants)
+        self.known["output", k] = output
+        if step.clean is not None and self.plan.clip is not None:
+            guess = self._guess(k, step.clean, state, output)
+            limits = [self.scalar(-self.plan.clip), self.scalar(self.plan.clip)]
+            self.known["clean", k] = self.op("Clip", [guess, *limits], f"clean.{k}")
+        self.known["state", k + 1] = self.weighted_sum(step.update, f"state.{k + 1}")
+
+    def _guess(self, k: int, weights: tuple[float, float], state: ir.Value, output: ir.Value) -> ir.Value:
+        a, b = weights
+        from_output = self.op("Mul", [output, self.scalar(b)], f"step.{k}/guess.output")
+        if a == 0.0:
+            return from_output
+        from_state = self.op("Mul", [state, self.scalar(a)], f"step.{k}/guess.state")
+        return self.op("Add", [from_state, from_output], f"step.{k}/guess")
+
+    def sample(self) -> ir.Value:
+        """Clamp the last state, or turn it into uint8 NHWC as diffusers' image processor does."""
+        last = self.known["state", self.plan.step_count]
+        limits = [self.scalar(-1.0), self.scalar(1.0)]
+        if self.spec.output == "uint8":
+            return self._uint8(self.op("Clip", [last, *limits], "sample/clamped"))
+        if not self.plan.clamp_output:
+            return self.op("Identity", [last], "sample")
+        return self.op("Clip", [last, *limits], "sample")
+
+    def _uint8(self, image: ir.Value) -> ir.Value:
+        """round((x / 2 + 0.5) * 255), channels last."""
+        unit = self.op(
+            "Add", [self.op("Mul", [image, self.scalar(0.5)], "sample/half"), self.scalar(0.5)], "sample/unit"
+        )
+        rounded = self.op("Round", [self.op("Mul", [unit, self.scalar(255.0)], "sample/255")], "sample/rounded")
+        bytes_ = self.op("Cast", [rounded], "sample/uint8", to=ir.AttrInt64("to", ir.DataType.UINT8))
+        bytes_.type = ir.TensorType(ir.DataType.UINT8)
+        result = self.op("Transpose", [bytes_], "sample", perm=ir.AttrInt64s("perm", [0, 2, 3, 1]))
+        channels, height, width = self.spec.shape
+        result.type, result.shape = bytes_.type, ir.Shape((self.spec.batch_dim, height, width, channels))
+        return result
+
+
+def _detached(value: ir.Value) -> ir.Value:
+    """The same initialiser for another graph."""
+    return ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=value.const_value)
+
+
+def compose(
+    call: ir.Model, plan: StepPlan, constants: Sequence[Sequence[NDArray[np.generic]]], spec: GraphSpec
+) -> ir.Model:
+    """The whole sampler as one graph: noise [, step_noise] [, class_labels] -> sample.
+
+    Args:
+        call: one network call, inputs (x, [class_labels], *constants), one output.
+        plan: the numbers.
+        constants: what ``call`` takes besides, for each of the K calls.
+        spec: shapes and the kind of output.
+    """
+    composer = _Composer(call, plan, spec)
+    image = composer.image
+    noise = composer.input("noise", ir.DataType.FLOAT, image)
+    inputs, labels = [noise], None
+    if plan.noisy_steps:
+        step_noise = composer.input("step_noise", ir.DataType.FLOAT, (plan.noisy_steps, *image))
+        inputs.append(step_noise)
+        for s in range(plan.noisy_steps):
+            index = composer.constant(f"plan/index.{s}", np.array(s, dtype=np.int64))
+            axis = ir.AttrInt64("axis", 0)
+            composer.known["noise", s] = composer.op("Gather", [step_noise, index], f"step_noise.{s}", axis=axis)
+    if spec.classes is not None:
+        labels = composer.input("class_labels", ir.DataType.INT64, (spec.batch_dim,))
+        inputs.append(labels)
+    composer.known["state", 0] = composer.scaled(plan.initial_scale, noise, "state.0")
+    for k in range(plan.step_count):
+        composer.step(k, labels, constants[k])
+    sample = composer.sample()
+    graph = ir.Graph(
+        inputs,
+        [sample],
+        nodes=composer.nodes,
+        initializers=list(composer.initializers.values()),
+        opset_imports=dict(call.opset_imports),
+        name="sampler",
+    )
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="mmd-export")

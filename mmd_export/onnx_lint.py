@@ -1,0 +1,63 @@
+"""What a finished ONNX graph must not hold, and what there is to know of it. onnx_ir, no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from mmd_export.errors import NotAvailableError
+
+_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+_CONTROL_FLOW = {"If", "Loop", "Scan", "SequenceMap"}
+_TRAINING = {"Dropout"}
+_INPUTS = {"noise", "step_noise", "class_labels"}
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """Sizes of a graph. ``unique_weight_bytes`` counts every initialiser once."""
+
+    nodes: int
+    unique_weight_bytes: int
+    op_counts: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"nodes": self.nodes, "unique_weight_bytes": self.unique_weight_bytes, "op_counts": self.op_counts}
+
+
+def report(model: ir.Model) -> GraphReport:
+    """Count nodes, weights and ops of ``model``."""
+    counts = Counter(node.op_type for node in model.graph)
+    sizes = [value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None]
+    return GraphReport(len(model.graph), sum(sizes), dict(sorted(counts.items())))
+
+
+def faults(model: ir.Model) -> list[str]:
+    """Everything that a static sampler graph may not hold, each in a phrase; empty if there is none."""
+    found = [f"input {value.name!r} (a timestep?)" for value in model.graph.inputs if value.name not in _INPUTS]
+    if model.metadata_props or model.doc_string or model.graph.metadata_props or model.graph.doc_string:
+        found.append("metadata on the model")
+    if model.functions:
+        found.append(f"{len(model.functions)} model-local functions")
+    for node in model.graph:
+        if node.domain:
+            found.append(f"node {node.name!r} of the custom domain {node.domain!r}")
+        if node.op_type in _RANDOM | _CONTROL_FLOW | _TRAINING:
+            found.append(f"node {node.name!r} ({node.op_type})")
+        if node.metadata_props or node.doc_string:
+            found.append(f"metadata on node {node.name!r}")
+        found += [f"float64 value {value.name!r}" for value in node.outputs if value.dtype == ir.DataType.DOUBLE]
+    found += [f"float64 input {value.name!r}" for value in model.graph.inputs if value.dtype == ir.DataType.DOUBLE]
+    values = model.graph.initializers.values()
+    found += [f"float64 weight {value.name!r}" for value in values if value.dtype == ir.DataType.DOUBLE]
+    return found
+
+
+def require_clean(model: ir.Model) -> None:
+    """Raise NotAvailableError that names the first fault."""
+    if found := faults(model):
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise NotAvailableError(f"the ONNX graph holds {found[0]}{more}; a static sampler graph may not")

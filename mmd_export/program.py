@@ -1,0 +1,71 @@
+"""The exported program: one specialised network call captured by torch.export, checked to be static."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from mmd_export.plan import StepPlan
+from mmd_export.specialise import SpecialisedDenoiser, check_static, specialise
+
+
+@dataclass(frozen=True)
+class SamplerProgram:
+    """Everything a target compiles: the plan, one captured call, and the constants of each of its K uses.
+
+    ``step`` maps (x, [class_labels], *constants) to the raw output. ``batch`` is the static batch, or None if dynamic.
+    """
+
+    plan: StepPlan
+    step: ExportedProgram
+    denoiser: SpecialisedDenoiser
+    shape: tuple[int, int, int]
+    batch: int | None
+    classes: int | None
+
+    def constants(self, k: int) -> list[Tensor]:
+        """The folded time path of call ``k``."""
+        return self.denoiser.constants(k)
+
+    def runner(self) -> nn.Module:
+        """The captured call behind the signature of a step denoiser, for parity."""
+        return ExportedDenoiser(self)
+
+
+class ExportedDenoiser(nn.Module):
+    """``forward(x, k, class_labels)`` that runs the exported program."""
+
+    def __init__(self, program: SamplerProgram) -> None:
+        super().__init__()
+        self.call = program.step.module(check_guards=False)
+        self.source = program.denoiser
+
+    def forward(self, x: Tensor, k: int, class_labels: Tensor | None = None) -> Tensor:
+        """Raw output (B, C, H, W) of call ``k``."""
+        labels = [] if class_labels is None else [class_labels]
+        output: Tensor = self.call(x, *labels, *self.source.constants(k))
+        return output
+
+
+def export_program(
+    denoiser: nn.Module, plan: StepPlan, shape: tuple[int, int, int], batch: int | None, classes: int | None = None
+) -> SamplerProgram:
+    """Specialise ``denoiser`` to the plan's timesteps and capture one call; ``batch`` None leaves the batch free.
+
+    Raises UsageError for a network that draws noise, trains or branches inside.
+    """
+    rows = batch or 2  # torch.export takes a batch of 1 for a constant
+    example = torch.zeros(rows, *shape)
+    labels = None if classes is None else torch.zeros(rows, dtype=torch.int64)
+    special = specialise(denoiser, plan.timesteps, example, labels, dynamic_batch=batch is None).eval()
+    arguments = (example, *([] if labels is None else [labels]), *special.constants(0))
+    free = {0: Dim.DYNAMIC} if batch is None else None
+    shapes = (free, *([] if labels is None else [free]), *(None for _ in special.constants(0)))
+    special.body.eval()
+    with torch.no_grad():
+        step = torch.export.export(special.body, arguments, dynamic_shapes=shapes, strict=False)
+    check_static(step.graph)
+    return SamplerProgram(plan, step, special, shape, batch, classes)

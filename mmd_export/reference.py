@@ -1,0 +1,60 @@
+"""The float64 reference of a plan and a checkpoint: what the golden file holds and every stage is held against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmd_export.checkpoint import Checkpoint
+from mmd_export.denoiser import AtTimesteps
+from mmd_export.noise import sampler_noise
+from mmd_export.plan import StepPlan
+from mmd_export.unroll import UnrolledSampler
+
+GOLDEN_SEED = 20230107
+
+
+def sampler_of(checkpoint: Checkpoint, plan: StepPlan) -> UnrolledSampler:
+    """The sampler that is tuned and shipped, time path not yet folded."""
+    return UnrolledSampler(AtTimesteps(checkpoint.denoiser, plan.timesteps), plan).eval()
+
+
+def golden_inputs(checkpoint: Checkpoint, plan: StepPlan, count: int) -> dict[str, NDArray[Any]]:
+    """The inputs of the golden file: noise from a fixed seed, and class labels 0, 1, 2, ... if the model takes them."""
+    inputs: dict[str, NDArray[Any]] = dict(sampler_noise(GOLDEN_SEED, count, checkpoint.shape, plan.noisy_steps))
+    if checkpoint.classes is not None:
+        inputs["class_labels"] = (np.arange(count) % checkpoint.classes).astype(np.int64)
+    return inputs
+
+
+def run_chain(
+    sampler: UnrolledSampler, inputs: dict[str, NDArray[Any]], dtype: torch.dtype = torch.float32
+) -> dict[str, NDArray[Any]]:
+    """``state.1`` ... ``state.K`` and ``sample`` of a sampler, as numpy arrays of ``dtype``."""
+    tensors = {
+        name: torch.from_numpy(array) if array.dtype == np.int64 else torch.from_numpy(array).to(dtype)
+        for name, array in inputs.items()
+    }
+    with torch.inference_mode():
+        states = list(sampler.chain(**tensors))
+        results = {f"state.{k}": state.numpy() for k, state in enumerate(states, start=1)}
+        return results | {"sample": sampler.finish(states[-1]).numpy()}
+
+
+def golden_arrays(
+    checkpoint: Checkpoint, plan: StepPlan, count: int, output: str = "float32"
+) -> dict[str, NDArray[Any]]:
+    """Inputs, states and sample from the float64 reference, rounded to what the graph takes and gives."""
+    inputs = golden_inputs(checkpoint, plan, count)
+    exact = run_chain(sampler_of(checkpoint.as_double(), plan), inputs, torch.float64)
+    golden = inputs | {name: array.astype(np.float32) for name, array in exact.items()}
+    return golden | {"sample": to_uint8(exact["sample"])} if output == "uint8" else golden
+
+
+def to_uint8(image: NDArray[Any]) -> NDArray[np.uint8]:
+    """(N, C, H, W) in [-1, 1] to (N, H, W, C): round((x / 2 + 0.5) * 255), as diffusers' image processor."""
+    levels: NDArray[np.uint8] = np.rint((image * 0.5 + 0.5) * 255.0).astype(np.uint8)
+    return np.ascontiguousarray(levels.transpose(0, 2, 3, 1))

@@ -1,0 +1,224 @@
+"""Fold what a fixed time grid makes constant: the time path of the network is run once, here, not in the graph.
+
+One network call is captured; the nodes that depend on the timestep but not on the state are evaluated for every step,
+and the values that cross from them into the rest become small tables. It needs no knowledge of the architecture.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mmd_export.denoiser import timestep_tensor
+from mmd_export.errors import UsageError
+
+STATE, TIMESTEP, LABELS = "x", "timestep", "class_labels"
+# Ops that broadcast their operands: before one of these a row that is equal for the whole batch is stored once.
+_BROADCASTING = {torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor, torch.ops.aten.sub.Tensor}
+# The arguments that switch training on, under the names of aten's schemas.
+_TRAINING = ("train", "training")
+_ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default}
+
+
+class SpecialisedDenoiser(nn.Module):
+    """A denoiser on a fixed grid, time path folded: ``forward(x, k, class_labels)``.
+
+    ``body`` maps (x, [class_labels], *constants of one step) to the raw output; ``tables[k]`` are those constants.
+    """
+
+    def __init__(self, body: fx.GraphModule, tables: Sequence[Sequence[Tensor]], *, takes_labels: bool) -> None:
+        super().__init__()
+        self.body = body
+        self.takes_labels = takes_labels
+        self.constant_count = len(tables[0])
+        for k, row in enumerate(tables):
+            for i, value in enumerate(row):
+                self.register_buffer(f"time_{k}_{i}", value)
+
+    def constants(self, k: int) -> list[Tensor]:
+        """The folded values of call ``k``."""
+        return [self.get_buffer(f"time_{k}_{i}") for i in range(self.constant_count)]
+
+    def forward(self, x: Tensor, k: int, class_labels: Tensor | None = None) -> Tensor:
+        """Raw output (B, C, H, W) of call ``k``."""
+        labels = [class_labels] if self.takes_labels else []
+        output: Tensor = self.body(x, *labels, *self.constants(k))
+        return output
+
+
+@dataclass(frozen=True)
+class _Split:
+    """``time``: nodes evaluated here. ``crossing``: those of them that the rest of the graph uses."""
+
+    time: set[fx.Node]
+    crossing: list[fx.Node]
+
+
+def specialise(
+    denoiser: nn.Module,
+    timesteps: Sequence[float],
+    example: Tensor,
+    class_labels: Tensor | None = None,
+    *,
+    dynamic_batch: bool = False,
+) -> SpecialisedDenoiser:
+    """Capture one call of ``denoiser`` at ``example`` (B, C, H, W) and fold its time path for every timestep.
+
+    Raises UsageError for a network that draws noise or trains, torch's export errors for one that cannot be captured
+    (data-dependent branches).
+    """
+    module = capture(denoiser, timesteps[0], example, class_labels, dynamic_batch=dynamic_batch)
+    check_static(module.graph)  # here too: noise in the time path would be folded into one constant draw
+    split = _split(module.graph)
+    tables = [_evaluate(module, split, timestep) for timestep in timesteps]
+    tables = _store_equal_rows_once(split, tables)
+    return SpecialisedDenoiser(_body(module, split), tables, takes_labels=class_labels is not None)
+
+
+def capture(
+    denoiser: nn.Module, timestep: float, example: Tensor, class_labels: Tensor | None, *, dynamic_batch: bool
+) -> fx.GraphModule:
+    """One call of ``denoiser`` as a graph of aten ops, without its assertions."""
+    arguments = [example, timestep_tensor(timestep, example.device)]
+    free = {0: torch.export.Dim.DYNAMIC} if dynamic_batch else None
+    shapes: list[Any] = [free, None]
+    if class_labels is not None:
+        arguments.append(class_labels)
+        shapes.append(free)
+    with torch.no_grad():
+        program = torch.export.export(denoiser, tuple(arguments), dynamic_shapes=tuple(shapes), strict=False)
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    for node in reversed(module.graph.nodes):
+        if node.target in _ASSERTIONS:
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _split(graph: fx.Graph) -> _Split:
+    """Separate what depends on the timestep alone; a shape of the state is not a dependence on the state."""
+    on_state: set[fx.Node] = set()
+    on_time: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            (on_time if node.name == TIMESTEP else on_state).add(node)
+        elif node.target is not torch.ops.aten.sym_size.int:
+            if any(parent in on_state for parent in node.all_input_nodes):
+                on_state.add(node)
+            if any(parent in on_time for parent in node.all_input_nodes):
+                on_time.add(node)
+    time = on_time - on_state
+    crossing = [
+        node for node in graph.nodes
+        if node in time and node.op != "placeholder" and any(user not in time for user in node.users)
+    ]  # fmt: skip
+    return _Split(time, crossing)
+
+
+class _TimeInterpreter(fx.Interpreter):
+    """Runs only what the crossing values need, for a batch of one."""
+
+    def __init__(self, module: fx.GraphModule, split: _Split, timestep: Tensor) -> None:
+        super().__init__(module)
+        self.split = split
+        self.timestep = timestep
+        self.values: dict[fx.Node, Any] = {}
+
+    def value(self, node: fx.Node) -> Any:
+        """The value of ``node``, evaluated on demand."""
+        if node not in self.values:
+            self.values[node] = self._evaluate(node)
+        return self.values[node]
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self.timestep
+        if node.target is torch.ops.aten.sym_size.int:
+            return 1
+        if node.op == "get_attr":
+            return self.fetch_attr(str(node.target))
+        arguments = fx.map_arg(node.args, self.value)
+        keywords = fx.map_arg(node.kwargs, self.value)
+        return self.call_function(node.target, arguments, keywords)
+
+
+def _evaluate(module: fx.GraphModule, split: _Split, timestep: float) -> list[Tensor]:
+    device = next((p.device for p in module.parameters()), None)
+    with torch.no_grad():
+        interpreter = _TimeInterpreter(module, split, timestep_tensor(timestep, device))
+        return [interpreter.value(node).detach().clone() for node in split.crossing]
+
+
+def _store_equal_rows_once(split: _Split, tables: list[list[Tensor]]) -> list[list[Tensor]]:
+    """A static batch repeats the same row; keep one where every user broadcasts."""
+    columns = list(zip(*tables, strict=True))
+    for i, node in enumerate(split.crossing):
+        broadcast = all(user.target in _BROADCASTING for user in node.users if user not in split.time)
+        equal = all(value.dim() > 1 and bool((value == value[:1]).all()) for value in columns[i])
+        if broadcast and equal:
+            columns[i] = tuple(value[:1].clone() for value in columns[i])
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _body(module: fx.GraphModule, split: _Split) -> fx.GraphModule:
+    """The graph with the crossing values as inputs and the time path gone."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node in placeholders:
+        if node.name != TIMESTEP:
+            copies[node] = graph.placeholder(node.name)
+    for i, node in enumerate(split.crossing):
+        copies[node] = graph.placeholder(f"time_{i}")
+    for node in module.graph.nodes:
+        if node.op == "output":
+            graph.output(copies[node.args[0][0]])  # torch.export returns a tuple of one
+        elif node not in copies and node not in split.time:
+            copies[node] = graph.node_copy(node, lambda parent: copies[parent])
+    graph.eliminate_dead_code()
+    graph.lint()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the copied get_attr nodes are checked by lint() above
+        return fx.GraphModule(module, graph)
+
+
+def check_static(graph: fx.Graph) -> None:
+    """Refuse what must not be in a static graph: randomness, training-mode ops, control flow."""
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
+        given = _arguments(node)
+        if any(given.get(switch) is True for switch in _TRAINING):
+            raise UsageError(f"the network holds {name} in training mode; call .eval() on it")
+        if _draws(node, given):
+            raise UsageError(f"the network draws random numbers ({name}); only noise inputs may be random")
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise UsageError(f"the network holds control flow ({name}); a static graph has none")
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """What an aten op is called with, by the names of its schema, defaults included; empty for other nodes."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {}
+    schema = node.target._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    given = dict(zip((argument.name for argument in schema), node.args, strict=False))
+    return {**defaults, **given, **node.kwargs}
+
+
+def _draws(node: fx.Node, given: dict[str, Any]) -> bool:
+    """Whether the op draws random numbers: torch tags all that may; dropout does so only where it is on."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    off = any(given.get(switch) is False for switch in _TRAINING) or given.get("dropout_p") == 0.0
+    return not off
