@@ -1,0 +1,168 @@
+"""The pipeline on one screen: checkpoint -> plan -> program -> artefact -> bundle, measured before it is published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mmd_export.bundle import (
+    BatchSpec,
+    Bundle,
+    CheckpointRef,
+    GraphInfo,
+    ManifestDraft,
+    Measured,
+    TensorSpec,
+    require_free,
+    write_bundle,
+)
+from mmd_export.card import model_card
+from mmd_export.checkpoint import Checkpoint, load_checkpoint
+from mmd_export.errors import NotAvailableError
+from mmd_export.parity import ParityReport, artefact_rung
+from mmd_export.program import SamplerProgram, export_program
+from mmd_export.reference import golden_arrays
+from mmd_export.runtime import RunOptions, Runtime
+from mmd_export.targets import Compiled, CompileOptions, Target, get_target
+from mmd_export.tolerance import artefact_tolerance
+from mmd_runtime.registry import runtime_for
+
+MIN_GOLDEN = 4  # parity is measured on several noises
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What ``mmd-export build`` takes; names as on the command line."""
+
+    model: str
+    target: str
+    out: Path
+    steps: int | None = None
+    sampler: str | None = None
+    eta: float | None = None
+    spacing: str | None = None
+    precision: str = "fp32"
+    batch: str = "1"
+    output: str = "float32"
+    overwrite: bool = False
+    verify: bool = True
+
+
+def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None) -> Bundle:
+    """Make the bundle that ``options`` ask for; nothing appears at ``out`` unless its parity passes.
+
+    ``notify`` hears each stage as it starts, and every warning. Raises MmdExportError of the right kind.
+    """
+    require_free(options.out, options.overwrite)
+    batch, target = BatchSpec.parse(options.batch), usable_target(options)
+    notify("reading the checkpoint")
+    checkpoint = load_checkpoint(options.model)
+    for warning in checkpoint.warnings:
+        notify(f"warning: {warning}")
+    plan = checkpoint.plan_for(options.steps, sampler=options.sampler, eta=options.eta, spacing=options.spacing)
+    notify("running the float64 reference")
+    golden = golden_arrays(checkpoint, plan, golden_count(batch), options.output)
+    notify("capturing one network call")
+    static = batch.smallest if batch.is_static else None
+    program = export_program(checkpoint.denoiser, plan, checkpoint.shape, static, checkpoint.classes)
+    draft = _draft(options, checkpoint, program, batch, target)
+
+    def compile_into(folder: Path) -> ManifestDraft:
+        notify(f"compiling for {target.name}")
+        compiled = target.compile(program, folder, CompileOptions(options.precision, options.output))
+        return _with_facts(draft, compiled)
+
+    def measure(bundle: Bundle) -> Measured:
+        notify("verifying the artefact")
+        return _measured(bundle, runtime_for(target.format))
+
+    card = model_card(draft)
+    return write_bundle(
+        options.out, draft, compile_into, golden, card, options.overwrite, measure if options.verify else None
+    )
+
+
+def usable_target(options: BuildOptions) -> Target:
+    """The target, if it is known, can build here and takes the options."""
+    target = get_target(options.target)
+    for flag, value, known in (
+        ("--precision", options.precision, target.precisions),
+        ("--output", options.output, target.outputs),
+    ):
+        if value not in known:
+            raise NotAvailableError(f"target {target.name} has no {flag} {value}; it has {', '.join(known)}")
+    if not (found := target.availability()).available:
+        raise NotAvailableError(f"target {target.name} cannot build here: {found.detail}; {found.install}")
+    return target
+
+
+def golden_count(batch: BatchSpec) -> int:
+    """How many golden images make every batch size run at least once, and several noises in all."""
+    if batch.is_static:
+        return batch.smallest * -(-MIN_GOLDEN // batch.smallest)
+    sizes = batch.sizes or (batch.smallest, batch.largest)
+    total = sum(sizes)
+    return total * -(-MIN_GOLDEN // total)
+
+
+def _draft(
+    options: BuildOptions, checkpoint: Checkpoint, program: SamplerProgram, batch: BatchSpec, target: Target
+) -> ManifestDraft:
+    rows: int | Literal["batch"] = batch.smallest if batch.is_static else "batch"
+    channels, height, width = checkpoint.shape
+    image = (rows, channels, height, width)
+    inputs = [TensorSpec(name="noise", dtype="float32", shape=image)]
+    if program.plan.noisy_steps:
+        inputs.append(TensorSpec(name="step_noise", dtype="float32", shape=(program.plan.noisy_steps, *image)))
+    if checkpoint.classes is not None:
+        inputs.append(TensorSpec(name="class_labels", dtype="int64", shape=(rows,)))
+    uint8 = options.output == "uint8"
+    sample = (rows, height, width, channels) if uint8 else image
+    return ManifestDraft(
+        name=f"{checkpoint.name}-{program.plan.step_count}",
+        target=target.name,
+        format=target.format,
+        artefact=target.artefact,
+        precision=options.precision,
+        plan=program.plan.to_dict(),
+        inputs=tuple(inputs),
+        outputs=(TensorSpec(name="sample", dtype="uint8" if uint8 else "float32", shape=sample),),
+        batch=batch,
+        checkpoint=CheckpointRef(name=checkpoint.name, sha256=checkpoint.sha256, licence=checkpoint.licence),
+        toolchain={},
+        tolerance=artefact_tolerance(target.name, options.precision),
+        graph=GraphInfo(nodes=0, unique_weight_bytes=0, op_counts={}),
+    )
+
+
+def _with_facts(draft: ManifestDraft, compiled: Compiled) -> ManifestDraft:
+    """The draft with what only compiling tells."""
+    facts = {
+        "graph": GraphInfo(**compiled.graph),
+        "toolchain": dict(compiled.toolchain),
+        "hardware": None if compiled.hardware is None else dict(compiled.hardware),
+    }
+    return draft.model_copy(update=facts)
+
+
+def _measured(bundle: Bundle, runtime: Runtime) -> Measured:
+    """Rung 6 on the finished bundle; raises ParityError, and says in the card if there is nothing to run it on."""
+    if not (found := runtime.availability()).available:
+        return Measured(model_card(bundle.manifest, f"not verified: runtime {runtime.name}: {found.detail}"))
+    rung = artefact_rung(bundle, runtime.open(bundle, RunOptions()), runtime.open_chain(bundle, RunOptions()))
+    ParityReport(bundle.name, runtime.name, (rung,)).require()
+    parity = {comparison.name: rounded_up(comparison.max_abs) for comparison in rung.comparisons}
+    draft = bundle.manifest.model_copy(update={"parity": parity})
+    return Measured(model_card(draft, f"runtime {runtime.name}, {found.detail}"), parity)
+
+
+def rounded_up(error: float) -> float:
+    """``error`` to one significant digit, upwards: a bound that does not change with the thread count of a machine."""
+    if error == 0.0:
+        return 0.0
+    text = f"{error:.0e}"
+    bound = float(text)
+    exponent = int(text.split("e")[1])
+    return bound if bound >= error else float(f"{round(bound / 10.0**exponent) + 1}e{exponent}")

@@ -1,0 +1,58 @@
+"""The model card of a bundle: what it is, where it comes from, how exact and how fast it was measured. No torch."""
+
+from __future__ import annotations
+
+from mmd_export.manifest import ManifestDraft
+
+LATENCY_UNKNOWN = "Not measured on this bundle yet: `mmd-export bench BUNDLE --update-card`."
+
+
+def model_card(manifest: ManifestDraft, verified: str = "not verified", latency: str = LATENCY_UNKNOWN) -> str:
+    """Markdown. ``verified`` says where parity was measured; ``latency`` is a paragraph or a table."""
+    plan, weights = manifest.plan, manifest.graph.unique_weight_bytes
+    graph = f"{manifest.graph.nodes:,} nodes, {weights / 1e6:.2f} MB of weights, stored once"
+    timesteps = ", ".join(f"{step['timestep']:g}" for step in plan["steps"])
+    lines = [
+        f"# {manifest.name}",
+        "",
+        f"A {len(plan['steps'])}-step {str(plan['solver']).upper()} sampler as one static graph: noise in, image out.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| checkpoint | {manifest.checkpoint.name}, SHA-256 `{manifest.checkpoint.sha256[:16]}` |",
+        f"| licence of the weights | {manifest.checkpoint.licence or 'not stated by the checkpoint'} |",
+        f"| timesteps | {timesteps} |",
+        f"| batch | {manifest.batch} |",
+        f"| inputs | {_specs(manifest.inputs)} |",
+        f"| outputs | {_specs(manifest.outputs)} |",
+        f"| precision | {manifest.precision}; the sampler state is float32 |",
+        f"| graph | {graph} |",
+        f"| built with | {', '.join(f'{name} {version}' for name, version in sorted(manifest.toolchain.items()))} |",
+        "",
+        "## Parity with the float64 reference",
+        "",
+        *_parity(manifest, verified),
+        "",
+        "## Latency",
+        "",
+        latency,
+        "",
+        "## Check it where it runs",
+        "",
+        "`mmd-export verify .` compares it with `golden.safetensors`; `mmd-export sample . --out grid.png` draws.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _specs(specs: object) -> str:
+    assert isinstance(specs, tuple)
+    return "; ".join(f"`{spec.name}` {spec.dtype} ({', '.join(map(str, spec.shape))})" for spec in specs)
+
+
+def _parity(manifest: ManifestDraft, verified: str) -> list[str]:
+    if manifest.parity is None:
+        return [f"Tolerance {manifest.tolerance.atol:g}. **{verified}**."]
+    rows = [f"| {name} | {value:.0e} |" for name, value in manifest.parity.items()]
+    head = f"Largest absolute error, rounded up; {verified}. Tolerance {manifest.tolerance.atol:g}."
+    return [head, "", "| compared | at most |", "|---|---|", *rows]

@@ -1,0 +1,402 @@
+"""The command line: options in, one function of ``mmd_export.commands`` or ``build`` called, its value printed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmd_export.errors import MmdExportError, UsageError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="mmd-export",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Few-step diffusion samplers as single static graphs: tune with MMD, export, check, measure.\n\n"
+    "Start with mmd-export demo. Exit codes: 0 done, 1 unexpected, 2 usage, 3 not available here, "
+    "4 parity failed, 5 bundle damaged, 6 latency gate failed, 130 interrupted.",
+    rich_markup_mode="rich",
+)
+
+Model = Annotated[
+    str, typer.Argument(help="digits, a diffusers folder, a run folder, or a hub id owner/name", show_default=False)
+]
+Source = Annotated[
+    str,
+    typer.Argument(help="a bundle, a run folder, or a model (digits, diffusers folder, hub id)", show_default=False),
+]
+BundleFolder = Annotated[Path, typer.Argument(help="a bundle folder", show_default=False)]
+Steps = Annotated[int | None, typer.Option(help="network calls K; a run folder knows its own", show_default=False)]
+Sampler = Annotated[
+    str | None, typer.Option(help="ddim or ddpm; default: the class in scheduler_config.json", show_default=False)
+]
+Eta = Annotated[
+    float | None, typer.Option(help="DDIM: 0 deterministic (default), 1 as noisy as DDPM", show_default=False)
+]
+Spacing = Annotated[
+    str | None,
+    typer.Option(help="leading, trailing or linspace; default: as in scheduler_config.json", show_default=False),
+]
+RuntimeName = Annotated[
+    str | None,
+    typer.Option("--runtime", help="default: the first that fits; torch is the reference", show_default=False),
+]
+CheckpointOption = Annotated[
+    str | None, typer.Option("--checkpoint", help="the model or run folder a bundle was built from", show_default=False)
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="also write the numbers to this file (- for stdout)", show_default=False)
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what stands at --out")]
+
+
+@app.command(epilog="Example: mmd-export demo --out demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="folder to make")] = Path("mmd-demo"),
+    overwrite: Overwrite = False,
+    iterations: Annotated[
+        int | None, typer.Option(help="tuning iterations; fewer is faster and worse", show_default=False)
+    ] = None,
+) -> None:
+    """The main job on the built-in digits: tune, build, verify, bench, sample. A few minutes on 2 cores."""
+    from mmd_export.commands.demo import run_demo
+    from mmd_finetune.progress import ProgressBar
+
+    result = run_demo(out, overwrite=overwrite, iterations=iterations, notify=_say, bar=ProgressBar)
+    _table("Frechet distance, held-out encoder (lower is better)", ("sampler", "distance"), result.quality_rows)
+    _table("Latency, batch 1, one interleaved run", ("", "median ms", "times the one graph"), result.latency_rows)
+    _print(result.summary)
+
+
+@app.command(epilog="Example: mmd-export finetune digits --steps 5 --out runs/digits-5")
+def finetune(
+    model: Annotated[
+        str | None, typer.Argument(help="digits, a diffusers folder, or a hub id", show_default=False)
+    ] = None,
+    steps: Steps = None,
+    out: Annotated[Path | None, typer.Option(help="run folder to make", show_default=False)] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with any of these settings; options win", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="digits, a .npz or .npy file, or a folder of images", show_default=False)
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="encoders of the loss, comma-separated", show_default=False)
+    ] = None,
+    holdout: Annotated[str | None, typer.Option(help="encoder that only scores", show_default=False)] = None,
+    kernel: Annotated[str | None, typer.Option(help="gaussian, cubic or linear", show_default=False)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="images of one MMD estimate", show_default=False)] = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate of Adam", show_default=False)] = None,
+    iterations: Annotated[int | None, typer.Option(help="optimiser steps", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="of the noise", show_default=False)] = None,
+    sampler: Sampler = None,
+    eta: Eta = None,
+    spacing: Spacing = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
+) -> None:
+    """Tune a model with the MMD through the whole sampling chain, for one step budget. Writes a run folder."""
+    from mmd_finetune.loop import tune
+    from mmd_finetune.progress import ProgressBar
+    from mmd_finetune.settings import make_settings
+
+    given = {
+        "model": model, "steps": steps, "out": out, "data": data, "features": features, "holdout": holdout,
+        "kernel": kernel, "batch_size": batch_size, "learning_rate": lr, "iterations": iterations, "seed": seed,
+        "sampler": sampler, "eta": eta, "spacing": spacing,
+    }  # fmt: skip
+    settings = make_settings(given, config)
+    with ProgressBar() as observer:
+        result = tune(settings, resume=resume, observer=observer)
+    _print(
+        f"{result.folder}: held-out Frechet distance {result.held_out_before:.2f} -> {result.held_out_after:.2f} "
+        f"(best at iteration {result.best_iteration} of {result.iterations}, {result.seconds:.0f} s)\n"
+        f"next: mmd-export build {result.folder} --target onnx --out bundle"
+    )
+
+
+@app.command(epilog="Example: mmd-export build runs/digits-5 --target onnx --out digits-5.bundle")
+def build(
+    model: Model,
+    target: Annotated[str, typer.Option(help="what to compile for; see mmd-export doctor", show_default=False)],
+    out: Annotated[Path, typer.Option(help="bundle folder to make", show_default=False)],
+    steps: Steps = None,
+    sampler: Sampler = None,
+    eta: Eta = None,
+    spacing: Spacing = None,
+    precision: Annotated[str, typer.Option(help="fp32")] = "fp32",
+    batch: Annotated[str, typer.Option(help="a size (1), a list (1,4,8) or a range (1..8)")] = "1",
+    output: Annotated[str, typer.Option(help="float32 (B,C,H,W) in [-1,1] or uint8 (B,H,W,C)")] = "float32",
+    overwrite: Overwrite = False,
+    skip_verify: Annotated[
+        bool, typer.Option("--skip-verify", help="write the bundle without measuring parity")
+    ] = False,
+) -> None:
+    """Unroll the sampler into one graph, compile it, and pack a verified bundle."""
+    from mmd_export.build import BuildOptions
+    from mmd_export.build import build as make
+
+    options = BuildOptions(
+        model, target, out, steps, sampler, eta, spacing, precision, batch, output, overwrite, not skip_verify
+    )
+    bundle = make(options, _say)
+    manifest = bundle.manifest
+    size = sum(entry.size for entry in manifest.files if entry.path.startswith(manifest.artefact)) / 1e6
+    parity = "parity not measured" if manifest.parity is None else f"worst error {max(manifest.parity.values()):.0e}"
+    _print(f"{out}: {manifest.artefact} {size:.2f} MB, {manifest.graph.nodes:,} nodes, {parity} "
+           f"(tolerance {manifest.tolerance.atol:g})")  # fmt: skip
+
+
+@app.command(epilog="Example: mmd-export verify digits-5.bundle --json parity.json")
+def verify(
+    bundle: BundleFolder, runtime: RuntimeName = None, checkpoint: CheckpointOption = None, json: JsonFile = None
+) -> None:
+    """Check the artefact against the float64 reference, after every step. Exit 4 when it fails."""
+    from mmd_export.bundle import Bundle
+    from mmd_export.commands.verify import verify as check
+
+    report = check(Bundle.open(bundle), runtime, checkpoint, _say)
+    rows = [
+        (str(rung.number), rung.title, "-" if rung.skipped else f"{rung.worst:.1e}", f"{rung.atol:g}", rung.verdict)
+        for rung in report.rungs
+    ]
+    heads = ("rung", "checks", "worst", "tolerance", "verdict")
+    _table(f"Parity of {report.bundle} in {report.runtime}", heads, rows, json)
+    for reason in sorted({rung.skipped for rung in report.rungs if rung.skipped}):
+        _say(f"not checked: {reason}")
+    _write_json(json, report.to_dict())
+    report.require()
+
+
+@app.command(epilog="Example: mmd-export bench digits-5.bundle --against torch --against per-step")
+def bench(
+    bundles: Annotated[list[Path], typer.Argument(help="bundle folders", show_default=False)],
+    against: Annotated[
+        list[str] | None, typer.Option(help="torch, per-step or a bundle; repeatable", show_default=False)
+    ] = None,
+    runtime: RuntimeName = None,
+    checkpoint: CheckpointOption = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="interleaved rounds; default: as many as fit", show_default=False)
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="time to spend when --rounds is not given")] = 30.0,
+    threads: Annotated[int, typer.Option(help="CPU threads a run; 0: each library's choice")] = 0,
+    gate: Annotated[
+        Path | None, typer.Option(help="JSON file with limits; exit 6 when one is broken", show_default=False)
+    ] = None,
+    update_card: Annotated[
+        bool, typer.Option("--update-card", help="write the result into the bundle's model card")
+    ] = False,
+    json: JsonFile = None,
+) -> None:
+    """Measure latency, interleaved with torch eager and with the usual one-step session called K times."""
+    from mmd_export.commands import bench as command
+
+    _positive("--rounds", rounds)
+    options = command.BenchOptions(tuple(bundles), tuple(against or ()), runtime, checkpoint, rounds, seconds, threads)
+    report = command.bench(options, _say)
+    heads = ("", "median ms", "p90", "p99", f"times {report.candidates[0]} [95 %]")
+    _table(f"Latency, batch {report.batch}, {report.latency.rounds} rounds", heads, command.summary_rows(report), json)
+    for note in report.latency.notes:
+        _say(note)
+    _write_json(json, report.to_dict())
+    if update_card:
+        command.write_card(bundles[0], report)
+    for verdict in command.check_gates(report, gate) if gate else ():
+        _print(f"gate {verdict.verdict}: {verdict.message}")
+
+
+@app.command(epilog="Example: mmd-export sample digits-5.bundle --seed 7 --count 64 --out grid.png")
+def sample(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="PNG file to write")] = Path("grid.png"),
+    seed: Annotated[int, typer.Option(help="image i of a seed is the same everywhere")] = 0,
+    count: Annotated[int, typer.Option(help="how many images")] = 16,
+    runtime: RuntimeName = None,
+    checkpoint: CheckpointOption = None,
+    class_label: Annotated[int | None, typer.Option(help="for class-conditional models", show_default=False)] = None,
+    steps: Steps = None,
+    sampler: Sampler = None,
+    eta: Eta = None,
+    spacing: Spacing = None,
+) -> None:
+    """Draw images from a seed and write them as one PNG grid."""
+    from mmd_export.commands.sample import SampleOptions
+    from mmd_export.commands.sample import sample as draw
+    from mmd_export.pictures import save_grid
+
+    options = SampleOptions(source, seed, count, runtime, checkpoint, class_label, steps, sampler, eta, spacing)
+    save_grid(draw(options), out)
+    _print(f"{out}: {count} images of seed {seed}")
+
+
+@app.command(epilog="Example: mmd-export evaluate runs/digits-5 --data digits")
+def evaluate(
+    source: Source,
+    data: Annotated[str, typer.Option(help="digits, a .npz or .npy file, or a folder of images")] = "digits",
+    features: Annotated[str, typer.Option(help="encoders, comma-separated")] = "digits-conv,digits-mlp",
+    count: Annotated[int, typer.Option(help="samples to draw")] = 1797,
+    seed: Annotated[int, typer.Option(help="of the noise")] = 1,
+    runtime: RuntimeName = None,
+    checkpoint: CheckpointOption = None,
+    steps: Steps = None,
+    sampler: Sampler = None,
+    eta: Eta = None,
+    spacing: Spacing = None,
+    json: JsonFile = None,
+) -> None:
+    """Score samples against real images: Frechet distance on each encoder, and the share of each class."""
+    from mmd_export.commands.evaluate import evaluate as score
+    from mmd_export.commands.sample import SampleOptions
+
+    options = SampleOptions(source, seed, count, runtime, checkpoint, None, steps, sampler, eta, spacing)
+    result = score(options, data, tuple(name.strip() for name in features.split(",")), _say)
+    rows = [(name, f"{value:.3f}") for name, value in result["frechet_distance"].items()]
+    _table(
+        f"Frechet distance of {count} samples to {result['real_images']} real images",
+        ("encoder", "distance"),
+        rows,
+        json,
+    )
+    _write_json(json, result)
+
+
+@app.command(epilog="Example: mmd-export inspect digits --steps 5")
+def inspect(
+    source: Source,
+    steps: Steps = None,
+    sampler: Sampler = None,
+    eta: Eta = None,
+    spacing: Spacing = None,
+    json: JsonFile = None,
+) -> None:
+    """Show the plan as a table, sizes, op counts and provenance."""
+    from mmd_export.commands.inspect import inspect as look
+    from mmd_export.commands.inspect import plan_rows
+    from mmd_export.plan import StepPlan
+
+    facts = look(source, steps, sampler, eta, spacing)
+    hidden = ("plan", "files", "graph", "parity", "manifest_sha256")
+    flat = {key: value for key, value in facts.items() if key not in hidden and value not in (None, [], {})}
+    flat |= {f"graph {key}": value for key, value in (facts.get("graph") or {}).items()}
+    _table(str(facts["name"]), ("", ""), [(key, _short(value)) for key, value in flat.items()], json)
+    if "plan" in facts:
+        plan = StepPlan.from_dict(facts["plan"])
+        title = f"{plan.solver}, {plan.step_count} steps, {plan.prediction_type}, {plan.noisy_steps} step noises"
+        _table(title, ("step", "timestep", "alpha", "sigma", "clean guess", "next state"), plan_rows(plan), json)
+    _write_json(json, facts)
+
+
+@app.command(epilog="Example: mmd-export doctor --json -")
+def doctor(json: JsonFile = None) -> None:
+    """What can be built and run on this machine, and the pip line for the rest."""
+    from mmd_export.commands.inspect import doctor as look
+
+    facts = look()
+    rows = [
+        (part["kind"], part["name"], "yes" if part["available"] else "no", part["detail"], part["install"])
+        for part in facts["parts"]
+    ]
+    title = f"mmd-export {facts['mmd_export']} on {facts['machine']}"
+    _table(title, ("", "name", "works", "detail", "install"), rows, json)
+    _write_json(json, facts)
+
+
+def _short(value: Any) -> str:
+    """One cell; shapes and dtypes of tensor specs in the short form."""
+    if isinstance(value, list):
+        return "; ".join(_short(inner) for inner in value)
+    if isinstance(value, dict) and set(value) == {"name", "dtype", "shape"}:
+        return f"{value['name']} {value['dtype']} ({', '.join(map(str, value['shape']))})"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(inner)}" for key, inner in value.items() if inner is not None)
+    return str(value)
+
+
+def _positive(flag: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UsageError(f"{flag} is {value}; it must be at least 1")
+
+
+def _print(text: str) -> None:
+    """A result, on stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def _say(text: str) -> None:
+    """Progress, on stderr."""
+    sys.stderr.write(f"mmd-export: {text}\n")
+    sys.stderr.flush()
+
+
+def _table(title: str, heads: tuple[str, ...], rows: Any, json: Path | None = None) -> None:
+    """A plain table on stdout, unless JSON goes there; wide enough for its text when the output is no terminal."""
+    if json == Path("-"):
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console = Console(file=sys.stdout)
+    console.print(table) if console.is_terminal else Console(file=sys.stdout, width=160).print(table)
+
+
+def _write_json(path: Path | None, value: dict[str, Any]) -> None:
+    import json
+
+    if path is None:
+        return
+    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+    if path == Path("-"):
+        sys.stdout.write(text)
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--json {path} cannot be written: {error.strerror or error}") from error
+
+
+def main() -> None:
+    """Run the command line; an expected error is one line on stderr and its exit code."""
+    sys.exit(run(app))
+
+
+def run(entry: Callable[..., Any], arguments: list[str] | None = None) -> int:
+    """The exit code of one command."""
+    import os
+
+    try:
+        entry(args=arguments, standalone_mode=True)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        if code == INTERRUPTED:  # typer's answer to KeyboardInterrupt
+            _say("interrupted; nothing half-written was left, saved states are kept (finetune --resume)")
+        return code
+    except MmdExportError as error:
+        _say(f"error: {' '.join(str(error).split())}")
+        return error.exit_code
+    except Exception as error:
+        if os.environ.get("MMD_EXPORT_TRACEBACK"):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        _say(f"unexpected error: {reason}; set MMD_EXPORT_TRACEBACK=1 for the traceback")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()

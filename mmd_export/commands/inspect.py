@@ -1,0 +1,87 @@
+"""``mmd-export inspect`` and ``doctor``: what something is, and what this machine can do."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from mmd_export import __version__
+from mmd_export.bundle import Bundle
+from mmd_export.commands.sample import is_bundle
+from mmd_export.errors import UsageError
+from mmd_export.plan import StepPlan
+from mmd_runtime.registry import get_runtime, runtime_names
+
+
+def inspect(
+    source: str, steps: int | None, sampler: str | None, eta: float | None, spacing: str | None
+) -> dict[str, Any]:
+    """Facts of a bundle, run folder or model; ``plan`` is there whenever one is known."""
+    if is_bundle(source):
+        return _inspect_bundle(Bundle.open(source))
+    from mmd_export.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(source)
+    facts: dict[str, Any] = {
+        "kind": "run folder" if checkpoint.plan else "model",
+        "name": checkpoint.name,
+        "sha256": checkpoint.sha256,
+        "parameters": sum(p.numel() for p in checkpoint.denoiser.parameters()),
+        "sample_shape": list(checkpoint.shape),
+        "classes": checkpoint.classes,
+        "scheduler": {key: value for key, value in vars(checkpoint.scheduler).items() if key != "trained_betas"},
+        "licence": checkpoint.licence,
+        "warnings": list(checkpoint.warnings),
+    }
+    if checkpoint.plan or steps is not None:
+        facts["plan"] = checkpoint.plan_for(steps, sampler=sampler, eta=eta, spacing=spacing).to_dict()
+    return facts
+
+
+def _inspect_bundle(bundle: Bundle) -> dict[str, Any]:
+    manifest = bundle.manifest.model_dump(mode="json")
+    size = sum(entry.size for entry in bundle.manifest.files)
+    return {"kind": "bundle", "bytes": size, **manifest}
+
+
+def plan_rows(plan: StepPlan) -> list[tuple[str, ...]]:
+    """A row a call: number, timestep and input scale, alpha and sigma of the input, the clean guess, the update."""
+    rows: list[tuple[str, ...]] = []
+    for k, step in enumerate(plan.steps):
+        clean = "" if step.clean is None else f"clamp({step.clean[0]:+.4f} x {step.clean[1]:+.4f} out)"
+        terms = [f"{term.weight:+.4f} {_symbol(term.source, term.index, k)}" for term in step.update]
+        timestep = f"{step.timestep:g}" if step.scale == 1.0 else f"{step.timestep:g} (sees {step.scale:.4g} x)"
+        rows.append((str(k + 1), timestep, f"{step.alpha:.4f}", f"{step.sigma:.4f}", clean, " ".join(terms)))
+    return rows
+
+
+def plot_plan(facts: dict[str, Any], path: Path) -> None:
+    """Draw the plan of ``inspect``'s facts as a PNG; raises UsageError if no plan is known."""
+    from mmd_export.plan_picture import save_plan_picture
+
+    if "plan" not in facts:
+        raise UsageError(f"{facts['name']}: no plan is known to draw; give --steps")
+    save_plan_picture(StepPlan.from_dict(facts["plan"]), path)
+
+
+def _symbol(source: str, index: int, k: int) -> str:
+    """x, out and clean of this step without a number, of an earlier one with it."""
+    short = {"state": "x", "output": "out", "clean": "clean", "noise": "z"}[source]
+    return f"{short}{index}" if source == "noise" or index != k else short
+
+
+def doctor() -> dict[str, Any]:
+    """What can be built and run on this machine, and the pip line for the rest."""
+    from mmd_export.targets import get_target, target_names
+
+    rows = []
+    for name in target_names():
+        found = get_target(name).availability()
+        rows.append({"kind": "target", "name": name, **vars(found)})
+    for name in runtime_names():
+        found = get_runtime(name).availability()
+        rows.append({"kind": "runtime", "name": name, **vars(found)})
+    machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores"
+    return {"mmd_export": __version__, "machine": machine, "parts": rows}

@@ -1,0 +1,128 @@
+"""Folders that appear complete or not at all: written beside their place, synced, then renamed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmd_export.errors import MmdExportError, UsageError
+
+
+def require_absent(out: Path) -> None:
+    """Raise ``UsageError`` if something stands at ``out``."""
+    if os.path.lexists(out):
+        raise UsageError(f"{out} already exists; choose another --out or pass --overwrite")
+
+
+@contextmanager
+def staged_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new empty folder beside ``out`` that takes its place when the block ends well, and vanishes otherwise.
+
+    What a killed process left beside ``out`` is cleared first. With ``replace`` the old folder stays until then.
+    """
+    place = out.absolute()
+    partial = _beside(place, "partial")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        clear_stale(place)
+        if not replace:
+            require_absent(place)
+        partial.mkdir()
+        yield partial
+        _sync_tree(partial)
+        _publish(partial, place, replace)
+    except OSError as error:
+        raise MmdExportError(_os_error_line(error, place, partial)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def clear_stale(place: Path) -> None:
+    """Remove what killed processes left beside ``place``; put back a folder that was being replaced."""
+    pattern = re.compile(rf"\.{re.escape(place.name)}\.(partial|retired)-(\d{{1,9}})")
+    for entry in sorted(place.parent.iterdir()):
+        found = pattern.fullmatch(entry.name)
+        if found is None or _is_alive(int(found[2])):
+            continue
+        if found[1] == "retired" and not os.path.lexists(place):
+            entry.rename(place)
+        else:
+            shutil.rmtree(entry)
+
+
+def _beside(place: Path, kind: str) -> Path:
+    return place.with_name(f".{place.name}.{kind}-{os.getpid()}")
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether another process of that number runs; on Windows, where this cannot be asked harmlessly, always."""
+    if pid == os.getpid():
+        return False
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _publish(partial: Path, place: Path, replace: bool) -> None:
+    """Rename into place. After an exchange ``partial`` holds the old folder, which the caller removes."""
+    if not os.path.lexists(place):
+        partial.rename(place)
+    elif not replace:
+        require_absent(place)
+    elif not _exchange(partial, place):
+        retired = _beside(place, "retired")
+        place.rename(retired)
+        try:
+            partial.rename(place)
+        except BaseException:
+            retired.rename(place)
+            raise
+        shutil.rmtree(retired)
+    _sync(place.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names at once where the system can: renameat2(2) with RENAME_EXCHANGE, Linux 3.15, glibc 2.28."""
+    at_fdcwd, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0)
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(root) / name)
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    """Push to the disk; Windows can do that neither for folders nor for files opened to read."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _os_error_line(error: OSError, place: Path, partial: Path) -> str:
+    """What failed and where, with names that the user knows."""
+    reason = error.strerror or str(error)
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    at = f" (at {name.replace(str(partial), str(place))})" if name else ""
+    return f"cannot write {place}{at}: {reason}; nothing was left behind, free the cause and run again"

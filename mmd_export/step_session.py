@@ -1,0 +1,76 @@
+"""The usual deployment, as a baseline: one network call in onnxruntime, called K times, the sampler in numpy."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmd_export.checkpoint import Checkpoint
+from mmd_export.denoiser import timestep_tensor
+from mmd_export.plan import StepPlan, Term
+
+
+def per_step_session(
+    checkpoint: Checkpoint, plan: StepPlan, batch: int, threads: int = 0
+) -> Callable[[dict[str, NDArray[Any]]], NDArray[np.float32]]:
+    """A function inputs -> sample (B, C, H, W) that calls a static one-step graph K times.
+
+    The graph takes (x, timestep [, class_labels]) as optimum-onnx exports it, with a static batch, which is faster.
+    """
+    session = _one_step_session(checkpoint, plan.timesteps[0], batch, threads)
+    timesteps = [timestep_tensor(timestep).numpy() for timestep in plan.timesteps]
+
+    def sample(inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+        labels = {"class_labels": inputs["class_labels"]} if "class_labels" in inputs else {}
+        known: dict[tuple[str, int], NDArray[np.float32]] = {
+            ("noise", s): noise for s, noise in enumerate(inputs.get("step_noise", ()))
+        }
+        known["state", 0] = np.float32(plan.initial_scale) * inputs["noise"]
+        for k, step in enumerate(plan.steps):
+            x = known["state", k] if step.scale == 1.0 else np.float32(step.scale) * known["state", k]
+            output = session.run(None, {"x": x, "timestep": timesteps[k], **labels})[0]
+            known["output", k] = output
+            if step.clean is not None and plan.clip is not None:
+                a, b = (np.float32(number) for number in step.clean)
+                known["clean", k] = np.clip(a * known["state", k] + b * output, -plan.clip, plan.clip)
+            known["state", k + 1] = _weighted_sum(step.update, known)
+        last = known["state", plan.step_count]
+        return np.clip(last, -1.0, 1.0) if plan.clamp_output else last
+
+    return sample
+
+
+def _weighted_sum(terms: tuple[Term, ...], known: dict[tuple[str, int], NDArray[np.float32]]) -> NDArray[np.float32]:
+    first, *rest = terms
+    total = np.float32(first.weight) * known[first.source, first.index]
+    for term in rest:
+        total = total + np.float32(term.weight) * known[term.source, term.index]
+    return total
+
+
+def _one_step_session(checkpoint: Checkpoint, timestep: float, batch: int, threads: int) -> Any:
+    import onnxruntime as ort
+
+    from mmd_export.targets.onnx import OPSET, quiet_export
+
+    example = [torch.zeros(batch, *checkpoint.shape), timestep_tensor(timestep)]
+    names = ["x", "timestep"]
+    if checkpoint.classes is not None:
+        example.append(torch.zeros(batch, dtype=torch.int64))
+        names.append("class_labels")
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder, quiet_export():
+        path = Path(folder) / "step.onnx"
+        torch.onnx.export(
+            checkpoint.denoiser, tuple(example), path, dynamo=True, opset_version=OPSET, verbose=False,
+            input_names=names, external_data=False,
+        )  # fmt: skip
+        return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])

@@ -1,0 +1,1 @@
+"""Runtimes that open a bundle: one file each, one ``RUNTIME`` in it."""

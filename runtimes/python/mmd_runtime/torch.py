@@ -1,0 +1,100 @@
+"""The torch reference: the unrolled sampler itself, eager, float32. It alone needs torch and a checkpoint."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmd_export.bundle import Bundle
+from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session
+from mmd_runtime.chunks import check_inputs
+
+if TYPE_CHECKING:
+    from mmd_export.unroll import UnrolledSampler
+
+INSTALL = "pip install 'mmd-export[tune]'"
+
+
+class TorchRuntime:
+    """Opens any bundle whose checkpoint is at hand; chosen by name only, never by format."""
+
+    name = "torch"
+    formats: tuple[str, ...] = ()
+
+    def availability(self) -> Availability:
+        missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
+        if missing:
+            return Availability(False, f"{', '.join(missing)} not installed", INSTALL)
+        return Availability(True, f"torch {importlib.metadata.version('torch')}, CPU")
+
+    def open(self, bundle: Bundle, options: RunOptions) -> Session:
+        return _TorchSession(bundle, options)
+
+    def open_chain(self, bundle: Bundle, options: RunOptions) -> ChainSession:
+        return _TorchSession(bundle, options)
+
+
+class _TorchSession:
+    """The sampler of a bundle's checkpoint and plan."""
+
+    def __init__(self, bundle: Bundle, options: RunOptions) -> None:
+        if not (found := RUNTIME.availability()).available:
+            raise NotAvailableError(f"runtime torch: {found.detail}; {found.install}")
+        import torch
+
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.bundle = bundle
+        self.sampler = _sampler(bundle, options.checkpoint)
+        self.uint8 = bundle.manifest.spec("sample").dtype == "uint8"
+
+    def run(self, inputs: Arrays) -> dict[str, Array]:
+        return {"sample": self.run_chain(inputs)["sample"]}
+
+    def run_chain(self, inputs: Arrays) -> dict[str, Array]:
+        from mmd_export.reference import run_chain, to_uint8
+
+        check_inputs(self.bundle, inputs)
+        results = run_chain(self.sampler, dict(inputs))
+        return results | {"sample": to_uint8(results["sample"])} if self.uint8 else results
+
+    def run_step(self, step: int, known: Arrays) -> Array:
+        import torch
+
+        tensors: dict[tuple[str, int], Any] = {}
+        for s, noise in enumerate(known.get("step_noise", ())):
+            tensors["noise", s] = torch.from_numpy(np.ascontiguousarray(noise))
+        tensors["state", 0] = self.sampler.plan.initial_scale * torch.from_numpy(known["noise"])
+        for k in range(1, step):
+            tensors["state", k] = torch.from_numpy(known[f"state.{k}"])
+        labels = torch.from_numpy(known["class_labels"]) if "class_labels" in known else None
+        update = self.sampler.plan.steps[step - 1].update
+        earlier = {term.index for term in update if term.source in ("output", "clean")} - {step - 1}
+        with torch.inference_mode():
+            for k in sorted(earlier):  # a multistep plan reads older outputs: those of the given states
+                self.sampler.observe(k, tensors, labels)
+            self.sampler.advance(step - 1, tensors, labels)
+        result: Array = tensors["state", step].numpy()
+        return result
+
+
+def _sampler(bundle: Bundle, model: str | None) -> UnrolledSampler:
+    """The unrolled sampler of the checkpoint that the bundle was built from, told apart by its hash."""
+    from mmd_export.checkpoint import BUILT_IN, load_matching
+    from mmd_export.plan import StepPlan
+    from mmd_export.reference import sampler_of
+
+    wanted = bundle.manifest.checkpoint
+    if model is None and wanted.name not in BUILT_IN:
+        raise UsageError(
+            f"bundle {bundle.name}: runtime torch needs its checkpoint {wanted.name!r}; pass --checkpoint MODEL"
+        )
+    checkpoint = load_matching(model or wanted.name, wanted)
+    return sampler_of(checkpoint, StepPlan.from_dict(bundle.manifest.plan))
+
+
+RUNTIME = TorchRuntime()
