@@ -1,0 +1,69 @@
+"""Files that are whole or absent, and one clear line when the disk refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmd_export.errors import MmdExportError
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside ``path``, sync, rename: after a crash ``path`` holds the old bytes or the new ones."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``value`` as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
+    """One more line of a JSONL file."""
+    with path.open("ab") as file:
+        file.write((json.dumps(value) + "\n").encode())
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; a line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power failure; Windows cannot and need not."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def clear_write_errors(run: Path, kept: str) -> Iterator[None]:
+    """Turn a refused write into one line that says where, why, and what is ``kept``."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise MmdExportError(
+            f"cannot write the run folder {run}: {reason}; {kept}; free the cause and pass --resume"
+        ) from error

@@ -1,0 +1,33 @@
+"""Ctrl-C and SIGTERM wait until the iteration is done and saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+
+class Interrupts:
+    """Remembers the first SIGINT or SIGTERM in ``pending``; the second one stops at once. Inert off the main thread."""
+
+    def __init__(self) -> None:
+        self.pending = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {name: signal.signal(name, self._remember) for name in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self.pending:
+            raise KeyboardInterrupt
+        self.pending = True

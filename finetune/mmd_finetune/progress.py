@@ -1,0 +1,44 @@
+"""The observer of the command line: a bar with loss, held-out distance and the time left, on stderr."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mmd_finetune.loop import Report
+
+
+class ProgressBar:
+    """``with ProgressBar() as observer: tune(settings, observer=observer)``."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._bar = Progress(
+            TextColumn("tuning"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[measured]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console or Console(stderr=True),
+        )
+        self._task = self._bar.add_task("tuning", total=None, measured="measuring the untuned sampler")
+
+    def __call__(self, report: Report) -> None:
+        """Show one iteration."""
+        measured = f"held-out {report.held_out:.2f} (best {report.best:.2f})"
+        if report.loss is not None:
+            measured = f"MMD² {report.loss:.4f}, {measured}"
+        self._bar.update(self._task, completed=report.iteration, total=report.iterations, measured=measured)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()

@@ -1,0 +1,42 @@
+"""The real side of the MMD, computed once: features of the whole training set and their mean kernel value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmd_export.errors import UsageError
+from mmd_finetune.features import Encoder
+from mmd_finetune.kernels import Kernel, make_kernel
+from mmd_finetune.mmd import mean_of_pairs_in_blocks, unbiased_mmd2
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One encoder on the real images: float64 ``features`` (M, d), ``mean_kernel`` = mean_{i != j} k(y_i, y_j)."""
+
+    encoder: Encoder
+    kernel: Kernel
+    features: Tensor
+    mean_kernel: Tensor
+
+    def mmd2(self, images: Tensor) -> Tensor:
+        """Unbiased MMD^2 of generated ``images`` (N, C, H, W) and all real images; float64 scalar with gradient."""
+        return unbiased_mmd2(self.kernel, self.encoder(images).double(), self.features, self.mean_kernel)
+
+
+def make_reference(encoder: Encoder, kernel_name: str, images: Tensor) -> Reference:
+    """Encode ``images`` (M, C, H, W) once, set the kernel's bandwidths from them, and sum their pairs."""
+    features = encode_in_batches(encoder, images).double()
+    if not bool(torch.isfinite(features).all()):
+        raise UsageError(f"encoder {encoder.name} gives NaN or infinity for a real image; use another --features")
+    kernel = make_kernel(kernel_name, features)
+    return Reference(encoder, kernel, features, mean_of_pairs_in_blocks(kernel, features))
+
+
+def encode_in_batches(encoder: Encoder, images: Tensor, batch: int = 512) -> Tensor:
+    """Features (N, d) of ``images`` (N, C, H, W), without gradient."""
+    with torch.no_grad():
+        return torch.cat([encoder(part) for part in images.split(batch)])

@@ -1,0 +1,177 @@
+"""A run on disk. While tuning: settings, log, state. At the end it is a diffusers folder too, and the state goes.
+
+``unet/`` is renamed into place last: a run folder is finished exactly if it has one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from mmd_export.checkpoint import PLAN_FILE, SAFETENSORS
+from mmd_export.errors import UsageError
+from mmd_finetune.card import model_card
+from mmd_finetune.curve import draw_curve
+from mmd_finetune.files import append_json_line, read_json_lines, sync_folder, write_atomically, write_json
+from mmd_finetune.state import TuningState
+from mmd_finetune.task import REPORT_SEED, Task
+
+SHEET_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run reached: held-out Frechet distances on noise that was used for neither tuning nor choosing."""
+
+    folder: Path
+    iterations: int
+    best_iteration: int
+    held_out_before: float
+    held_out_after: float
+    seconds: float
+
+
+class RunFolder:
+    """The files of the run at ``place``."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.state_file = place / "state.safetensors"
+        self._settings = place / "settings.json"
+        self._log = place / "log.jsonl"
+        self._result = place / "result.json"
+        self._final = place / ".final"
+
+    @property
+    def is_finished(self) -> bool:
+        """The tuned weights are in place."""
+        return (self.place / "unet").is_dir()
+
+    def require_usable(self, *, resume: bool) -> None:
+        """Raise UsageError if something stands at ``place`` that this run may not touch."""
+        if not self.place.exists() and not self.place.is_symlink():
+            return
+        if not resume:
+            next_move = "pass --resume to continue it, or " if self._settings.is_file() else ""
+            raise UsageError(f"{self.place} already exists; {next_move}choose another --out")
+        if not self.place.is_dir():
+            raise UsageError(f"{self.place} is a file; --resume needs the folder of a run")
+        begun = self._settings.is_file() or all(entry.name.endswith(".partial") for entry in self.place.iterdir())
+        if not begun:
+            raise UsageError(
+                f"{self.place} is not the folder of a run (settings.json is missing); choose another --out"
+            )
+
+    def begin(self, record: Mapping[str, Any]) -> None:
+        """Make the folder, or check that it belongs to the same run; raises UsageError that names what differs."""
+        self.place.mkdir(parents=True, exist_ok=True)
+        for left in self.place.glob(".*.partial"):  # by a kill while a file was written
+            left.unlink()
+        if not self._settings.is_file():
+            write_json(self._settings, record)
+            return
+        try:
+            known = json.loads(self._settings.read_text(encoding="utf-8"))
+            old, new = _flat(known), _flat(json.loads(json.dumps(record)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{self._settings} is damaged ({error}); choose another --out") from error
+        for key in sorted(set(old) | set(new)):
+            if old.get(key) != new.get(key):
+                raise UsageError(
+                    f"--resume {self.place}: {key} was {old.get(key)!r}, is now {new.get(key)!r}; "
+                    "give the old value, or choose another --out"
+                )
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append one line to ``log.jsonl``."""
+        append_json_line(self._log, line)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All whole lines of ``log.jsonl``."""
+        return read_json_lines(self._log)
+
+    def trim_log(self, iteration: int) -> None:
+        """Drop what a kill left behind the last saved state: it is done again."""
+        kept = {line["iteration"]: line for line in self.lines() if line["iteration"] <= iteration}
+        write_atomically(self._log, "".join(json.dumps(line) + "\n" for line in kept.values()).encode())
+
+    def newest_held_out(self) -> float:
+        """The last held-out distance in the log."""
+        return float(next(line["held_out"] for line in reversed(self.lines()) if "held_out" in line))
+
+    def result(self) -> RunResult:
+        """The result of a finished run."""
+        values = json.loads(self._result.read_text(encoding="utf-8"))
+        return RunResult(folder=self.place, **values)
+
+    def finish(self, task: Task, state: TuningState) -> RunResult:
+        """Measure once more, write everything beside, rename it into place, ``unet`` last, and drop the state."""
+        assert state.progress is not None
+        state.average.load_state_dict(state.best)
+        before, after = (task.samples(net, REPORT_SEED) for net in (task.base.denoiser, state.average))
+        progress = state.progress
+        result = RunResult(
+            folder=self.place,
+            iterations=progress.iteration,
+            best_iteration=progress.best_iteration,
+            held_out_before=task.held_out_distance(before),
+            held_out_after=task.held_out_distance(after),
+            seconds=round(progress.seconds, 3),
+        )
+        shutil.rmtree(self._final, ignore_errors=True)
+        self._final.mkdir()
+        _write_sheet(before, self._final / "before.png")
+        _write_sheet(after, self._final / "after.png")
+        draw_curve(self.lines(), self._final / "curve.png")
+        summary = {key: value for key, value in asdict(result).items() if key != "folder"}
+        write_json(self._final / "result.json", summary)
+        write_json(self._final / PLAN_FILE, task.plan.to_dict())
+        write_atomically(self._final / "README.md", model_card(task.record(), task.base, task.plan, summary).encode())
+        _write_diffusers(task, state, self._final)
+        self._publish()
+        return result
+
+    def _publish(self) -> None:
+        entries = sorted(self._final.iterdir(), key=lambda entry: (entry.name == "unet", entry.name))
+        for entry in entries:
+            goal = self.place / entry.name
+            if goal.is_dir():
+                shutil.rmtree(goal)  # left by a kill in the middle of an earlier _publish
+            entry.replace(goal)
+        sync_folder(self.place)
+        self.drop_state()
+
+    def drop_state(self) -> None:
+        """Remove what only an unfinished run needs."""
+        shutil.rmtree(self._final, ignore_errors=True)
+        self.state_file.unlink(missing_ok=True)
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """One level: settings by name, then hashes."""
+    return {key: value for key, value in record.items() if key != "settings"} | dict(record["settings"])
+
+
+def _write_sheet(images: Tensor, path: Path) -> None:
+    from mmd_export.pictures import save_grid
+
+    save_grid(images[:SHEET_IMAGES].cpu().numpy(), path)
+
+
+def _write_diffusers(task: Task, state: TuningState, folder: Path) -> None:
+    """``unet/`` and ``scheduler/`` with the configs of the base, byte for byte, and the best average's weights."""
+    for part in ("unet", "scheduler"):
+        (folder / part).mkdir()
+    for name, content in task.base.configs.items():
+        write_atomically(folder / name, content)
+    weights = {
+        name: tensor.contiguous().cpu() for name, tensor in state.average.get_submodule("unet").state_dict().items()
+    }
+    write_atomically(folder / "unet" / SAFETENSORS, save(weights, {"format": "pt"}))

@@ -1,0 +1,114 @@
+"""Everything that decides a finetuning run, in one frozen model; a TOML file and the command line fill it."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mmd_export.errors import UsageError
+
+SEED_LIMIT = 2**63  # the upper half of the generator's seeds is kept for measuring, see mmd_finetune.task
+
+
+class FinetuneSettings(BaseModel):
+    """One run. The defaults are those of ``finetune/configs/digits.toml``.
+
+    Attributes:
+        model: what ``load_checkpoint`` takes.
+        steps: K, the network calls of the sampler that is tuned.
+        out: the run folder.
+        sampler: a solver's name; None runs the one of the model's scheduler. ``eta`` and ``spacing`` go with it.
+        data: what ``load_images`` takes.
+        features: encoders of the loss, which is the mean of their MMD^2.
+        holdout: encoder of the held-out metric, which the loss never sees.
+        kernel: see ``mmd_finetune.kernels``.
+        learning_rate: of Adam; ``rate_decay`` cosine lets it fall to zero over the iterations.
+        ema_decay: average <- ema_decay * average + (1 - ema_decay) * weights after every iteration.
+        clip_gradient: largest norm of the whole gradient.
+        evaluate_every: iterations between two held-out evaluations, each of ``evaluate_count`` samples of the average.
+        patience: stop after so many evaluations without a new best; None never stops early.
+        checkpoint_calls: recompute network calls in the backward pass: less memory, a third more time.
+        device: auto takes CUDA where there is one. Only runs on the CPU repeat bit for bit.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    steps: int = Field(ge=1)
+    out: Path
+    sampler: str | None = None
+    eta: float | None = Field(default=None, ge=0.0)
+    spacing: str | None = None
+    data: str = "digits"
+    features: tuple[str, ...] = Field(default=("digits-conv",), min_length=1)
+    holdout: str = "digits-mlp"
+    kernel: str = "gaussian"
+    batch_size: int = Field(default=256, ge=2)
+    learning_rate: float = Field(default=2e-4, gt=0.0, allow_inf_nan=False)
+    rate_decay: Literal["constant", "cosine"] = "cosine"
+    iterations: int = Field(default=120, ge=1)
+    seed: int = Field(default=0, ge=0, lt=SEED_LIMIT)
+    ema_decay: float = Field(default=0.95, ge=0.0, lt=1.0)
+    clip_gradient: float = Field(default=1.0, gt=0.0)
+    evaluate_every: int = Field(default=20, ge=1)
+    evaluate_count: int = Field(default=1024, ge=2)
+    patience: int | None = Field(default=None, ge=1)
+    checkpoint_calls: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("features", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """``a,b`` as the command line gives it."""
+        return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _separate(self) -> Self:
+        if len(set(self.features)) != len(self.features):
+            raise ValueError(f"features {', '.join(self.features)} names an encoder twice")
+        if self.holdout in self.features:
+            raise ValueError(f"holdout {self.holdout} is also in features; the loss must not see the held-out encoder")
+        return self
+
+    def public(self) -> dict[str, Any]:
+        """JSON-ready, without the places of this machine: ``out`` is left out, paths become names."""
+        values = self.model_dump(mode="json", exclude={"out"})
+        return values | {key: Path(values[key]).name for key in ("model", "data")}
+
+
+def make_settings(given: Mapping[str, Any], config: Path | None = None) -> FinetuneSettings:
+    """Settings from a TOML file and from ``given``, which wins; a value None in ``given`` counts as not given.
+
+    Raises UsageError that names the setting, its value and what is allowed.
+    """
+    values = ({} if config is None else _read_toml(config)) | {k: v for k, v in given.items() if v is not None}
+    try:
+        return FinetuneSettings(**values)
+    except ValidationError as error:
+        raise UsageError(_first_problem(error, config)) from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read: {error.strerror or error}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"--config {path} is not TOML: {error}") from error
+
+
+def _first_problem(error: ValidationError, config: Path | None) -> str:
+    problem = error.errors()[0]
+    name = str(problem["loc"][0]) if problem["loc"] else ""
+    source = f"finetune settings ({config})" if config else "finetune settings"
+    if problem["type"] == "extra_forbidden":
+        return f"{source}: {name!r} is unknown; known: {', '.join(FinetuneSettings.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{source}: {name} is missing"
+    if not name:
+        return f"{source}: {problem['msg'].removeprefix('Value error, ')}"
+    return f"{source}: {name} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -1,0 +1,107 @@
+"""What changes during a run, and its one file: weights, average, best, Adam moments, counters."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from mmd_export.errors import UsageError
+from mmd_finetune.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Counters and distances, JSON-ready: ``iteration`` are done; distances are held-out ones of the average."""
+
+    iteration: int
+    first_distance: float
+    best_distance: float
+    best_iteration: int
+    seconds: float
+
+
+class TuningState:
+    """The network that is tuned, its average, the best average, and the optimiser.
+
+    Args:
+        base: the pretrained denoiser; it is copied and never changed.
+        learning_rate: of Adam (Kingma and Ba 2015), beta 0.9 and 0.999, no weight decay.
+    """
+
+    def __init__(self, base: nn.Module, learning_rate: float) -> None:
+        # eval: dropout would add noise that the shipped graph does not have.
+        self.denoiser = copy.deepcopy(base).eval().requires_grad_(True)
+        self.average = copy.deepcopy(base).eval().requires_grad_(False)
+        self.best = self.snapshot()
+        self.parameters = dict(self.denoiser.named_parameters())
+        self.optimiser = torch.optim.Adam(self.parameters.values(), lr=learning_rate)
+        self.progress: Progress | None = None
+
+    def update_average(self, decay: float) -> None:
+        """average <- decay * average + (1 - decay) * weights."""
+        with torch.no_grad():
+            for kept, new in zip(self.average.parameters(), self.denoiser.parameters(), strict=True):
+                kept.lerp_(new, 1.0 - decay)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of the average's weights."""
+        return {name: tensor.detach().clone() for name, tensor in self.average.state_dict().items()}
+
+    def save(self, path: Path) -> None:
+        """Write everything into one file, whole or not at all; raises OSError."""
+        assert self.progress is not None, "a run is saved after its first evaluation"
+        metadata = {"progress": json.dumps(vars(self.progress))}
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self._tensors().items()}
+        write_atomically(path, save(tensors, metadata))
+
+    def load(self, path: Path) -> Self:
+        """Continue where ``save`` stopped; raises UsageError if the file is damaged."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+                progress = Progress(**json.loads(file.metadata()["progress"]))
+            self._restore(tensors, progress)
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(
+                f"state {path} cannot be read ({reason}); remove the run folder and start again"
+            ) from error
+        return self
+
+    def _tensors(self) -> dict[str, Tensor]:
+        groups: dict[str, dict[str, Any]] = {
+            "weights": self.denoiser.state_dict(),
+            "average": self.average.state_dict(),
+            "best": self.best,
+        }
+        for moment in ("exp_avg", "exp_avg_sq"):
+            groups[moment] = {
+                name: self.optimiser.state[parameter][moment]
+                for name, parameter in self.parameters.items()
+                if moment in self.optimiser.state[parameter]
+            }
+        return {f"{group}/{name}": tensor for group, part in groups.items() for name, tensor in part.items()}
+
+    def _restore(self, tensors: dict[str, Tensor], progress: Progress) -> None:
+        groups: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            group, name = key.split("/", 1)
+            groups.setdefault(group, {})[name] = tensor
+        self.denoiser.load_state_dict(groups["weights"])
+        self.average.load_state_dict(groups["average"])
+        self.best = {name: tensor.clone() for name, tensor in groups["best"].items()}
+        for name, parameter in self.parameters.items() if progress.iteration else ():
+            self.optimiser.state[parameter] = {
+                "step": torch.tensor(float(progress.iteration)),
+                "exp_avg": groups["exp_avg"][name].clone().to(parameter.device),
+                "exp_avg_sq": groups["exp_avg_sq"][name].clone().to(parameter.device),
+            }
+        self.progress = progress
