@@ -1,0 +1,207 @@
+"""Bad input gets one clear line, the right exit code, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mmd_export.checkpoint import BUILT_IN
+from tests.cli.conftest import Command
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the built-in diffusers folder to damage."""
+    return Path(shutil.copytree(BUILT_IN["digits"], tmp_path / "model"))
+
+
+def fails(command: Command, code: int, says: str, *arguments: object) -> str:
+    found, _, err = command(*arguments)
+    last = err.strip().splitlines()[-1]
+    assert found == code, err
+    assert says in last
+    assert "Traceback" not in err
+    return last
+
+
+def build(model: object, out: Path, *more: object) -> tuple[object, ...]:
+    return ("build", model, "--target", "onnx", "--out", out, "--steps", 2, *more)
+
+
+def test_missing_weights(command: Command, model: Path, tmp_path: Path) -> None:
+    (model / WEIGHTS).unlink()
+    fails(command, 2, "do not exist", *build(model, tmp_path / "b"))
+    assert not (tmp_path / "b").exists()
+
+
+def test_truncated_weights(command: Command, model: Path, tmp_path: Path) -> None:
+    data = (model / WEIGHTS).read_bytes()
+    (model / WEIGHTS).write_bytes(data[: len(data) // 2])
+    fails(command, 2, "cannot be read", *build(model, tmp_path / "b"))
+
+
+def test_nan_weights(command: Command, model: Path, tmp_path: Path) -> None:
+    tensors = load_file(model / WEIGHTS)
+    tensors["conv_in.weight"] = np.full_like(tensors["conv_in.weight"], np.nan)
+    save_file(tensors, model / WEIGHTS)
+    fails(command, 2, "conv_in.weight holds NaN", *build(model, tmp_path / "b"))
+
+
+def test_unknown_scheduler(command: Command, model: Path, tmp_path: Path) -> None:
+    path = model / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "MysteryScheduler"}))
+    fails(command, 2, "MysteryScheduler", *build(model, tmp_path / "b"))
+
+
+def test_unknown_scheduler_setting(command: Command, model: Path, tmp_path: Path) -> None:
+    path = model / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "DDIMScheduler", "warp": 9}))
+    fails(command, 2, "'warp'", *build(model, tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "says"),
+    [
+        (("--steps", 0), 2, "--steps is 0"),
+        (("--steps", 1001), 2, "1001"),
+        (("--batch", "0"), 2, "--batch"),
+        (("--batch", "many"), 2, "--batch is 'many'"),
+        (("--target", "abacus"), 2, "abacus"),
+        (("--sampler", "magic"), 2, "magic"),
+        (("--spacing", "odd"), 2, "odd"),
+        (("--eta", "-1"), 2, "-1"),
+        (("--precision", "fp3"), 3, "fp3"),
+        (("--output", "int3"), 3, "int3"),
+    ],
+)
+def test_wrong_options(command: Command, tmp_path: Path, more: tuple[object, ...], code: int, says: str) -> None:
+    fails(command, code, says, *build("digits", tmp_path / "b", *more))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_that_does_not_exist(command: Command, tmp_path: Path) -> None:
+    fails(command, 2, "does not exist", *build(tmp_path / "nowhere", tmp_path / "b"))
+
+
+def test_folder_that_exists(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.txt").write_text("keep me")
+    fails(command, 2, "already exists", *build("digits", tmp_path / "b"))
+    assert (tmp_path / "b" / "mine.txt").read_text() == "keep me"
+
+
+def test_batch_the_graph_was_not_built_for(digits_bundle: Path) -> None:
+    from mmd_export.bundle import Bundle
+    from mmd_export.errors import UsageError
+    from mmd_export.runtime import RunOptions
+    from mmd_runtime.registry import runtime_for
+
+    session = runtime_for("onnx").open(Bundle.open(digits_bundle), RunOptions())
+    with pytest.raises(UsageError, match=r"batch 2.*built for 1.*--batch 2"):
+        session.run({"noise": np.zeros((2, 1, 8, 8), np.float32)})
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "golden.safetensors", "manifest.json", "README.md"])
+@pytest.mark.parametrize("place", [0.0, 0.37, 0.999])
+def test_edited_bundle(command: Command, digits_bundle: Path, tmp_path: Path, name: str, place: float) -> None:
+    bundle = Path(shutil.copytree(digits_bundle, tmp_path / "b"))
+    data = bytearray((bundle / name).read_bytes())
+    data[int(place * (len(data) - 1))] ^= 1
+    (bundle / name).write_bytes(data)
+    for arguments in (("verify", bundle), ("bench", bundle), ("sample", bundle), ("inspect", bundle)):
+        fails(command, 5, "bundle", *arguments)
+
+
+def test_bundle_of_another_checkpoint(command: Command, digits_bundle: Path, model: Path) -> None:
+    tensors = load_file(model / WEIGHTS)
+    tensors["conv_in.bias"] = tensors["conv_in.bias"] + 1
+    save_file(tensors, model / WEIGHTS)
+    fails(command, 2, "was built from", "verify", digits_bundle, "--checkpoint", model)
+
+
+def test_not_a_bundle(command: Command, tmp_path: Path) -> None:
+    fails(command, 2, "is not a bundle", "verify", tmp_path)
+
+
+def test_unknown_runtime(command: Command, digits_bundle: Path) -> None:
+    fails(command, 2, "unknown", "verify", digits_bundle, "--runtime", "abacus")
+
+
+def test_unknown_command_and_missing_option(command: Command) -> None:
+    assert command("fly")[0] == 2
+    assert command("build", "digits")[0] == 2
+
+
+def test_a_full_disk_leaves_nothing(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    fails(command, 1, "No space left on device", *build("digits", tmp_path / "b"))
+    assert list(tmp_path.iterdir()) == []
+
+
+BUILD_THAT_WAITS = """
+import sys, time
+from mmd_export.targets.onnx import OnnxTarget
+real = OnnxTarget.compile
+def slow(self, program, folder, options):
+    facts = real(self, program, folder, options)
+    print("compiled", flush=True)
+    time.sleep(60)
+    return facts
+OnnxTarget.compile = slow
+from mmd_export.cli import main
+sys.argv = ["mmd-export", "build", "digits", "--target", "onnx", "--steps", "1", "--out", sys.argv[1]]
+main()
+"""
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_build_that_is_stopped_leaves_nothing_finished(tmp_path: Path, stop: signal.Signals, code: int) -> None:
+    out = tmp_path / "b"
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUILD_THAT_WAITS, str(out)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "compiled"
+    time.sleep(0.2)
+    process.send_signal(stop)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert not out.exists()
+    if stop is signal.SIGINT:
+        assert "interrupted" in err
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_build_after_a_killed_one_works(command: Command, tmp_path: Path) -> None:
+    stale = tmp_path / ".b.partial-999999999"
+    stale.mkdir()
+    assert command(*build("digits", tmp_path / "b"))[0] == 0
+    assert not stale.exists()
+
+
+def test_gate_file_that_is_no_gate(command: Command, digits_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "gate.json").write_text("[]")
+    arguments = ("bench", digits_bundle, "--against", "torch", "--rounds", 6, "--gate", tmp_path / "gate.json")
+    fails(command, 2, "--gate", *arguments)
+
+
+def test_demo_does_not_touch_a_folder_of_others(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    fails(command, 2, "already exists", "demo", "--out", tmp_path, "--overwrite")
+    assert (tmp_path / "mine.txt").exists()

@@ -1,0 +1,130 @@
+"""What every target must do, for each that is found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmd_export import build as pipeline
+from mmd_export.build import BuildOptions, build, usable_target
+from mmd_export.bundle import Bundle, Tolerance
+from mmd_export.checkpoint import Checkpoint
+from mmd_export.errors import NotAvailableError, ParityError, UsageError
+from mmd_export.program import SamplerProgram, export_program
+from mmd_export.targets import Compiled, CompileOptions, Target, get_target, target_names
+from mmd_export.tolerance import artefact_tolerance
+
+pytestmark = pytest.mark.parametrize("name", target_names())
+
+
+@pytest.fixture(scope="module")
+def program(tiny_checkpoint: Checkpoint) -> SamplerProgram:
+    return export_program(tiny_checkpoint.denoiser, tiny_checkpoint.plan_for(2), tiny_checkpoint.shape, 1)
+
+
+def target_here(name: str) -> Target:
+    """The target, or a skip that says why it cannot build here."""
+    target = get_target(name)
+    if not (found := target.availability()).available:
+        assert found.detail
+        assert "pip install" in found.install
+        pytest.skip(f"target {name}: {found.detail}; {found.install}")
+    return target
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def options_for(name: str, model: Path, out: Path, **changes: Any) -> BuildOptions:
+    return replace(BuildOptions(model=str(model), target=name, out=out, steps=2), **changes)
+
+
+def test_it_keeps_the_protocol(name: str) -> None:
+    target = get_target(name)
+    assert isinstance(target, Target)
+    assert target.name == name
+    assert target.precisions
+    assert target.outputs
+    assert set(target.outputs) <= {"float32", "uint8"}
+    assert target.format
+    assert target.artefact.startswith("model.")
+    for precision in target.precisions:
+        tolerance = artefact_tolerance(name, precision)
+        assert 0 < tolerance.atol < 1
+        assert "measured" in tolerance.reason
+
+
+def test_it_compiles_the_same_bytes_twice(name: str, program: SamplerProgram, tmp_path: Path) -> None:
+    target, results = target_here(name), []
+    for folder in (tmp_path / "1", tmp_path / "2"):
+        folder.mkdir()
+        compiled = target.compile(program, folder, CompileOptions(target.precisions[0], target.outputs[0]))
+        assert isinstance(compiled, Compiled)
+        assert (folder / target.artefact).exists()
+        assert compiled.toolchain
+        results.append(files_in(folder))
+    assert results[0] == results[1]
+    for data in results[0].values():
+        for private in (str(tmp_path), str(Path.home()), str(Path(__file__).parents[2])):
+            assert private.encode() not in data
+
+
+def test_it_refuses_what_it_has_not(name: str, tiny: Path, tmp_path: Path) -> None:
+    for field, flag in (("precision", "--precision"), ("output", "--output")):
+        options = options_for(name, tiny, tmp_path / "out", **{field: "int3"})
+        with pytest.raises(NotAvailableError, match=f"target {name} has no {flag} int3; it has ") as error:
+            build(options)
+        assert error.value.exit_code == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_refuses_before_the_checkpoint_is_read(name: str, tmp_path: Path) -> None:
+    with pytest.raises(NotAvailableError, match="has no --precision"):
+        build(options_for(name, tmp_path / "nowhere", tmp_path / "out", precision="int3"))
+    with pytest.raises(UsageError, match=rf"--target '{name}x' is unknown; known: .*{name}"):
+        usable_target(options_for(f"{name}x", tmp_path, tmp_path))
+
+
+def test_a_build_is_a_whole_bundle(name: str, tiny: Path, tmp_path: Path) -> None:
+    target_here(name)
+    stages: list[str] = []
+    built = build(options_for(name, tiny, tmp_path / "out"), notify=stages.append)
+    bundle = Bundle.open(tmp_path / "out")
+    assert bundle.manifest == built.manifest
+    assert bundle.manifest.target == name
+    assert len(bundle.manifest.plan["steps"]) == bundle.golden().steps == 2
+    assert bundle.golden().count >= 4
+    assert stages[0] == "reading the checkpoint"
+    assert any(name in stage for stage in stages)
+    with pytest.raises(UsageError, match="already exists"):
+        build(options_for(name, tiny, tmp_path / "out"))
+
+
+def test_a_build_that_fails_its_parity_leaves_nothing(
+    name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target_here(name)
+    monkeypatch.setattr(pipeline, "artefact_tolerance", lambda *_: Tolerance(atol=0.0, reason="nothing passes"))
+    with pytest.raises(ParityError, match=r"rung 6 \(artefact in its runtime\) failed: .* the tolerance is 0") as error:
+        build(options_for(name, tiny, tmp_path / "out"))
+    assert error.value.exit_code == 4
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_build_that_breaks_leaves_nothing(
+    name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = target_here(name)
+
+    def compile_half(program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
+        (folder / target.artefact).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target, "compile", compile_half)
+    with pytest.raises(KeyboardInterrupt):
+        build(options_for(name, tiny, tmp_path / "out"))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,200 @@
+"""``python:package.module:attribute``: any module loads and ships, gradients of energies too; the rest is refused."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mmd_export.build import BuildOptions, build
+from mmd_export.checkpoint import Checkpoint, load_checkpoint
+from mmd_export.checkpoints.gradient import GradientDenoiser
+from mmd_export.errors import UsageError
+from mmd_export.program import export_program
+from mmd_export.reference import run_chain, sampler_of
+from tests import foreign_nets
+
+NETS = "python:tests.foreign_nets"
+GRADIENTS = ("AutogradEnergy", "FunctionalEnergy", "LabelledEnergy")
+
+
+def inputs(checkpoint: Checkpoint, batch: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    x = torch.randn(batch, *checkpoint.shape, generator=torch.Generator().manual_seed(8)).to(dtype)
+    labels = () if checkpoint.classes is None else (torch.arange(batch) % checkpoint.classes,)
+    return x, torch.tensor([321]), *labels
+
+
+# --- what loads
+
+
+@pytest.mark.parametrize("attribute", ["Plain", "network", "make_plain"])
+def test_a_class_an_instance_and_a_factory(attribute: str) -> None:
+    checkpoint = load_checkpoint(f"{NETS}:{attribute}")
+    assert (checkpoint.name, checkpoint.shape, checkpoint.classes) == (attribute, (1, 8, 8), None)
+    assert checkpoint.scheduler.prediction_type == "v_prediction"
+    assert (checkpoint.warnings, dict(checkpoint.configs), checkpoint.plan) == ((), {}, None)
+    assert not any(module.training for module in checkpoint.denoiser.modules())
+    assert {(p.dtype, p.requires_grad) for p in checkpoint.denoiser.parameters()} == {(torch.float32, False)}
+    half = attribute == "make_plain"
+    expected = foreign_nets.make_plain().float().eval() if half else foreign_nets.Plain()
+    with torch.no_grad():
+        assert torch.equal(checkpoint.denoiser(*inputs(checkpoint)), expected(*inputs(checkpoint)))
+
+
+def test_labels_size_and_missing_scheduler() -> None:
+    assert load_checkpoint(f"{NETS}:Labelled").classes == 4
+    assert load_checkpoint(f"{NETS}:Plain", sample_size=(8, 16)).shape == (1, 8, 16)
+    assert load_checkpoint(f"{NETS}:Plain?sample_size=12").shape == (1, 12, 12)
+    (warning,) = load_checkpoint(f"{NETS}:Unscheduled").warnings
+    assert "states no scheduler_config; taken as DDIMScheduler, linear betas" in warning
+
+
+def test_a_module_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from tests.foreign_nets import Plain\n\nclass Own:\n    net = Plain()\n"
+    (tmp_path / "nets_of_mine.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    first = load_checkpoint("python:nets_of_mine:Own.net")
+    assert (first.name, first.folder) == ("net", tmp_path)
+    assert first.sha256 != load_checkpoint(f"{NETS}:network").sha256  # another source, so maybe another function
+
+
+def test_the_hash_follows_the_weights() -> None:
+    first = load_checkpoint(f"{NETS}:network").sha256
+    with torch.no_grad():
+        foreign_nets.network.last.weight[0, 0, 0, 0] += 1
+        try:
+            assert load_checkpoint(f"{NETS}:network").sha256 != first
+        finally:
+            foreign_nets.network.last.weight[0, 0, 0, 0] -= 1
+
+
+# --- gradients of energies
+
+
+@pytest.mark.parametrize("attribute", GRADIENTS)
+def test_a_gradient_is_the_gradient(attribute: str) -> None:
+    """Traced once, it equals autograd: float32, float64, other batches, no_grad and inference mode."""
+    checkpoint = load_checkpoint(f"{NETS}:{attribute}")
+    assert isinstance(checkpoint.denoiser, GradientDenoiser)
+    module = getattr(foreign_nets, attribute)()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        denoiser = (checkpoint if dtype == torch.float32 else checkpoint.as_double()).denoiser
+        for batch in (1, 2, 5):
+            given = inputs(checkpoint, batch, dtype)
+            expected = module.to(dtype)(*given).detach()
+            with torch.inference_mode():
+                found = denoiser(*given)
+            assert found.dtype == dtype
+            assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+def test_a_gradient_by_finite_differences() -> None:
+    """An exact answer: (E(x + h d) - E(x - h d)) / 2h = <grad E(x), d>."""
+    checkpoint = load_checkpoint(f"{NETS}:AutogradEnergy").as_double()
+    energy = foreign_nets.Energy().double().requires_grad_(False).energy
+    x, t = inputs(checkpoint, 2, torch.float64)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=x.dtype)
+    h = 1e-5
+    expected = (energy(x + h * direction, t) - energy(x - h * direction, t)) / (2 * h)
+    found = (checkpoint.denoiser(x, t) * direction).sum()
+    assert float((found - expected).abs()) <= 1e-7 * float(expected.abs())
+
+
+def test_tuning_goes_through_a_gradient() -> None:
+    """The graph is differentiable in its weights and in its input, as the unrolled sampler needs."""
+    denoiser = load_checkpoint(f"{NETS}:FunctionalEnergy").denoiser.requires_grad_(True)
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+    denoiser(x, torch.tensor([10])).square().sum().backward()
+    assert x.grad is not None
+    assert float(x.grad.abs().max()) > 0
+    untouched = [name for name, p in denoiser.named_parameters() if p.grad is None or float(p.grad.abs().max()) == 0]
+    assert untouched == ["network.last.weight", "network.last.bias"]  # no part of the energy
+
+
+@pytest.mark.parametrize("attribute", ["Plain", "Labelled", *GRADIENTS])
+@pytest.mark.parametrize("batch", ["2", "1..8"])
+def test_it_ships(attribute: str, batch: str, tmp_path: Path) -> None:
+    """Checkpoint to verified ONNX bundle; every state of the artefact is near the float64 reference."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.export about autograd
+        bundle = build(BuildOptions(f"{NETS}:{attribute}", "onnx", tmp_path / "b", steps=3, batch=batch))
+    parity = bundle.manifest.parity
+    assert parity is not None
+    assert max(parity.values()) <= 1e-5
+
+
+def test_a_fractional_timestep() -> None:
+    """Grids of sigmas ask for timesteps that are no whole numbers."""
+    checkpoint = load_checkpoint(f"{NETS}:AutogradEnergy")
+    x, _ = inputs(checkpoint)
+    expected = foreign_nets.AutogradEnergy()(x, torch.tensor([20.5])).detach()
+    assert torch.allclose(checkpoint.denoiser(x, torch.tensor([20.5])), expected, atol=1e-5)
+
+
+def test_the_program_holds_no_autograd() -> None:
+    checkpoint = load_checkpoint(f"{NETS}:AutogradEnergy")
+    program = export_program(checkpoint.denoiser, checkpoint.plan_for(2), checkpoint.shape, None)
+    names = {str(node.target) for node in program.step.graph.nodes if node.op == "call_function"}
+    assert not any("backward" in name or "grad" in name or "detach" in name for name in names), names
+    states = run_chain(sampler_of(checkpoint, checkpoint.plan_for(2)), {"noise": np.zeros((1, 1, 8, 8), np.float32)})
+    assert np.isfinite(states["sample"]).all()
+
+
+# --- what is refused
+
+REFUSED = {
+    "Noisy": r"Noisy draws random numbers; only noise inputs may be random",
+    "OwnNoise": r"OwnNoise draws noise or keeps state: two calls with the same input differ by",
+    "Counting": r"Counting draws noise or keeps state: two calls with the same input differ by",
+    "Branching": r"branches on data at foreign_nets.py:\d+ \(if x.sum\(\) > 0:\): .* torch.where",
+    "TimeBranching": r"branches on data at foreign_nets.py:\d+ \(return x if int\(timestep\) > 500",
+    "Selecting": r"branches on data at foreign_nets.py:\d+ \(return super\(\).forward\(x, timestep\) \* x\[x > 0\]",
+    "NumpyNet": r"leaves torch at foreign_nets.py:\d+ \(.*x.numpy\(\)",
+    "SingleOnly": r"float64|x.dtype",
+    "MeanEnergy": r"mixes the samples of a batch: one sample alone differs by 1 of .* sum over the batch",
+    "Doubled": r"returns \(2, 2, 8, 8\) torch.float32 for x \(2, 1, 8, 8\)",
+    "Tupled": r"returns tuple, not a tensor",
+    "Failing": r"fails at foreign_nets.py:\d+ .* on .* of \(2, 1, 8, 8\) float32, \(1,\) int64",
+    "Infinite": r"returns NaN or infinity",
+    "Damaged": r"first.weight holds NaN or infinity",
+    "Shapeless": r"sample_shape is None; \(channels, height, width\) is expected",
+    "OddClasses": r"num_classes is 'ten'; a positive whole number",
+    "OddScheduler": r"OddScheduler: scheduler: beta_schedule 'quadratic' is not supported",
+    "Disagreeing": r"says prediction_type 'epsilon', its scheduler_config 'v_prediction'",
+    "number": r"is int; an nn.Module or a function",
+    "makes_a_number": r"makes int; an nn.Module is expected",
+    "needs_arguments": r"calling it without arguments fails: TypeError",
+    "absent": r"tests.foreign_nets has no absent; it has",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attribute", REFUSED)
+def test_what_a_graph_cannot_hold_is_refused_at_once(attribute: str) -> None:
+    with pytest.raises(UsageError, match=REFUSED[attribute]) as error:
+        load_checkpoint(f"{NETS}:{attribute}")
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"model {NETS}:{attribute}")
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("tests.foreign_nets", "package.module:attribute is expected"),
+        (":Plain", "package.module:attribute is expected"),
+        ("no_such_package.net:Net", "no_such_package.net cannot be imported: ModuleNotFoundError"),
+    ],
+)
+def test_a_place_that_is_none(place: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load_checkpoint(f"python:{place}")
+
+
+def test_a_module_that_fails_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_net.py").write_text("raise ValueError('no weights\\nhere')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"broken_net cannot be imported: ValueError: no weights$"):
+        load_checkpoint("python:broken_net:Net")

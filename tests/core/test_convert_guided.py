@@ -1,0 +1,132 @@
+"""``guided:FILE``: a converted file computes what the UNet of improved- and guided-diffusion computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmd_export.checkpoint import Checkpoint, load_checkpoint
+from mmd_export.errors import UsageError
+from tests.guided_unet import GuidedUNet
+
+MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "improved": ({"layers": 2, "attend": (0, 1)}, "num_heads=1"),
+    "four heads": ({"base": 64, "multipliers": (1, 1), "attend": (0,)}, "num_heads=4"),
+    "film": ({"film": True, "head": 16, "multipliers": (1, 2, 2)}, "num_head_channels=16"),
+    "updown": ({"film": True, "updown": True, "head": 32, "attend": (0, 2), "multipliers": (1, 2, 4), "layers": 2},
+               "num_head_channels=32"),
+    "new order": ({"head": 16, "new_order": True}, "num_head_channels=16&use_new_attention_order=true"),
+    "labels": ({"classes": 7, "updown": True, "attend": ()}, "num_heads=1&noise_schedule=cosine"),
+}  # fmt: skip
+HEADS = {"four heads": 16}
+
+
+def random_unet(**settings: Any) -> GuidedUNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        unet = GuidedUNet(**settings)
+        for parameter in unet.parameters():
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return unet.eval().requires_grad_(False)
+
+
+def load(folder: Path, unet: GuidedUNet, options: str, **more: Any) -> Checkpoint:
+    torch.save(unet.state_dict(), folder / "model.pt")
+    return load_checkpoint(f"guided:{folder / 'model.pt'}?{options}", **{"sample_size": 16, **more})
+
+
+def refused(folder: Path, unet: GuidedUNet, options: str, *words: str, **more: Any) -> None:
+    with pytest.raises(UsageError) as error:
+        load(folder, unet, options, **more)
+    for word in words:
+        assert word in str(error.value)
+
+
+def outputs(unet: torch.nn.Module, dtype: torch.dtype, *, labels: bool) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 3, 16, 24, generator=generator).to(dtype)
+    given = (torch.tensor([1, 4]),) if labels else ()
+    with torch.no_grad():
+        return [unet(x, torch.tensor([t]), *given) for t in (0, 250, 999)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_computes_what_the_original_computes(name: str, tmp_path: Path) -> None:
+    settings, options = MODELS[name]
+    unet = random_unet(**{**settings, "head": HEADS.get(name, settings.get("head", 0))})
+    checkpoint = load(tmp_path, unet, options)
+    labels = "classes" in settings
+    assert checkpoint.classes == settings.get("classes")
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        network = (checkpoint if dtype == torch.float32 else checkpoint.as_double()).denoiser
+        for expected, found in zip(
+            outputs(unet.to(dtype), dtype, labels=labels), outputs(network, dtype, labels=labels), strict=True
+        ):
+            assert float((found - expected).abs().max() / expected.abs().max()) <= tolerance
+    assert sum(p.numel() for p in unet.parameters()) == sum(p.numel() for p in checkpoint.denoiser.parameters())
+
+
+def test_heads_matter(tmp_path: Path) -> None:
+    """The proof above can fail: other heads or another order of q, k and v are another network."""
+    unet = random_unet(head=16)
+    expected = outputs(unet, torch.float32, labels=False)
+    for options in ("num_head_channels=32", "num_heads=1", "num_head_channels=16&use_new_attention_order=true"):
+        found = outputs(load(tmp_path, unet, options).denoiser, torch.float32, labels=False)
+        assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) > 1e-4
+
+
+def test_the_schedule(tmp_path: Path) -> None:
+    unet = random_unet()
+    assert load(tmp_path, unet, "num_heads=1").scheduler.beta_schedule == "linear"
+    assert load(tmp_path, unet, "num_heads=1&noise_schedule=cosine").scheduler.beta_schedule == "squaredcos_cap_v2"
+    refused(tmp_path, unet, "num_heads=1&noise_schedule=quadratic", "'quadratic'; known: linear, cosine")
+
+
+def test_learned_variance_is_left_out(tmp_path: Path) -> None:
+    unet = random_unet(given=6)
+    checkpoint = load(tmp_path, unet, "num_heads=1")
+    assert any("learned variance: output channels 3 to 5 are left out" in text for text in checkpoint.warnings)
+    for expected, found in zip(
+        outputs(unet, torch.float32, labels=False),
+        outputs(checkpoint.denoiser, torch.float32, labels=False),
+        strict=True,
+    ):
+        assert float((found - expected[:, :3]).abs().max()) <= 1e-5
+
+
+def test_what_is_not_known_or_does_not_fit(tmp_path: Path) -> None:
+    unet = random_unet()
+    refused(tmp_path, unet, "", "nothing in them tells the attention heads")
+    refused(tmp_path, unet, "num_heads=1", "nothing in them tells the image size", sample_size=None)
+    refused(tmp_path, unet, "num_heads=1", "--sample-size is 7; 2 levels need multiples of 2", sample_size=7)
+    refused(tmp_path, unet, "num_head_channels=24", "num_head_channels is 24, the widths [64]")
+    refused(tmp_path, random_unet(attend=(0, 1)), "num_heads=4", "num_heads is 4 with attention at the widths [32, 64]")
+    refused(tmp_path, unet, "num_heads=1&dropout=0", "option dropout=0 has no meaning; guided: takes ema, sample_size")
+
+
+def test_keys_that_do_not_fit(tmp_path: Path) -> None:
+    weights = random_unet().state_dict()
+    path = tmp_path / "bad.pt"
+
+    def says(changes: dict[str, Tensor], drop: str, *words: str) -> None:
+        torch.save({name: value for name, value in (weights | changes).items() if not drop or drop not in name}, path)
+        with pytest.raises(UsageError) as error:
+            load_checkpoint(f"guided:{path}?num_heads=1", sample_size=16)
+        for word in words:
+            assert word in str(error.value)
+
+    says({"extra.weight": torch.zeros(1)}, "", "no place for extra.weight")
+    says({}, "time_embed.0", "not in the guided-diffusion layout: time_embed.0.weight missing")
+    says({}, "input_blocks.2", "input_blocks.2 has no weights (conv_resample is off)")
+    says({}, "middle_block.1.qkv", "tensors are missing")
+    says({"out.2.bias": torch.full((3,), torch.nan)}, "", "holds NaN or infinity")
+
+
+def test_a_ddim_file_is_told_apart(tmp_path: Path) -> None:
+    torch.save(random_unet().state_dict(), tmp_path / "model.pt")
+    with pytest.raises(UsageError, match="not in the DDIM layout"):
+        load_checkpoint(f"ddim:{tmp_path / 'model.pt'}")

@@ -1,0 +1,217 @@
+"""Scheduler configs of every class: what is read, what is let through, and what is refused by name."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmd_export.diffusers_loop import scheduler_class
+from mmd_export.errors import UsageError
+from mmd_export.plans import choose_plan, plan_again
+from mmd_export.schedule import SchedulerConfig
+from mmd_export.scheduler_keys import CLASSES, KEYS
+from mmd_export.solvers import SOLVERS, make_plan
+from mmd_export.solvers.beta_quantile import beta_quantile
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+THRESHOLDING = {"thresholding", "dynamic_thresholding_ratio", "sample_max_value"}
+
+
+def config_of(class_name: str, **settings: Any) -> SchedulerConfig:
+    return SchedulerConfig.from_dict({"_class_name": class_name, **settings})
+
+
+def refused(class_name: str, settings: dict[str, Any], *words: str, steps: int | None = 5, **options: Any) -> None:
+    with pytest.raises(UsageError) as error:
+        make_plan(config_of(class_name, **settings), steps, **options)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("class_name", KEYS)
+def test_settings_and_defaults_are_those_of_diffusers(class_name: str) -> None:
+    """One table, checked against the signature of the class that is installed."""
+    parameters = inspect.signature(scheduler_class(class_name).__init__).parameters
+    theirs = {name: p.default for name, p in parameters.items() if name not in {"self", *THRESHOLDING}}
+    ours = dict(KEYS[class_name])
+    if class_name in ("DDIMScheduler", "DDPMScheduler"):  # one table for both
+        ours = {key: value for key, value in ours.items() if key in theirs}
+    if class_name != "DDPMScheduler":
+        theirs.pop("variance_type", None)
+    assert ours.pop("disable_corrector", ()) == ()
+    theirs.pop("disable_corrector", None)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("class_name", KEYS)
+def test_what_diffusers_writes_is_read(class_name: str, tmp_path: Path) -> None:
+    scheduler_class(class_name)().save_pretrained(tmp_path)
+    config = SchedulerConfig.from_file(tmp_path / "scheduler_config.json")
+    assert config == config_of(class_name)
+    assert config.sampler == CLASSES[class_name]
+    settings = json.loads(json.dumps(config.settings()))
+    assert SchedulerConfig.from_dict({"_class_name": class_name, **settings}) == config
+
+
+STABLE_DIFFUSION_XL: dict[str, Any] = {
+    "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
+    "interpolation_type": "linear", "num_train_timesteps": 1000, "prediction_type": "epsilon", "sample_max_value": 1.0,
+    "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "timestep_spacing": "leading",
+    "trained_betas": None, "use_karras_sigmas": False, "_diffusers_version": "0.19.0.dev0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "class_name",
+    [
+        "EulerDiscreteScheduler",
+        "DDIMScheduler",
+        "PNDMScheduler",
+        "DPMSolverSinglestepScheduler",
+        "UniPCMultistepScheduler",
+    ],
+)
+def test_settings_that_schedulers_leave_in_each_others_configs(class_name: str) -> None:
+    """diffusers keeps them when one scheduler is made from another's config; Stable Diffusion XL's is such a file."""
+    assert make_plan(config_of(class_name, **STABLE_DIFFUSION_XL), 4).step_count >= 4
+
+
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_another_sampler_for_the_same_model(sampler: str) -> None:
+    """As ``from_config`` does: the schedule is carried over, the rest is the class's own default."""
+    config = config_of("DDIMScheduler", beta_schedule="scaled_linear", prediction_type="v_prediction", beta_end=0.012)
+    plan = make_plan(config, 4, sampler=sampler)
+    assert plan.solver == sampler
+    if sampler in ("euler", "dpmsolver", "unipc", "lcm", "deis"):
+        assert plan.prediction_type == "v_prediction"
+        assert plan.settings["beta_schedule"] == "scaled_linear"
+    assert plan_again(plan, config).digest() == plan.digest()
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({"steps": 15, "spacing": "mmd-ddm"}, {"steps": 5}),
+        ({"steps": None, "timesteps": (900, 400, 3)}, {"steps": 4}),
+        ({"steps": 4, "sampler": "heun"}, {"sampler": "euler"}),
+        ({"steps": 4, "eta": 0.5}, {"eta": 0.0}),
+        ({"steps": 4, "sampler": "pndm"}, {"spacing": "linspace"}),
+    ],
+)
+def test_a_plan_is_made_again_from_its_settings(options: dict[str, Any], changed: dict[str, Any]) -> None:
+    config = config_of("DDIMScheduler", clip_sample=False)
+    plan = choose_plan(config, options.pop("steps"), **options)
+    assert plan_again(plan, config).digest() == plan.digest()
+    assert plan_again(plan, config, **changed).digest() != plan.digest()
+
+
+@pytest.mark.parametrize(
+    ("class_name", "settings", "words"),
+    [
+        ("EulerDiscreteScheduler", {"sigma_data": 1}, ("'sigma_data' is unknown to EulerDiscreteScheduler",)),
+        ("EulerDiscreteScheduler", {"use_karras_sigmsa": True}, ("'use_karras_sigmsa' is unknown",)),
+        ("EulerAncestralDiscreteScheduler", {"use_karras_sigmas": True}, ("'use_karras_sigmas' is unknown",)),
+        ("EulerAncestralDiscreteScheduler", {"prediction_type": "sample"}, ("'sample'", "epsilon, v_prediction")),
+        ("EulerDiscreteScheduler", {"timestep_type": "log"}, ("timestep_type 'log'", "discrete, continuous")),
+        ("EulerDiscreteScheduler", {"beta_schedule": "sigmoid"}, ("'sigmoid'", "squaredcos_cap_v2")),
+        ("EulerDiscreteScheduler", {"final_sigmas_type": "one"}, ("final_sigmas_type 'one'", "zero, sigma_min")),
+        ("EulerDiscreteScheduler", {"sigma_min": "0.1"}, ("sigma_min", "'0.1'")),
+        (
+            "EulerDiscreteScheduler",
+            {"use_karras_sigmas": True, "use_beta_sigmas": True},
+            ("use_karras_sigmas and use_beta_sigmas are both on",),
+        ),
+        ("DPMSolverMultistepScheduler", {"solver_order": 4}, ("solver_order 4", "1, 2, 3")),
+        ("DPMSolverMultistepScheduler", {"solver_order": "2"}, ("solver_order is '2'", "str", "int")),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "deis"}, ("algorithm_type 'deis'", "dpmsolver++")),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, ("needs final_sigmas_type 'sigma_min'",)),
+        (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver", "solver_order": 3, "final_sigmas_type": "sigma_min"},
+            ("solver_order 3", "'sde-dpmsolver'"),
+        ),
+        ("DPMSolverMultistepScheduler", {"solver_type": "bh2"}, ("solver_type 'bh2'", "midpoint, heun")),
+        ("DPMSolverMultistepScheduler", {"variance_type": "learned"}, ("variance_type 'learned'",)),
+        ("DPMSolverMultistepScheduler", {"thresholding": True}, ("thresholding", "not affine")),
+        ("UniPCMultistepScheduler", {"thresholding": True}, ("thresholding", "not affine")),
+        ("UniPCMultistepScheduler", {"solver_p": {"a": 1}}, ("solver_p",)),
+        ("UniPCMultistepScheduler", {"use_dynamic_shifting": True}, ("use_dynamic_shifting", "flow_shift")),
+        (
+            "UniPCMultistepScheduler",
+            {"use_flow_sigmas": True, "use_beta_sigmas": True},
+            ("use_flow_sigmas and use_beta_sigmas are both on",),
+        ),
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, ("use_dynamic_shifting", "shift")),
+        ("FlowMatchEulerDiscreteScheduler", {"beta_start": 0.1}, ("'beta_start' is unknown",)),
+        ("EDMDPMSolverMultistepScheduler", {"prediction_type": "sample"}, ("'sample'",)),
+        (
+            "EDMDPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+            ("solver_order 3", "'sde-dpmsolver++'"),
+        ),
+        ("EDMEulerScheduler", {"sigma_schedule": "linear"}, ("'linear'", "karras, exponential")),
+        ("PNDMScheduler", {"prediction_type": "sample"}, ("'sample'", "epsilon, v_prediction")),
+        ("PNDMScheduler", {"skip_prk_steps": "yes"}, ("skip_prk_steps", "'yes'", "bool")),
+        ("LCMScheduler", {"original_inference_steps": 4}, ("--steps is 5, original_inference_steps 4",)),
+        ("LCMScheduler", {"original_inference_steps": 2000}, ("original_inference_steps 2000", "1000")),
+        ("DDIMScheduler", {"use_karras_sigmas": True}, ("'use_karras_sigmas' is unknown to DDIMScheduler",)),
+    ],
+)  # fmt: skip
+def test_a_setting_that_cannot_serve(class_name: str, settings: dict[str, Any], words: tuple[str, ...]) -> None:
+    refused(class_name, settings, *words)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "words"),
+    [
+        ((100, 200), ("from 100 up to 200",)),
+        ((200, 200), ("200 twice",)),
+        ((1000, 3), ("1000", "0 ... 999")),
+        ((3, -1), ("-1", "0 ... 999")),
+        ((), ("empty",)),
+    ],
+)
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmsolver", "lcm"])
+def test_timesteps_that_are_no_grid(sampler: str, timesteps: tuple[int, ...], words: tuple[str, ...]) -> None:
+    refused("DDIMScheduler", {}, *words, steps=None, sampler=sampler, timesteps=timesteps)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "settings", "options", "words"),
+    [
+        ("DDIMScheduler", {}, {"steps": 5, "timesteps": (9, 3)}, ("--steps is 5, --timesteps lists 2",)),
+        ("DDIMScheduler", {}, {"steps": None}, ("--steps is missing",)),
+        ("DDIMScheduler", {}, {"steps": None, "timesteps": (9,), "spacing": "trailing"}, ("trailing", "choose")),
+        ("DDIMScheduler", {}, {"steps": 5, "sampler": "edm-euler", "spacing": "mmd-ddm"}, ("grid of its own",)),
+        ("PNDMScheduler", {}, {"steps": None, "timesteps": (9, 3)}, ("pndm", "grid of its own")),
+        ("PNDMScheduler", {}, {"steps": 3}, ("--steps is 3", "4 or more", "skip_prk_steps")),
+        ("LCMScheduler", {}, {"steps": 4, "spacing": "trailing"}, ("--spacing trailing", "lcm")),
+        ("FlowMatchEulerDiscreteScheduler", {}, {"steps": 4, "spacing": "linspace"}, ("linspace", "flow-euler")),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, {"steps": None, "timesteps": (9, 3)},
+         ("--timesteps", "use_karras_sigmas")),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+         {"steps": None, "timesteps": (9, 3)}, ("--timesteps", "use_flow_sigmas")),
+        ("EulerDiscreteScheduler", {}, {"steps": 4, "eta": 0.5}, ("--eta 0.5", "ddim or tcd")),
+        ("TCDScheduler", {}, {"steps": 4, "eta": 1.5}, ("--eta is 1.5", "0 ... 1")),
+        ("DPMSolverMultistepScheduler", {}, {"steps": 1000}, ("--steps is 1000", "twice", "fewer")),
+        ("EulerDiscreteScheduler", {}, {"steps": 4, "sampler": "eulr"}, ("'eulr'", "euler-ancestral")),
+        ("EulerDiscreteScheduler", {}, {"steps": 4, "sampler": "lms"}, ("'lms'", "mmd_export.plans")),
+        ("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1}, {"steps": 1}, ("not finite", "step count")),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_fit(
+    class_name: str, settings: dict[str, Any], options: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    refused(class_name, settings, *words, **options)
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-9, 0.01, 0.3, 0.5, 0.77, 0.999, 1.0])
+def test_the_beta_quantile_is_scipys(p: float) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for a, b in ((0.6, 0.6), (2.0, 5.0), (1.0, 1.0)):
+        assert beta_quantile(p, a, b) == pytest.approx(stats.beta.ppf(p, a, b), rel=1e-12, abs=1e-300)

@@ -1,0 +1,114 @@
+"""Encoders: frozen, strict, differentiable; the reference of real features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmd_export.errors import UsageError
+from mmd_finetune import features
+from mmd_finetune.digits import load_digits_split
+from mmd_finetune.features import ENCODERS, Encoder, load_encoder, require_fit
+from mmd_finetune.kernels import KERNELS
+from mmd_finetune.mmd import unbiased_mmd2
+from mmd_finetune.reference import make_reference
+
+
+@pytest.fixture(scope="module")
+def real() -> torch.Tensor:
+    return torch.from_numpy(load_digits_split().train_images).clone()
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoder_is_frozen_and_lets_gradients_through(name: str, real: torch.Tensor) -> None:
+    encoder = load_encoder(name)
+    assert not encoder.network.training
+    assert not any(parameter.requires_grad for parameter in encoder.network.parameters())
+    images = real[:4].clone().requires_grad_(True)
+    output = encoder(images)
+    assert output.shape == (4, 64)
+    assert output.dtype == torch.float32
+    output.square().sum().backward()
+    assert images.grad is not None
+    assert float(images.grad.abs().sum()) > 0.0
+
+
+@pytest.mark.parametrize("name", ["digits-conv", "digits-mlp"])
+def test_classifiers_know_the_held_out_scans(name: str) -> None:
+    split = load_digits_split()
+    predicted = load_encoder(name).logits(torch.from_numpy(split.held_out_images)).argmax(1).numpy()
+    assert float((predicted == split.held_out_labels).mean()) > 0.96
+
+
+def test_pixels_have_no_head(real: torch.Tensor) -> None:
+    with pytest.raises(UsageError, match="encoder pixels has no classifier head"):
+        load_encoder("pixels").logits(real[:2])
+
+
+def test_unknown_encoder_lists_the_known() -> None:
+    with pytest.raises(UsageError, match="encoder 'inception' is unknown; known: digits-conv, digits-mlp, pixels"):
+        load_encoder("inception")
+
+
+def test_encoder_of_another_size_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"digits-conv takes images \(1, 8, 8\), the model makes \(3, 32, 32\)"):
+        require_fit(load_encoder("digits-conv"), (3, 32, 32))
+    require_fit(load_encoder("pixels"), (3, 32, 32))
+
+
+def damaged(tmp_path: Path, kind: str) -> None:
+    weights = load_file(features.FOLDER / "digits-mlp.safetensors")
+    if kind == "nan":
+        weights["head.bias"][3] = float("nan")
+    elif kind == "missing":
+        del weights["head.bias"]
+    elif kind == "shape":
+        weights["head.bias"] = torch.zeros(11)
+    save_file(weights, tmp_path / "digits-mlp.safetensors")
+    if kind == "truncated":
+        data = (tmp_path / "digits-mlp.safetensors").read_bytes()
+        (tmp_path / "digits-mlp.safetensors").write_bytes(data[:1000])
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("nan", "head.bias holds NaN"),
+        ("missing", "do not fit.*head.bias"),
+        ("shape", "do not fit.*head.bias"),
+        ("truncated", "cannot be read"),
+    ],
+)
+def test_damaged_weights_are_named(kind: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged(tmp_path, kind)
+    monkeypatch.setattr(features, "FOLDER", tmp_path)
+    with pytest.raises(UsageError, match=said):
+        load_encoder("digits-mlp")
+
+
+def test_absent_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "FOLDER", tmp_path)
+    with pytest.raises(UsageError, match=r"digits-mlp\.safetensors cannot be read"):
+        load_encoder("digits-mlp")
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_reference_gives_the_mmd_of_its_encoder(kernel: str, real: torch.Tensor) -> None:
+    encoder = load_encoder("digits-conv")
+    reference = make_reference(encoder, kernel, real[:300])
+    generated = real[300:340]
+    expected = unbiased_mmd2(reference.kernel, encoder(generated).double(), encoder(real[:300]).double())
+    assert reference.features.dtype == torch.float64
+    torch.testing.assert_close(reference.mmd2(generated), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_real_images_that_break_the_encoder_are_refused(real: torch.Tensor) -> None:
+    class Broken(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1) / 0.0
+
+    with pytest.raises(UsageError, match="encoder broken gives NaN or infinity for a real image"):
+        make_reference(Encoder("broken", Broken()), "linear", real[:4])

@@ -1,0 +1,237 @@
+"""Kill -9, a full disk, damaged state: the last good state is kept and the run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmd_export.checkpoint import load_checkpoint
+from mmd_export.errors import MmdExportError, UsageError
+from mmd_finetune import files, loop, run_folder
+from mmd_finetune.loop import tune
+from mmd_finetune.settings import FinetuneSettings
+from mmd_finetune.state import TuningState
+from mmd_finetune.task import prepare
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+ROOT = Path(__file__).parents[2]
+
+CHILD = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from mmd_finetune.loop import tune
+from mmd_finetune.settings import FinetuneSettings
+settings = FinetuneSettings.model_validate_json(sys.argv[1])
+tune(settings, resume=True, observer=lambda report: print(report.iteration, flush=True))
+"""
+
+LIMITED = """
+import resource, sys
+from mmd_export.errors import MmdExportError
+from mmd_finetune.loop import tune
+from mmd_finetune.settings import FinetuneSettings
+settings = FinetuneSettings.model_validate_json(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    tune(settings, resume=True)
+except MmdExportError as error:
+    print(error)
+    raise SystemExit(error.exit_code)
+"""
+
+
+def changed(settings: FinetuneSettings, **values: object) -> FinetuneSettings:
+    return FinetuneSettings.model_validate(settings.model_dump() | values)
+
+
+def start(script: str, settings: FinetuneSettings) -> subprocess.Popen[str]:
+    folders = [str(ROOT), str(ROOT / "finetune")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, settings.model_dump_json()]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def kill_after(settings: FinetuneSettings, iteration: int, pause: float) -> int:
+    """Start or resume, wait for ``iteration`` and ``pause`` seconds, kill -9; the last iteration that was seen."""
+    child = start(CHILD, settings)
+    assert child.stdout is not None
+    for line in child.stdout:
+        if int(line) >= iteration:
+            break
+    time.sleep(pause)
+    child.send_signal(signal.SIGKILL)
+    rest, stderr = child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGKILL, stderr
+    return max([iteration, *map(int, rest.split())])
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / WEIGHTS)
+
+
+def log_without_seconds(run: Path) -> list[str]:
+    return [line.rsplit(', "seconds"', 1)[0] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.timeout(120)
+def test_kill_9_at_three_moments_and_resume_end_bit_for_bit_the_same(
+    tiny_settings: FinetuneSettings, tmp_path: Path
+) -> None:
+    settings = changed(tiny_settings, iterations=30, evaluate_every=3)
+    run = settings.out
+    assert kill_after(settings, 4, 0.0) < 30  # behind the first evaluation, in the middle of an interval
+    assert not (run / "unet").exists()
+    with pytest.raises(UsageError):
+        load_checkpoint(run)
+    kill_after(settings, 11, 0.003)
+    kill_after(settings, 18, 0.011)  # near an evaluation and its save
+    child = start(CHILD, settings)
+    seen, stderr = child.communicate(timeout=60)
+    assert child.returncode == 0, stderr
+    assert 1 < int(seen.split()[0]) <= 28
+    whole = start(CHILD, changed(settings, out=tmp_path / "whole"))
+    _, stderr = whole.communicate(timeout=60)
+    assert whole.returncode == 0, stderr
+    expected = weights_of(tmp_path / "whole")
+    for name, tensor in weights_of(run).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert log_without_seconds(run) == log_without_seconds(tmp_path / "whole")
+    assert not list(run.glob(".*"))
+
+
+@pytest.mark.parametrize("moment", [1, 7])
+def test_a_kill_while_the_run_is_published_is_made_good(
+    moment: int, tiny_settings: FinetuneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    replace, renamed = Path.replace, iter(range(100))
+
+    def killed_in_the_middle(self: Path, target: Path) -> Path:
+        if self.parent.name == ".final" and Path(target).parent.name == "run" and next(renamed) == moment:
+            raise KilledError
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed_in_the_middle)
+    with pytest.raises(KilledError):
+        tune(tiny_settings)
+    monkeypatch.undo()
+    assert (tiny_settings.out / "README.md").exists()
+    with pytest.raises(UsageError):  # weights come last: nothing half-written looks finished
+        load_checkpoint(tiny_settings.out)
+    tune(tiny_settings, resume=True)
+    whole = tune(changed(tiny_settings, out=tmp_path / "whole"))
+    for name, tensor in weights_of(whole.folder).items():
+        assert torch.equal(tensor, weights_of(tiny_settings.out)[name])
+
+
+def test_a_kill_between_the_weights_and_the_end_is_made_good(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "sync_folder", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        tune(tiny_settings)
+    monkeypatch.undo()
+    assert (tiny_settings.out / "state.safetensors").exists()
+    tune(tiny_settings, resume=True)
+    assert not (tiny_settings.out / "state.safetensors").exists()
+    assert not list(tiny_settings.out.glob(".*"))
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder", "half a settings file", "settings only"])
+def test_resume_of_a_run_that_hardly_began(left: str, tiny_settings: FinetuneSettings) -> None:
+    settings = changed(tiny_settings, iterations=1)
+    if left != "nothing":
+        settings.out.mkdir()
+    if left == "half a settings file":
+        (settings.out / ".settings.json.partial").write_text('{"set')
+    if left == "settings only":
+        files.write_json(settings.out / "settings.json", prepare(settings).record())
+    assert tune(settings, resume=True).iterations == 1
+    assert not list(settings.out.glob(".*"))
+
+
+def stopped_after(iteration: int, settings: FinetuneSettings) -> None:
+    def stop(report: loop.Report) -> None:
+        if report.iteration == iteration:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(settings, observer=stop)
+
+
+def test_a_log_line_cut_in_half_is_written_again(tiny_settings: FinetuneSettings) -> None:
+    stopped_after(3, tiny_settings)
+    with (tiny_settings.out / "log.jsonl").open("a") as log:
+        log.write('{"iteration": 4, "lo')
+    tune(tiny_settings, resume=True)
+    assert [line.split(",")[0] for line in log_without_seconds(tiny_settings.out)] == [
+        f'{{"iteration": {i}' for i in range(7)
+    ]
+
+
+@pytest.mark.parametrize("cut", [0, 100, 20_000])
+def test_a_damaged_state_is_said(cut: int, tiny_settings: FinetuneSettings) -> None:
+    stopped_after(3, tiny_settings)
+    state = tiny_settings.out / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:cut])
+    with pytest.raises(UsageError, match=r"state\.safetensors cannot be read"):
+        tune(tiny_settings, resume=True)
+
+
+def test_damaged_settings_are_said(tiny_settings: FinetuneSettings) -> None:
+    stopped_after(3, tiny_settings)
+    (tiny_settings.out / "settings.json").write_text("{")
+    with pytest.raises(UsageError, match=r"settings\.json is damaged"):
+        tune(tiny_settings, resume=True)
+
+
+def test_a_full_disk_while_saving_keeps_the_state_before(
+    tiny_settings: FinetuneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[bytes] = []
+
+    def full(self: TuningState, path: Path) -> None:
+        assert self.progress is not None
+        if self.progress.iteration == 4:
+            saved.append(path.read_bytes())
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(self, path)
+
+    save = TuningState.save
+    monkeypatch.setattr(TuningState, "save", full)
+    with pytest.raises(MmdExportError, match=r"cannot write .*run: No space left on device; .* --resume") as caught:
+        tune(tiny_settings)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert (tiny_settings.out / "state.safetensors").read_bytes() == saved[0]
+    tune(tiny_settings, resume=True)
+    whole = tune(changed(tiny_settings, out=tmp_path / "whole"))
+    assert all(torch.equal(t, weights_of(tiny_settings.out)[n]) for n, t in weights_of(whole.folder).items())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="RLIMIT_FSIZE is POSIX")
+def test_a_disk_that_really_refuses_is_one_line_and_no_half_file(tiny_settings: FinetuneSettings) -> None:
+    stopped_after(3, tiny_settings)
+    state = tiny_settings.out / "state.safetensors"
+    before = state.read_bytes()
+    assert len(before) > 20_000
+    child = start(LIMITED, tiny_settings)
+    said, stderr = child.communicate(timeout=60)
+    assert child.returncode == 1, stderr
+    assert said.count("\n") == 1
+    assert "File too large" in said
+    assert state.read_bytes() == before
+    assert not list(tiny_settings.out.glob(".*"))
+    assert tune(tiny_settings, resume=True).iterations == 6

@@ -1,0 +1,91 @@
+"""Settings from a TOML file and the command line, and how they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from mmd_export.errors import UsageError
+from mmd_finetune.settings import FinetuneSettings, make_settings
+
+CONFIGS = Path(__file__).parents[2] / "finetune/configs"
+GIVEN: dict[str, Any] = {"model": "digits", "steps": 5, "out": "run"}
+
+
+def test_the_digits_config_states_the_defaults() -> None:
+    from_file = make_settings({"out": "run"}, CONFIGS / "digits.toml")
+    assert from_file == make_settings(GIVEN)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_every_published_config_is_valid(path: Path) -> None:
+    make_settings({"out": "run"}, path)
+
+
+def test_the_command_line_wins(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('steps = 4\nfeatures = ["pixels"]\nseed = 7\n')
+    settings = make_settings(GIVEN | {"seed": None, "kernel": "cubic"}, tmp_path / "a.toml")
+    assert (settings.steps, settings.seed, settings.kernel, settings.features) == (5, 7, "cubic", ("pixels",))
+
+
+def test_features_by_comma() -> None:
+    assert make_settings(GIVEN | {"features": "digits-conv, pixels"}).features == ("digits-conv", "pixels")
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValidationError):
+        make_settings(GIVEN).seed = 1
+
+
+def test_public_has_no_place_of_this_machine(tmp_path: Path) -> None:
+    places = {"model": str(tmp_path / "base"), "data": str(tmp_path / "d.npz"), "out": tmp_path}
+    public = make_settings(GIVEN | places).public()
+    assert (public["model"], public["data"]) == ("base", "d.npz")
+    assert str(tmp_path) not in str(public)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"steps": 0}, "steps is 0: input should be greater than or equal to 1"),
+        ({"batch_size": 1}, "batch_size is 1: input should be greater than or equal to 2"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: input should be greater than 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0: input should be less than 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
+        ({"iterations": 0}, "iterations is 0"),
+        ({"iterations": "many"}, "iterations is 'many': input should be a valid integer"),
+        ({"features": ()}, r"features is \(\)"),
+        ({"rate_decay": "step"}, "rate_decay is 'step': input should be 'constant' or 'cosine'"),
+        ({"batchsize": 3}, "'batchsize' is unknown; known: model, steps, out"),
+        ({"features": ("digits-mlp",)}, "holdout digits-mlp is also in features"),
+        ({"features": "pixels,pixels"}, "features pixels, pixels names an encoder twice"),
+        ({"out": None}, "out is missing"),
+    ],
+)
+def test_wrong_values_name_setting_and_value(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        make_settings({**GIVEN, **wrong})
+
+
+def test_unknown_key_in_a_file_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("lr = 1e-4\n")
+    with pytest.raises(UsageError, match=r"a\.toml\): 'lr' is unknown"):
+        make_settings(GIVEN, tmp_path / "a.toml")
+
+
+def test_a_file_that_is_missing_or_no_toml(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"a\.toml cannot be read: No such file"):
+        make_settings(GIVEN, tmp_path / "a.toml")
+    (tmp_path / "a.toml").write_text("= 3")
+    with pytest.raises(UsageError, match=r"a\.toml is not TOML"):
+        make_settings(GIVEN, tmp_path / "a.toml")
+
+
+def test_defaults_are_for_the_built_in_digits() -> None:
+    settings = FinetuneSettings(model="digits", steps=5, out=Path("run"))
+    assert (settings.data, settings.features, settings.holdout) == ("digits", ("digits-conv",), "digits-mlp")

@@ -1,0 +1,223 @@
+"""Modules of a user, good and bad, for ``python:tests.foreign_nets:NAME``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VELOCITY = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+
+
+class Plain(nn.Module):
+    """Two convolutions and a linear time embedding."""
+
+    sample_shape = (1, 8, 8)
+    scheduler_config = VELOCITY
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(11)
+            self.first, self.last = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+            self.time = nn.Linear(1, 8)
+
+    def features(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """(B, 8, 8, 8)."""
+        time: Tensor = self.time(timestep.to(x.dtype).reshape(1, 1) / 1000)
+        features: Tensor = F.silu(self.first(x) + time.reshape(1, 8, 1, 1))
+        return features
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        output: Tensor = self.last(self.features(x, timestep))
+        return output
+
+
+class Labelled(Plain):
+    """Adds the label's own constant."""
+
+    num_classes = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(12)
+            self.label = nn.Embedding(4, 1)
+
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:  # type: ignore[override]
+        row: Tensor = self.label(class_labels).reshape(-1, 1, 1, 1)
+        return super().forward(x, timestep) + row
+
+
+class Energy(Plain):
+    """E(x, t), summed over the batch; what is sampled with is its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(13)
+            self.norm, self.pooled = nn.GroupNorm(2, 8), nn.Conv2d(8, 6, 3, stride=2, padding=1)
+            self.attention = nn.Linear(6, 18)
+            self.register_buffer("weight", torch.rand(6))
+
+    def energy(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """A convolution with a stride, a group norm and attention, so that their gradients are in it."""
+        h = torch.tanh(self.pooled(self.norm(self.features(x, timestep))))
+        q, k, v = self.attention(h.flatten(2).transpose(1, 2)).chunk(3, -1)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return (h**2 * self.get_buffer("weight")).sum() + 0.5 * (x**2).sum()
+
+
+class AutogradEnergy(Energy):
+    """The gradient as torch's documentation writes it."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        with torch.enable_grad():
+            at = x.detach().requires_grad_(True)
+            return torch.autograd.grad(self.energy(at, timestep), at)[0]
+
+
+class FunctionalEnergy(Energy):
+    """The same gradient by torch.func."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        gradient: Tensor = torch.func.grad(lambda at: self.energy(at, timestep))(x)
+        return gradient
+
+
+class LabelledEnergy(Energy):
+    """A gradient that depends on labels too."""
+
+    num_classes = 3
+
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:  # type: ignore[override]
+        scale = 1.0 + class_labels.to(x.dtype).reshape(-1, 1, 1, 1)
+        with torch.enable_grad():
+            at = x.detach().requires_grad_(True)
+            return torch.autograd.grad(self.energy(scale * at, timestep), at)[0]
+
+
+class MeanEnergy(Energy):
+    """Averaged over the batch, so one sample's gradient depends on how many there are."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        gradient: Tensor = torch.func.grad(lambda at: self.energy(at, timestep) / len(at))(x)
+        return gradient
+
+
+class Noisy(Plain):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(x, timestep) + torch.randn_like(x)
+
+
+class OwnNoise(Plain):
+    """A generator of its own, so torch's global state does not move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(1)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(x, timestep) + torch.randn(x.shape, generator=self.generator)
+
+
+class Branching(Plain):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return super().forward(x, timestep)
+        return x
+
+
+class TimeBranching(Plain):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return x if int(timestep) > 500 else super().forward(x, timestep)
+
+
+class Selecting(Plain):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(x, timestep) * x[x > 0].shape[0]
+
+
+class NumpyNet(Plain):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy() * 2) + super().forward(x, timestep)
+
+
+class Counting(Plain):
+    """Keeps state."""
+
+    calls = 0
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x, timestep) * self.calls
+
+
+class SingleOnly(Plain):
+    """Does not run in float64."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(x.float(), timestep)
+
+
+class Doubled(Plain):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(x, timestep).repeat(1, 2, 1, 1)
+
+
+class Tupled(Plain):
+    def forward(self, x: Tensor, timestep: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+        return (super().forward(x, timestep),)
+
+
+class Failing(Plain):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.last(super().forward(x, timestep))  # type: ignore[no-any-return]
+
+
+class Infinite(Plain):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(x, timestep) / 0
+
+
+class Shapeless(Plain):
+    sample_shape = None  # type: ignore[assignment]
+
+
+class OddClasses(Plain):
+    num_classes = "ten"
+
+
+class Disagreeing(Plain):
+    prediction_type = "epsilon"
+
+
+class OddScheduler(Plain):
+    scheduler_config = {**VELOCITY, "beta_schedule": "quadratic"}  # noqa: RUF012 - a plain dict is what users write
+
+
+class Unscheduled(Plain):
+    scheduler_config = None  # type: ignore[assignment]
+
+
+class Damaged(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.weight.data[0] = torch.nan
+
+
+def make_plain() -> nn.Module:
+    """A factory; half precision, in training mode, as it may come from a trainer."""
+    return Plain().half().train()
+
+
+def needs_arguments(width: int) -> nn.Module:
+    return nn.Conv2d(width, width, 1)
+
+
+def makes_a_number() -> int:
+    return 3
+
+
+network = Plain()
+number = 3

@@ -1,0 +1,115 @@
+"""Tiny diffusers folders for the tests, and cheap stand-ins for a network.
+
+The networks are random, so they predict v: a random epsilon network amplifies some 670 times, then clips, and saturated
+pixels hide faults.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmd_export.checkpoint import SAFETENSORS, Checkpoint, load_checkpoint
+from mmd_export.plan import StepPlan
+
+TINY: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+    "add_attention": False,
+}
+ATTENTION: dict[str, Any] = {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "add_attention": True,
+}
+TWO_CHANNELS: dict[str, Any] = {"in_channels": 2, "out_channels": 2, "sample_size": (8, 12)}
+LABELS: dict[str, Any] = {"num_class_embeds": 5}
+
+
+def new_unet(seed: int = 0, **changes: Any) -> Any:
+    """A random UNet2DModel in evaluation mode."""
+    from diffusers import UNet2DModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DModel(**{**TINY, **changes})
+        for parameter in list(unet.parameters()):  # zero biases and unit norms would hide swapped tensors
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return unet.eval()
+
+
+def save_model(folder: Path, scheduler: dict[str, Any] | None = None, *, seed: int = 0, **changes: Any) -> Path:
+    """Save a random model and its scheduler config as a flat diffusers folder."""
+    import diffusers
+
+    settings = {"class_name": "DDIMScheduler", "prediction_type": "v_prediction", **(scheduler or {})}
+    new_unet(seed, **changes).save_pretrained(folder)
+    getattr(diffusers, settings.pop("class_name"))(**settings).save_pretrained(folder)
+    return folder
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a saved model."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / SAFETENSORS)
+
+
+def write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Replace the tensors of a saved model."""
+    from safetensors.torch import save_file
+
+    save_file(weights, folder / SAFETENSORS)
+
+
+class Bent(nn.Module):
+    """A cheap nonlinear denoiser, different at every timestep and for every class."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        super().__init__()
+        self.timesteps = plan.timesteps
+
+    def forward(self, x: Tensor, k: int, class_labels: Tensor | None = None) -> Tensor:
+        y = bent(x, self.timesteps[k])
+        return y if class_labels is None else y + 0.1 * class_labels.reshape(-1, 1, 1, 1)
+
+
+def bent(x: Tensor, timestep: float) -> Tensor:
+    """The formula of ``Bent``."""
+    return torch.tanh(0.7 * x + 0.3 * math.sin(timestep)) + 0.1 * x
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One channel, no attention, v prediction, DDIM."""
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two channels, attention, oblong images."""
+    return save_model(tmp_path_factory.mktemp("models") / "attention", seed=1, **ATTENTION, **TWO_CHANNELS)
+
+
+@pytest.fixture(scope="session")
+def tiny_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class-conditional, DDPM."""
+    return save_model(tmp_path_factory.mktemp("models") / "labels", {"class_name": "DDPMScheduler"}, seed=2, **LABELS)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny: Path) -> Checkpoint:
+    """``tiny``, loaded."""
+    return load_checkpoint(tiny)
