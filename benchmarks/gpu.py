@@ -1,0 +1,218 @@
+"""Everything that wants an NVIDIA GPU, in one command: ``make gpu OUT=folder [PART=latency|parity|tune]``.
+
+Each part writes ``gpu_<part>.json`` to the folder and is skipped if that file is there, so a broken run goes on where
+it was. Needs torch with CUDA and diffusers; runs from the source tree without an installation. ``--device cpu --smoke``
+tries the code out where there is no GPU and marks its result so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "finetune"), str(ROOT / "runtimes/python")]
+
+import torch  # noqa: E402 - the source tree has to be on the path first
+
+from benchmarks.common import save_cifar10, write_result  # noqa: E402
+from mmd_export.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
+from mmd_export.latency import measure  # noqa: E402
+from mmd_export.plan import StepPlan  # noqa: E402
+from mmd_export.program import export_program  # noqa: E402
+from mmd_export.reference import golden_inputs, run_chain, sampler_of  # noqa: E402
+from mmd_export.targets import CompileOptions, get_target  # noqa: E402
+from mmd_export.unroll import UnrolledSampler  # noqa: E402
+
+STEPS = 5
+BATCHES = (1, 64)
+ROUNDS = 100
+
+Call = Callable[[], object]
+
+
+def cifar10(folder: Path) -> tuple[Checkpoint, StepPlan]:
+    """The ddpm-cifar10 architecture and its 5-step DDIM plan."""
+    checkpoint = load_checkpoint(save_cifar10(folder))
+    return checkpoint, checkpoint.plan_for(STEPS, sampler="ddim")
+
+
+def digits() -> tuple[Checkpoint, StepPlan]:
+    """The built-in model and its 5-step plan."""
+    checkpoint = load_checkpoint("digits")
+    return checkpoint, checkpoint.plan_for(STEPS)
+
+
+def latency(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of one sample call, all candidates interleaved, for each batch."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint, plan = digits() if arguments.smoke else cifar10(Path(scratch))
+        for batch in BATCHES[:1] if arguments.smoke else BATCHES:
+            candidates, skipped = prepare(checkpoint, plan, batch, arguments, Path(scratch))
+            report = measure(candidates, 3 if arguments.smoke else ROUNDS, warmup=1 if arguments.smoke else 30)
+            ratios = {name: vars(report.ratio(name, "eager")) for name in candidates}
+            medians = {name: report.summary(name).median for name in candidates}
+            results[str(batch)] = {"median_seconds": medians, "ratio_to_eager": ratios, "skipped": skipped}
+            print(batch, medians, skipped, flush=True)
+    return {"steps": STEPS, "model": "ddpm-cifar10 architecture, float32, TF32 off", "batches": results}
+
+
+def prepare(
+    checkpoint: Checkpoint, plan: StepPlan, batch: int, arguments: argparse.Namespace, scratch: Path
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """Every candidate that works here, and why the others do not."""
+    device = torch.device(arguments.device)
+    noise = torch.randn(batch, *checkpoint.shape, device=device)
+    program = export_program(checkpoint.denoiser.cpu(), plan, checkpoint.shape, batch)
+    folder = scratch / f"onnx-{batch}"
+    folder.mkdir()
+    get_target("onnx").compile(program, folder, CompileOptions())  # before the weights move to the device
+    special = UnrolledSampler(program.denoiser, plan).eval().to(device)
+    makers: dict[str, Callable[[], Call]] = {
+        "eager": lambda: synchronised(sampler_of(checkpoint, plan).to(device), noise),
+        "specialised eager": lambda: synchronised(special, noise),
+        "specialised, CUDA graph": lambda: cuda_graph(special, noise),
+        "torch.compile": lambda: synchronised(torch.compile(special), noise),
+        "torch.compile, CUDA graphs": lambda: synchronised(torch.compile(special, mode="reduce-overhead"), noise),
+        "AOTInductor": lambda: synchronised(aot_inductor(special, noise, scratch / f"sampler-{batch}.pt2"), noise),
+        "ONNX Runtime CUDA": lambda: onnx_cuda(folder, noise, graph=False),
+        "ONNX Runtime CUDA, CUDA graph": lambda: onnx_cuda(folder, noise, graph=True),
+    }
+    candidates: dict[str, Call] = {}
+    skipped: dict[str, str] = {}
+    for name, make in makers.items():
+        try:
+            candidates[name] = make()
+            candidates[name]()
+        except Exception as error:  # noqa: BLE001 - one backend that fails must not lose the others; the JSON says why
+            candidates.pop(name, None)
+            skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return candidates, skipped
+
+
+def synchronised(run: Callable[..., Any], noise: torch.Tensor) -> Call:
+    """Call and wait for the device."""
+
+    def call() -> None:
+        with torch.inference_mode():
+            run(noise)
+        if noise.is_cuda:
+            torch.cuda.synchronize()
+
+    return call
+
+
+def cuda_graph(sampler: UnrolledSampler, noise: torch.Tensor) -> Call:
+    """The whole chain captured once, then replayed."""
+    if not noise.is_cuda:
+        raise RuntimeError("needs CUDA")
+    static = noise.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        for _ in range(3):
+            sampler(static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        sampler(static)
+
+    def call() -> None:
+        static.copy_(noise)
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return call
+
+
+def aot_inductor(sampler: UnrolledSampler, noise: torch.Tensor, package: Path) -> Callable[..., Any]:
+    """The chain compiled ahead of time to a .pt2 package and loaded from it."""
+    exported = torch.export.export(sampler, (noise,), strict=False)
+    path = torch._inductor.aoti_compile_and_package(exported, package_path=str(package))
+    loaded: Callable[..., Any] = torch._inductor.aoti_load_package(path)
+    return loaded
+
+
+def onnx_cuda(folder: Path, noise: torch.Tensor, *, graph: bool) -> Call:
+    """The shipped graph in ONNX Runtime's CUDA provider, input and output on the device."""
+    import onnxruntime as ort
+
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise RuntimeError(f"onnxruntime {ort.__version__} has only {', '.join(ort.get_available_providers())}")
+    providers = [("CUDAExecutionProvider", {"enable_cuda_graph": "1" if graph else "0", "use_tf32": "0"})]
+    session = ort.InferenceSession(str(folder / get_target("onnx").artefact), providers=providers)
+    if session.get_providers()[0] != "CUDAExecutionProvider":
+        raise RuntimeError(f"fell back to {session.get_providers()[0]}")
+    binding, sample = session.io_binding(), torch.empty_like(noise)
+    for bind, name, tensor in ((binding.bind_input, "noise", noise), (binding.bind_output, "sample", sample)):
+        bind(name, "cuda", 0, "float32", tuple(tensor.shape), tensor.data_ptr())
+    return lambda: session.run_with_iobinding(binding)
+
+
+def parity(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Largest error after every step on the device against the float64 reference on the CPU."""
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        models = {"digits": digits()}
+        if not arguments.smoke:
+            models["ddpm-cifar10 architecture"] = cifar10(Path(scratch))
+        for name, (checkpoint, plan) in models.items():
+            inputs = golden_inputs(checkpoint, plan, 4)
+            exact = run_chain(sampler_of(checkpoint.as_double(), plan), inputs, torch.float64)
+            sampler = sampler_of(checkpoint, plan).to(arguments.device)
+            with torch.inference_mode():
+                states = list(sampler.chain(torch.from_numpy(inputs["noise"]).to(arguments.device)))
+            found = {f"state.{k}": state.cpu().numpy() for k, state in enumerate(states, start=1)}
+            results[name] = {key: float(abs(value - exact[key]).max()) for key, value in found.items()}
+            print(name, results[name], flush=True)
+    return {"steps": STEPS, "max_abs_error": results}
+
+
+def tune(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The digits run on the device: held-out distance before and after, and seconds."""
+    from mmd_finetune.loop import tune as run
+    from mmd_finetune.settings import make_settings
+
+    with tempfile.TemporaryDirectory() as scratch:
+        short = {"iterations": 1, "batch_size": 16, "evaluate_count": 128} if arguments.smoke else {}
+        given = {"model": "digits", "steps": STEPS, "out": Path(scratch) / "run", "device": arguments.device}
+        result = run(make_settings(given | short))
+    facts = {name: value for name, value in vars(result).items() if name != "folder"}
+    print(facts, flush=True)
+    return {"steps": STEPS, "run": facts}
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"parity": parity, "latency": latency, "tune": tune}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--part", choices=(*PARTS, "all"), default="all")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--smoke", action="store_true", help="few rounds, to try the script out")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device here; nothing was measured", file=sys.stderr)
+        return 3
+    for name, part in PARTS.items():
+        path = arguments.out / f"gpu_{name}.json"
+        if arguments.part not in (name, "all"):
+            continue
+        if path.exists():
+            print(f"{path.name} is there already; delete it to measure again")
+            continue
+        device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+        values = part(arguments)
+        write_result(path, "benchmarks/gpu.py", {"device": device, "smoke": arguments.smoke, **values})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Write the tables of README.md from benchmarks/results/; ``--check`` only says whether they are current.
+
+A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/schedulers.md")
+NOT_MEASURED = "not measured"
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """One result file, or None if it was never written."""
+    path = RESULTS / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and the others numbers."""
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def quality() -> str:
+    """Held-out Frechet distance of untuned step counts and of the tuned seeds."""
+    result = read("digits_quality.json")
+    if result is None:
+        return NOT_MEASURED
+    rows: list[tuple[str, ...]] = [(f"{row['steps']} steps, untuned", *scores(row), "") for row in result["untuned"]]
+    for row in result["tuned"]:
+        held_out, *others = scores(row)
+        rows.append(
+            (
+                f"**{row['steps']} steps, tuned, seed {row['seed']}**",
+                f"**{held_out}**",
+                *others,
+                f"{row['seconds']:.0f}",
+            )
+        )
+    heads = ("sampler", "held-out encoder", "encoder of the loss", "rarest digit", "tuning, s")
+    return markdown(heads, rows)
+
+
+def scores(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Held-out distance, distance on the loss's own encoder, share of the rarest class."""
+    rarest = f"{100 * min(row['classes']):.1f} %"
+    return f"{row['held_out_distance']:.2f}", f"{row['training_encoder_distance']:.2f}", rarest
+
+
+def artefacts() -> str:
+    """Size, build, parity and speed of each ONNX artefact."""
+    result = read("artefacts.json")
+    if result is None:
+        return NOT_MEASURED
+    rows = []
+    for model, values in result["models"].items():
+        size, build = values["size"], values["build"]
+        ratios = values.get("latency", {}).get("ratios")
+        speed = [
+            "{median:.2f} [{low:.2f}, {high:.2f}]".format(**ratios[name]) if ratios else NOT_MEASURED
+            for name in BASELINES
+        ]
+        weights = f"{size['bytes'] / 1e6:.2f} MB ({size['unique_weight_bytes'] / 1e6:.2f})"
+        cost = f"{build['cpu_seconds']:.0f} CPU s, {build['peak_memory_mb'] / 1000:.1f} GB"
+        rows.append((model, weights, f"{size['nodes']:,}", cost, f"{values['worst_artefact_error']:.0e}", *speed))
+    heads = ("model", "file (weights)", "nodes", "build", "worst error", "torch eager takes", "per-step session takes")
+    return markdown(heads, rows)
+
+
+BASELINES = ("torch", "per-step")
+
+
+def gpu() -> str:
+    """Latency on a GPU, if one was ever measured."""
+    result = read("gpu_latency.json")
+    rows = []
+    for batch in ("1", "64"):
+        found = {} if result is None else result["batches"].get(batch, {})
+        for name, seconds in found.get("median_seconds", {}).items():
+            ratio = found["ratio_to_eager"][name]["median"]
+            rows.append((f"{name}, batch {batch}", f"{seconds * 1e3:.2f}", f"{1 / ratio:.2f}"))
+        rows += [(f"{name}, batch {batch}", NOT_MEASURED, "") for name in found.get("skipped", {})]
+        if not found:
+            rows.append((f"all candidates, batch {batch}", NOT_MEASURED, ""))
+    return markdown(("ddpm-cifar10 architecture, 5 steps", "median ms", "times faster than eager"), rows)
+
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction", "edm", "trigflow")
+
+
+def schedulers() -> str:
+    """Scheduler x prediction type: error of the table against diffusers in float64, and diffusers' own float32."""
+    result = read("schedulers.json")
+    if result is None:
+        return NOT_MEASURED
+    rows = []
+    for class_name, row in result["schedulers"].items():
+        cells = [_errors(row["largest_relative_error"].get(kind)) for kind in PREDICTIONS]
+        rows.append((class_name, f"`{row['sampler']}`", row["table"], *cells))
+    return markdown(("scheduler", "`--sampler`", "table", *PREDICTIONS), rows)
+
+
+def _errors(errors: dict[str, float | None] | None) -> str:
+    if errors is None:
+        return ""
+    single = errors["float32"]
+    return f"{errors['float64']:.0e}" + ("" if single is None else f" ({single:.0e})")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quality": quality,
+    "artefacts": artefacts,
+    "gpu": gpu,
+    "schedulers": schedulers,
+}
+
+
+def filled(text: str) -> str:
+    """``text`` with every table written anew."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    for name in PAGES:
+        page = ROOT / name
+        text = page.read_text(encoding="utf-8")
+        if filled(text) == text:
+            continue
+        if check:
+            print(f"{name}: its tables are not those of benchmarks/results/; run make tables", file=sys.stderr)
+            return 1
+        page.write_text(filled(text), encoding="utf-8")
+        print(f"{name} written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
