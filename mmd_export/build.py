@@ -66,7 +66,7 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
     golden = golden_arrays(checkpoint, plan, golden_count(batch), options.output)
     notify("capturing one network call")
     static = batch.smallest if batch.is_static else None
-    program = export_program(checkpoint.denoiser, plan, checkpoint.shape, static, checkpoint.classes)
+    program = export_program(checkpoint.denoiser, plan, checkpoint.shape, static, checkpoint.conditions)
     draft = _draft(options, checkpoint, program, batch, target)
 
     def compile_into(folder: Path) -> ManifestDraft:
@@ -116,8 +116,9 @@ def _draft(
     inputs = [TensorSpec(name="noise", dtype="float32", shape=image)]
     if program.plan.noisy_steps:
         inputs.append(TensorSpec(name="step_noise", dtype="float32", shape=(program.plan.noisy_steps, *image)))
-    if checkpoint.classes is not None:
-        inputs.append(TensorSpec(name="class_labels", dtype="int64", shape=(rows,)))
+    inputs += [
+        TensorSpec(name=told.name, dtype=told.dtype, shape=(rows, *told.shape)) for told in checkpoint.conditions
+    ]
     uint8 = options.output == "uint8"
     sample = (rows, height, width, channels) if uint8 else image
     return ManifestDraft(

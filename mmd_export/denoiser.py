@@ -1,4 +1,4 @@
-"""Networks behind one signature: ``denoiser(x, timestep, class_labels=None) -> output``, all (B, C, H, W).
+"""Networks behind one signature: ``denoiser(x, timestep, **conditions) -> output``, x and output (B, C, H, W).
 
 What the output means (epsilon, v, x0) is numbers of the plan, so no adapter converts it.
 """
@@ -83,11 +83,11 @@ class EdmDenoiser(nn.Module):
         self.network = network
         self.levels = tuple(EdmPreconditioning.at(sigma, sigma_data) for sigma in sigmas)
 
-    def forward(self, x: Tensor, k: int, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, k: int, **conditions: Tensor) -> Tensor:
         """D(x; sigma_k), shapes (B, C, H, W)."""
         level = self.levels[k]
         noise = torch.tensor([level.c_noise], dtype=x.dtype, device=x.device)
-        output: Tensor = self.network(level.c_in * x, noise, class_labels)
+        output: Tensor = self.network(level.c_in * x, noise, **conditions)
         return level.c_skip * x + level.c_out * output
 
 
@@ -106,8 +106,8 @@ class AtTimesteps(nn.Module):
         self.denoiser = denoiser
         self.timesteps = tuple(timesteps)
 
-    def forward(self, x: Tensor, k: int, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, k: int, **conditions: Tensor) -> Tensor:
         """The denoiser's output at the timestep of call ``k``."""
         timestep = timestep_tensor(self.timesteps[k], x.device)
-        output: Tensor = self.denoiser(x, timestep, class_labels)
+        output: Tensor = self.denoiser(x, timestep, **conditions)
         return output

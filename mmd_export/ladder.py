@@ -35,7 +35,7 @@ class GaussianDenoiser(nn.Module):
         super().__init__()
         self.plan, self.std = plan, std
 
-    def forward(self, x: Tensor, k: int, _labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, k: int, **_: Tensor) -> Tensor:
         """Epsilon, v, x0, eps - x0 or EDM's F = -v, as the plan's prediction type asks; call k."""
         alpha, sigma = self.plan.steps[k].alpha, self.plan.steps[k].sigma
         clean = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2) * x
@@ -118,7 +118,7 @@ def stage_rungs(bundle: Bundle, checkpoint: Checkpoint, plan: StepPlan) -> list[
     """Rungs 3 to 5 on the golden noises: float64, float32, specialised, exported, each against the one before."""
     golden = bundle.golden()
     batch = bundle.manifest.batch.smallest if bundle.manifest.batch.is_static else None
-    program = export_program(checkpoint.denoiser, plan, checkpoint.shape, batch, checkpoint.classes)
+    program = export_program(checkpoint.denoiser, plan, checkpoint.shape, batch, checkpoint.conditions)
     inputs = dict(golden.inputs)
     exact = {f"state.{k}": state for k, state in enumerate(golden.states, start=1)}
     again = run_chain(sampler_of(checkpoint.as_double(), plan), inputs, torch.float64)

@@ -13,8 +13,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mmd_export.conditions import Condition
 from mmd_export.plan import StepPlan, Term
 
+_DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
 IR_VERSION = 10  # of ONNX 1.17; the oldest that carries opset 20 and that current runtimes all read
 
 
@@ -24,7 +26,7 @@ class GraphSpec:
 
     shape: tuple[int, int, int]
     batch: int | None = 1
-    classes: int | None = None
+    conditions: tuple[Condition, ...] = ()
     output: str = "float32"
 
     @property
@@ -42,6 +44,10 @@ class _Composer:
         self.initializers: dict[str, ir.Value] = {}
         self.image: tuple[int | str, ...] = (spec.batch_dim, *spec.shape)
         self.known: dict[tuple[str, int], ir.Value] = {}
+        self.conditions = [
+            self.input(condition.name, _DTYPES[condition.dtype], (spec.batch_dim, *condition.shape))
+            for condition in spec.conditions
+        ]
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
@@ -91,11 +97,9 @@ class _Composer:
     def _part(name: str, i: int, rest: Sequence[Term]) -> str:
         return f"{name}/sum.{i}" if rest else name
 
-    def network(
-        self, k: int, x: ir.Value, labels: ir.Value | None, constants: Sequence[NDArray[np.generic]]
-    ) -> ir.Value:
-        """Copy the nodes of the captured call; its inputs are (x, [class_labels], *constants)."""
-        given = [x, *([] if labels is None else [labels])]
+    def network(self, k: int, x: ir.Value, constants: Sequence[NDArray[np.generic]]) -> ir.Value:
+        """Copy the nodes of the captured call; its inputs are (x, *conditions, *constants)."""
+        given = [x, *self.conditions]
         given += [self.constant(f"step.{k}/time.{i}", array) for i, array in enumerate(constants)]
         values: dict[ir.Value | None, ir.Value | None] = {None: None}
         values |= dict(zip(self.call.inputs, given, strict=True))
@@ -119,10 +123,10 @@ class _Composer:
         output.name = f"output.{k}"
         return output
 
-    def step(self, k: int, labels: ir.Value | None, constants: Sequence[NDArray[np.generic]]) -> None:
+    def step(self, k: int, constants: Sequence[NDArray[np.generic]]) -> None:
         """One step of the plan; the formula is in the docstring of ``mmd_export.plan``."""
         step, state = self.plan.steps[k], self.known["state", k]
-        output = self.network(k, self.scaled(step.scale, state, f"step.{k}/scaled"), labels, constants)
+        output = self.network(k, self.scaled(step.scale, state, f"step.{k}/scaled"), constants)
         self.known["output", k] = output
         if step.clean is not None and self.plan.clip is not None:
             guess = self._guess(k, step.clean, state, output)
@@ -170,10 +174,10 @@ def _detached(value: ir.Value) -> ir.Value:
 def compose(
     call: ir.Model, plan: StepPlan, constants: Sequence[Sequence[NDArray[np.generic]]], spec: GraphSpec
 ) -> ir.Model:
-    """The whole sampler as one graph: noise [, step_noise] [, class_labels] -> sample.
+    """The whole sampler as one graph: noise [, step_noise] [, conditions] -> sample.
 
     Args:
-        call: one network call, inputs (x, [class_labels], *constants), one output.
+        call: one network call, inputs (x, *conditions, *constants), one output.
         plan: the numbers.
         constants: what ``call`` takes besides, for each of the K calls.
         spec: shapes and the kind of output.
@@ -181,7 +185,7 @@ def compose(
     composer = _Composer(call, plan, spec)
     image = composer.image
     noise = composer.input("noise", ir.DataType.FLOAT, image)
-    inputs, labels = [noise], None
+    inputs = [noise]
     if plan.noisy_steps:
         step_noise = composer.input("step_noise", ir.DataType.FLOAT, (plan.noisy_steps, *image))
         inputs.append(step_noise)
@@ -189,12 +193,10 @@ def compose(
             index = composer.constant(f"plan/index.{s}", np.array(s, dtype=np.int64))
             axis = ir.AttrInt64("axis", 0)
             composer.known["noise", s] = composer.op("Gather", [step_noise, index], f"step_noise.{s}", axis=axis)
-    if spec.classes is not None:
-        labels = composer.input("class_labels", ir.DataType.INT64, (spec.batch_dim,))
-        inputs.append(labels)
+    inputs += composer.conditions
     composer.known["state", 0] = composer.scaled(plan.initial_scale, noise, "state.0")
     for k in range(plan.step_count):
-        composer.step(k, labels, constants[k])
+        composer.step(k, constants[k])
     sample = composer.sample()
     graph = ir.Graph(
         inputs,

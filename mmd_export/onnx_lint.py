@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 
+from mmd_export.conditions import Condition, names_of
 from mmd_export.errors import NotAvailableError
 
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 _CONTROL_FLOW = {"If", "Loop", "Scan", "SequenceMap"}
 _TRAINING = {"Dropout"}
-_INPUTS = {"noise", "step_noise", "class_labels"}
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,10 @@ def report(model: ir.Model) -> GraphReport:
     return GraphReport(len(model.graph), sum(sizes), dict(sorted(counts.items())))
 
 
-def faults(model: ir.Model) -> list[str]:
+def faults(model: ir.Model, conditions: Sequence[Condition] = ()) -> list[str]:
     """Everything that a static sampler graph may not hold, each in a phrase; empty if there is none."""
-    found = [f"input {value.name!r} (a timestep?)" for value in model.graph.inputs if value.name not in _INPUTS]
+    inputs = {"noise", "step_noise", *names_of(conditions)}
+    found = [f"input {value.name!r} (a timestep?)" for value in model.graph.inputs if value.name not in inputs]
     if model.metadata_props or model.doc_string or model.graph.metadata_props or model.graph.doc_string:
         found.append("metadata on the model")
     if model.functions:
@@ -56,8 +58,8 @@ def faults(model: ir.Model) -> list[str]:
     return found
 
 
-def require_clean(model: ir.Model) -> None:
+def require_clean(model: ir.Model, conditions: Sequence[Condition] = ()) -> None:
     """Raise NotAvailableError that names the first fault."""
-    if found := faults(model):
+    if found := faults(model, conditions):
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise NotAvailableError(f"the ONNX graph holds {found[0]}{more}; a static sampler graph may not")

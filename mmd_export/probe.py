@@ -260,5 +260,5 @@ class _Bent(torch.nn.Module):
         super().__init__()
         self.timesteps = plan.timesteps
 
-    def forward(self, x: Tensor, k: int, _labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, k: int, **_: Tensor) -> Tensor:
         return bent(x, self.timesteps[k])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from mmd_export.conditions import Condition
 from mmd_export.plan import StepPlan
 from mmd_export.specialise import SpecialisedDenoiser, check_static, specialise
 
@@ -16,7 +17,7 @@ from mmd_export.specialise import SpecialisedDenoiser, check_static, specialise
 class SamplerProgram:
     """Everything a target compiles: the plan, one captured call, and the constants of each of its K uses.
 
-    ``step`` maps (x, [class_labels], *constants) to the raw output. ``batch`` is the static batch, or None if dynamic.
+    ``step`` maps (x, *conditions, *constants) to the raw output. ``batch`` is the static batch, or None if dynamic.
     """
 
     plan: StepPlan
@@ -24,7 +25,7 @@ class SamplerProgram:
     denoiser: SpecialisedDenoiser
     shape: tuple[int, int, int]
     batch: int | None
-    classes: int | None
+    conditions: tuple[Condition, ...] = ()
 
     def constants(self, k: int) -> list[Tensor]:
         """The folded time path of call ``k``."""
@@ -36,22 +37,26 @@ class SamplerProgram:
 
 
 class ExportedDenoiser(nn.Module):
-    """``forward(x, k, class_labels)`` that runs the exported program."""
+    """``forward(x, k, **conditions)`` that runs the exported program."""
 
     def __init__(self, program: SamplerProgram) -> None:
         super().__init__()
         self.call = program.step.module(check_guards=False)
         self.source = program.denoiser
 
-    def forward(self, x: Tensor, k: int, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, k: int, **conditions: Tensor) -> Tensor:
         """Raw output (B, C, H, W) of call ``k``."""
-        labels = [] if class_labels is None else [class_labels]
-        output: Tensor = self.call(x, *labels, *self.source.constants(k))
+        given = (conditions[name] for name in self.source.names)
+        output: Tensor = self.call(x, *given, *self.source.constants(k))
         return output
 
 
 def export_program(
-    denoiser: nn.Module, plan: StepPlan, shape: tuple[int, int, int], batch: int | None, classes: int | None = None
+    denoiser: nn.Module,
+    plan: StepPlan,
+    shape: tuple[int, int, int],
+    batch: int | None,
+    conditions: tuple[Condition, ...] = (),
 ) -> SamplerProgram:
     """Specialise ``denoiser`` to the plan's timesteps and capture one call; ``batch`` None leaves the batch free.
 
@@ -59,13 +64,13 @@ def export_program(
     """
     rows = batch or 2  # torch.export takes a batch of 1 for a constant
     example = torch.zeros(rows, *shape)
-    labels = None if classes is None else torch.zeros(rows, dtype=torch.int64)
-    special = specialise(denoiser, plan.timesteps, example, labels, dynamic_batch=batch is None).eval()
-    arguments = (example, *([] if labels is None else [labels]), *special.constants(0))
+    given = {condition.name: torch.from_numpy(condition.examples(0, rows)) for condition in conditions}
+    special = specialise(denoiser, plan.timesteps, example, given, dynamic_batch=batch is None).eval()
+    arguments = (example, *given.values(), *special.constants(0))
     free = {0: Dim.DYNAMIC} if batch is None else None
-    shapes = (free, *([] if labels is None else [free]), *(None for _ in special.constants(0)))
+    shapes = (free, *(free for _ in given), *(None for _ in special.constants(0)))
     special.body.eval()
     with torch.no_grad():
         step = torch.export.export(special.body, arguments, dynamic_shapes=shapes, strict=False)
     check_static(step.graph)
-    return SamplerProgram(plan, step, special, shape, batch, classes)
+    return SamplerProgram(plan, step, special, shape, batch, conditions)

@@ -23,11 +23,10 @@ def sampler_of(checkpoint: Checkpoint, plan: StepPlan) -> UnrolledSampler:
 
 
 def golden_inputs(checkpoint: Checkpoint, plan: StepPlan, count: int) -> dict[str, NDArray[Any]]:
-    """The inputs of the golden file: noise from a fixed seed, and class labels 0, 1, 2, ... if the model takes them."""
+    """The inputs of the golden file: noise from a fixed seed, and examples of every condition."""
     inputs: dict[str, NDArray[Any]] = dict(sampler_noise(GOLDEN_SEED, count, checkpoint.shape, plan.noisy_steps))
-    if checkpoint.classes is not None:
-        inputs["class_labels"] = (np.arange(count) % checkpoint.classes).astype(np.int64)
-    return inputs
+    told = {each.name: each.examples(GOLDEN_SEED + i, count) for i, each in enumerate(checkpoint.conditions, start=1)}
+    return inputs | told
 
 
 def run_chain(

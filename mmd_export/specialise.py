@@ -6,8 +6,9 @@ and the values that cross from them into the rest become small tables. It needs 
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, fx, nn
 from mmd_export.denoiser import timestep_tensor
 from mmd_export.errors import UsageError
 
-STATE, TIMESTEP, LABELS = "x", "timestep", "class_labels"
+STATE, TIMESTEP = "x", "timestep"
 # Ops that broadcast their operands: before one of these a row that is equal for the whole batch is stored once.
 _BROADCASTING = {torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor, torch.ops.aten.sub.Tensor}
 # The arguments that switch training on, under the names of aten's schemas.
@@ -26,15 +27,15 @@ _ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._a
 
 
 class SpecialisedDenoiser(nn.Module):
-    """A denoiser on a fixed grid, time path folded: ``forward(x, k, class_labels)``.
+    """A denoiser on a fixed grid, time path folded: ``forward(x, k, **conditions)``.
 
-    ``body`` maps (x, [class_labels], *constants of one step) to the raw output; ``tables[k]`` are those constants.
+    ``body`` maps (x, *conditions, *constants of one step) to the raw output; ``tables[k]`` are those constants.
     """
 
-    def __init__(self, body: fx.GraphModule, tables: Sequence[Sequence[Tensor]], *, takes_labels: bool) -> None:
+    def __init__(self, body: fx.GraphModule, tables: Sequence[Sequence[Tensor]], names: Sequence[str] = ()) -> None:
         super().__init__()
         self.body = body
-        self.takes_labels = takes_labels
+        self.names = tuple(names)
         self.constant_count = len(tables[0])
         for k, row in enumerate(tables):
             for i, value in enumerate(row):
@@ -44,10 +45,9 @@ class SpecialisedDenoiser(nn.Module):
         """The folded values of call ``k``."""
         return [self.get_buffer(f"time_{k}_{i}") for i in range(self.constant_count)]
 
-    def forward(self, x: Tensor, k: int, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, k: int, **conditions: Tensor) -> Tensor:
         """Raw output (B, C, H, W) of call ``k``."""
-        labels = [class_labels] if self.takes_labels else []
-        output: Tensor = self.body(x, *labels, *self.constants(k))
+        output: Tensor = self.body(x, *(conditions[name] for name in self.names), *self.constants(k))
         return output
 
 
@@ -63,35 +63,39 @@ def specialise(
     denoiser: nn.Module,
     timesteps: Sequence[float],
     example: Tensor,
-    class_labels: Tensor | None = None,
+    conditions: Mapping[str, Tensor] | None = None,
     *,
     dynamic_batch: bool = False,
 ) -> SpecialisedDenoiser:
     """Capture one call of ``denoiser`` at ``example`` (B, C, H, W) and fold its time path for every timestep.
 
+    ``conditions`` are examples of what the network is told besides, by name.
+
     Raises UsageError for a network that draws noise or trains, torch's export errors for one that cannot be captured
     (data-dependent branches).
     """
-    module = capture(denoiser, timesteps[0], example, class_labels, dynamic_batch=dynamic_batch)
+    given = dict(conditions or {})
+    module = capture(denoiser, timesteps[0], example, given, dynamic_batch=dynamic_batch)
     check_static(module.graph)  # here too: noise in the time path would be folded into one constant draw
     split = _split(module.graph)
     tables = [_evaluate(module, split, timestep) for timestep in timesteps]
     tables = _store_equal_rows_once(split, tables)
-    return SpecialisedDenoiser(_body(module, split), tables, takes_labels=class_labels is not None)
+    return SpecialisedDenoiser(_body(module, split, tuple(given)), tables, tuple(given))
 
 
 def capture(
-    denoiser: nn.Module, timestep: float, example: Tensor, class_labels: Tensor | None, *, dynamic_batch: bool
+    denoiser: nn.Module, timestep: float, example: Tensor, conditions: Mapping[str, Tensor], *, dynamic_batch: bool
 ) -> fx.GraphModule:
     """One call of ``denoiser`` as a graph of aten ops, without its assertions."""
-    arguments = [example, timestep_tensor(timestep, example.device)]
+    arguments = (example, timestep_tensor(timestep, example.device))
     free = {0: torch.export.Dim.DYNAMIC} if dynamic_batch else None
-    shapes: list[Any] = [free, None]
-    if class_labels is not None:
-        arguments.append(class_labels)
-        shapes.append(free)
+    bound = inspect.signature(denoiser.forward).bind(*arguments, **conditions).arguments
+    shapes = {
+        name: None if name == TIMESTEP else dict.fromkeys(value, free) if isinstance(value, dict) else free
+        for name, value in bound.items()
+    }
     with torch.no_grad():
-        program = torch.export.export(denoiser, tuple(arguments), dynamic_shapes=tuple(shapes), strict=False)
+        program = torch.export.export(denoiser, arguments, dict(conditions), dynamic_shapes=shapes, strict=False)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     for node in reversed(module.graph.nodes):
@@ -167,14 +171,14 @@ def _store_equal_rows_once(split: _Split, tables: list[list[Tensor]]) -> list[li
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _body(module: fx.GraphModule, split: _Split) -> fx.GraphModule:
-    """The graph with the crossing values as inputs and the time path gone."""
+def _body(module: fx.GraphModule, split: _Split, names: tuple[str, ...]) -> fx.GraphModule:
+    """The graph with inputs (x, *conditions, *crossing values) and the time path gone."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    for node in placeholders:
-        if node.name != TIMESTEP:
-            copies[node] = graph.placeholder(node.name)
+    placeholders = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
+    for name in (STATE, *names):  # in an order of our own; what came through ** is called conditions_<name>
+        node = placeholders.get(name) or placeholders[f"conditions_{name}"]
+        copies[node] = graph.placeholder(name)
     for i, node in enumerate(split.crossing):
         copies[node] = graph.placeholder(f"time_{i}")
     for node in module.graph.nodes:

@@ -21,20 +21,20 @@ def per_step_session(
 ) -> Callable[[dict[str, NDArray[Any]]], NDArray[np.float32]]:
     """A function inputs -> sample (B, C, H, W) that calls a static one-step graph K times.
 
-    The graph takes (x, timestep [, class_labels]) as optimum-onnx exports it, with a static batch, which is faster.
+    The graph takes (x, timestep [, conditions]) as optimum-onnx exports it, with a static batch, which is faster.
     """
     session = _one_step_session(checkpoint, plan.timesteps[0], batch, threads)
     timesteps = [timestep_tensor(timestep).numpy() for timestep in plan.timesteps]
 
     def sample(inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
-        labels = {"class_labels": inputs["class_labels"]} if "class_labels" in inputs else {}
+        conditions = {name: array for name, array in inputs.items() if name not in ("noise", "step_noise")}
         known: dict[tuple[str, int], NDArray[np.float32]] = {
             ("noise", s): noise for s, noise in enumerate(inputs.get("step_noise", ()))
         }
         known["state", 0] = np.float32(plan.initial_scale) * inputs["noise"]
         for k, step in enumerate(plan.steps):
             x = known["state", k] if step.scale == 1.0 else np.float32(step.scale) * known["state", k]
-            output = session.run(None, {"x": x, "timestep": timesteps[k], **labels})[0]
+            output = session.run(None, {"x": x, "timestep": timesteps[k], **conditions})[0]
             known["output", k] = output
             if step.clean is not None and plan.clip is not None:
                 a, b = (np.float32(number) for number in step.clean)
@@ -59,18 +59,15 @@ def _one_step_session(checkpoint: Checkpoint, timestep: float, batch: int, threa
 
     from mmd_export.targets.onnx import OPSET, quiet_export
 
-    example = [torch.zeros(batch, *checkpoint.shape), timestep_tensor(timestep)]
-    names = ["x", "timestep"]
-    if checkpoint.classes is not None:
-        example.append(torch.zeros(batch, dtype=torch.int64))
-        names.append("class_labels")
+    example = (torch.zeros(batch, *checkpoint.shape), timestep_tensor(timestep))
+    conditions = {each.name: torch.from_numpy(each.examples(0, batch)) for each in checkpoint.conditions}
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
     settings.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder, quiet_export():
         path = Path(folder) / "step.onnx"
         torch.onnx.export(
-            checkpoint.denoiser, tuple(example), path, dynamo=True, opset_version=OPSET, verbose=False,
-            input_names=names, external_data=False,
+            checkpoint.denoiser, example, path, kwargs=conditions, dynamo=True, opset_version=OPSET, verbose=False,
+            input_names=["x", "timestep", *conditions], external_data=False,
         )  # fmt: skip
         return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ class UnrolledSampler(nn.Module):
     """noise -> sample by K network calls; differentiable, exportable, nothing random inside.
 
     Args:
-        denoiser: called as ``denoiser(x, k, class_labels)`` for call k = 0 ... K-1: an ``AtTimesteps`` or its
+        denoiser: called as ``denoiser(x, k, **conditions)`` for call k = 0 ... K-1: an ``AtTimesteps`` or its
             specialised form.
         plan: the numbers.
         checkpoint_calls: recompute every network call in the backward pass, so that memory does not grow with K.
@@ -28,10 +29,10 @@ class UnrolledSampler(nn.Module):
         self.plan = plan
         self.checkpoint_calls = checkpoint_calls
 
-    def forward(self, noise: Tensor, step_noise: Tensor | None = None, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, noise: Tensor, step_noise: Tensor | None = None, **conditions: Tensor) -> Tensor:
         """Sample (B, C, H, W) from ``noise`` (B, C, H, W) and, if stochastic, ``step_noise`` (S, B, C, H, W)."""
         state = noise
-        for state in self.chain(noise, step_noise, class_labels):  # noqa: B007 - the last state is the sample
+        for state in self.chain(noise, step_noise, **conditions):  # noqa: B007 - the last state is the sample
             pass
         return self.finish(state)
 
@@ -39,9 +40,7 @@ class UnrolledSampler(nn.Module):
         """The last state as the graph returns it: clamped to [-1, 1] unless it is a latent."""
         return state.clamp(-1.0, 1.0) if self.plan.clamp_output else state
 
-    def chain(
-        self, noise: Tensor, step_noise: Tensor | None = None, class_labels: Tensor | None = None
-    ) -> Iterator[Tensor]:
+    def chain(self, noise: Tensor, step_noise: Tensor | None = None, **conditions: Tensor) -> Iterator[Tensor]:
         """``state.1`` ... ``state.K``, each (B, C, H, W), unclamped."""
         noisy = 0 if step_noise is None else len(step_noise)
         if noisy != self.plan.noisy_steps:
@@ -49,18 +48,18 @@ class UnrolledSampler(nn.Module):
         known: dict[tuple[str, int], Tensor] = {("noise", s): z for s, z in enumerate(step_noise if noisy else ())}  # type: ignore[arg-type]
         known["state", 0] = noise if self.plan.initial_scale == 1.0 else self.plan.initial_scale * noise
         for k in range(self.plan.step_count):
-            self.advance(k, known, class_labels)
+            self.advance(k, known, conditions)
             yield known["state", k + 1]
 
-    def advance(self, k: int, known: dict[tuple[str, int], Tensor], class_labels: Tensor | None) -> None:
+    def advance(self, k: int, known: dict[tuple[str, int], Tensor], conditions: Mapping[str, Tensor]) -> None:
         """Add output_k, clean_k and state_{k+1} to ``known``; the docstring of ``mmd_export.plan`` has the formula."""
-        self.observe(k, known, class_labels)
+        self.observe(k, known, conditions)
         known["state", k + 1] = weighted_sum(self.plan.steps[k].update, known)
 
-    def observe(self, k: int, known: dict[tuple[str, int], Tensor], class_labels: Tensor | None) -> None:
+    def observe(self, k: int, known: dict[tuple[str, int], Tensor], conditions: Mapping[str, Tensor]) -> None:
         """Add output_k and clean_k, the part of call k that calls the network."""
         step, state = self.plan.steps[k], known["state", k]
-        output = known["output", k] = self._call(state if step.scale == 1.0 else step.scale * state, k, class_labels)
+        output = known["output", k] = self._call(state if step.scale == 1.0 else step.scale * state, k, conditions)
         if step.clean is not None:
             a, b = step.clean
             guess = b * output if a == 0.0 else a * state + b * output
@@ -72,11 +71,12 @@ class UnrolledSampler(nn.Module):
         assert self.plan.clip is not None  # StepPlan checks it for every step that clamps
         return self.plan.clip
 
-    def _call(self, x: Tensor, k: int, class_labels: Tensor | None) -> Tensor:
+    def _call(self, x: Tensor, k: int, conditions: Mapping[str, Tensor]) -> Tensor:
         if self.checkpoint_calls and torch.is_grad_enabled():
-            output: Tensor = checkpoint(self.denoiser, x, k, class_labels, use_reentrant=False)
+            call = partial(self.denoiser, x, k, **conditions)
+            output: Tensor = checkpoint(call, use_reentrant=False)
         else:
-            output = self.denoiser(x, k, class_labels)
+            output = self.denoiser(x, k, **conditions)
         return output
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from mmd_export.conditions import CLASS_LABELS, Condition
 from mmd_export.errors import UsageError
 from mmd_export.plan import StepPlan
 from mmd_export.plans import choose_plan, plan_again
@@ -21,7 +22,7 @@ from mmd_export.schedule import SchedulerConfig
 class Checkpoint:
     """A network with everything that a plan and a graph need to know of it.
 
-    ``shape`` is (C, H, W) of one sample; ``classes`` the number of class labels, or None; ``plan`` the plan that a run
+    ``shape`` is (C, H, W) of one sample; ``conditions`` what the network is told besides; ``plan`` the plan that a run
     folder was tuned for; ``warnings`` what the user should hear. ``folder`` is where the source lies. ``configs`` are
     the files, by relative POSIX path, that make a diffusers folder of the denoiser's weights: those of the source byte
     for byte, or those that its conversion amounts to; empty if diffusers has no class for the network.
@@ -33,11 +34,16 @@ class Checkpoint:
     scheduler: SchedulerConfig
     shape: tuple[int, int, int]
     sha256: str
-    classes: int | None = None
+    conditions: tuple[Condition, ...] = ()
     plan: StepPlan | None = None
     licence: str | None = None
     warnings: tuple[str, ...] = ()
     configs: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def classes(self) -> int | None:
+        """The number of class labels; None if the network takes none."""
+        return next((each.below for each in self.conditions if each.name == CLASS_LABELS), None)
 
     def plan_for(
         self,

@@ -21,6 +21,7 @@ from mmd_export.checkpoints.weights import (
     read_safetensors,
     read_shards,
 )
+from mmd_export.conditions import class_condition
 from mmd_export.denoiser import DiffusersUNet
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.plan import StepPlan
@@ -60,7 +61,7 @@ def read_folder(folder: Path, name: str, licence: str | None = None) -> Checkpoi
         scheduler=scheduler,
         shape=shape,
         sha256=hash_weights(weights, config, scheduler),
-        classes=config.get("num_class_embeds"),
+        conditions=class_condition(config.get("num_class_embeds")),
         plan=StepPlan.from_dict(read_json(plan_file)) if plan_file.is_file() else None,
         licence=licence,
         warnings=warnings,

@@ -27,6 +27,7 @@ from mmd_export.checkpoints.weights import (
     load_strictly,
     read_entries,
 )
+from mmd_export.conditions import class_condition
 from mmd_export.denoiser import DiffusersUNet
 from mmd_export.errors import UsageError
 from mmd_export.schedule import SchedulerConfig
@@ -106,7 +107,7 @@ def read_guided(
         scheduler=scheduler,
         shape=sample_shape(config, where),
         sha256=hash_weights(converted, config, scheduler),
-        classes=config.get("num_class_embeds"),
+        conditions=class_condition(config.get("num_class_embeds")),
         warnings=(*warnings, *precision, *dropped, f"{assumed} timesteps, epsilon prediction"),
         configs=diffusers_configs(config, scheduler),
     )

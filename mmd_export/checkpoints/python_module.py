@@ -22,6 +22,7 @@ from mmd_export.checkpoints.base import Checkpoint
 from mmd_export.checkpoints.gradient import GradientDenoiser
 from mmd_export.checkpoints.static import first_line, require_static
 from mmd_export.checkpoints.weights import hash_weights
+from mmd_export.conditions import class_condition
 from mmd_export.denoiser import ModuleDenoiser
 from mmd_export.errors import UsageError
 from mmd_export.schedule import SchedulerConfig
@@ -52,7 +53,7 @@ def read_python(place: str, *, sample_size: int | tuple[int, int] | None = None)
         scheduler=scheduler,
         shape=shape,
         sha256=hash_weights(network.state_dict(), own, scheduler),
-        classes=classes,
+        conditions=class_condition(classes),
         warnings=warnings,
     )
 

@@ -45,20 +45,20 @@ class OnnxTarget:
         from mmd_export.onnx_compose import GraphSpec, compose
         from mmd_export.onnx_lint import report, require_clean
 
-        spec = GraphSpec(program.shape, program.batch, program.classes, options.output)
+        spec = GraphSpec(program.shape, program.batch, program.conditions, options.output)
         constants = [
             [value.detach().cpu().numpy() for value in program.constants(k)] for k in range(program.plan.step_count)
         ]
         model = compose(one_call(program), program.plan, constants, spec)
         clean_up(model)
-        require_clean(model)
+        require_clean(model, program.conditions)
         save(model, folder / self.artefact)
         toolchain = {name: version(name) for name in PACKAGES}
         return Compiled(report(model).to_dict(), toolchain)
 
 
 def one_call(program: SamplerProgram) -> ir.Model:
-    """The captured call as an ONNX model with inputs (x, [class_labels], *constants)."""
+    """The captured call as an ONNX model with inputs (x, *conditions, *constants)."""
     import torch
 
     with quiet_export():

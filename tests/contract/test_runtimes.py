@@ -151,10 +151,7 @@ def test_it_refuses_inputs_that_do_not_fit(name: str, opened: Opened, method: st
     run(good)
 
 
-def test_it_refuses_steps_that_are_none(name: str, opened: Opened, request: pytest.FixtureRequest) -> None:
-    if name == "torch":
-        reason = "mmd_runtime.torch run_step raises KeyError and IndexError"
-        request.applymarker(pytest.mark.xfail(raises=LookupError, reason=reason))
+def test_it_refuses_steps_that_are_none(name: str, opened: Opened) -> None:
     bundle, _, chain = opened
     inputs = golden_inputs(bundle, 1)
     for step in (0, STEPS + 1):

@@ -69,7 +69,7 @@ def test_the_adapter_is_d() -> None:
 def test_labels_go_through() -> None:
     x, labels = noise(), torch.tensor([0, 3])
     denoiser = EdmDenoiser(Raw(), (2.0,), DATA)
-    moved = denoiser(x, 0, labels) - denoiser(x, 0, torch.tensor([0, 0]))
+    moved = denoiser(x, 0, class_labels=labels) - denoiser(x, 0, class_labels=torch.tensor([0, 0]))
     assert float(moved[0].abs().max()) == 0.0
     assert float((moved[1] - 0.3 * EdmPreconditioning.at(2.0).c_out).abs().max()) <= 1e-15
 

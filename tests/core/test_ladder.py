@@ -167,7 +167,7 @@ class Swapped(nn.Module):
         super().__init__()
         self.denoiser = denoiser
 
-    def forward(self, x: Tensor, timestep: Tensor, _labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
         output: Tensor = self.denoiser(x.flip(1), timestep)
         return output.flip(1)
 
@@ -239,8 +239,8 @@ def test_a_wrong_exported_program_fails_rung_5_only(
             super().__init__()
             self.inner = inner
 
-        def forward(self, x: Tensor, k: int, class_labels: Tensor | None = None) -> Tensor:
-            output: Tensor = 1.001 * self.inner(x, k, class_labels)
+        def forward(self, x: Tensor, k: int, **conditions: Tensor) -> Tensor:
+            output: Tensor = 1.001 * self.inner(x, k, **conditions)
             return output
 
     runner = SamplerProgram.runner

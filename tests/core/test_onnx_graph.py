@@ -73,7 +73,7 @@ def build(tiny: Path, tiny_attention: Path, tiny_labels: Path, tmp_path_factory:
     ) -> Artefact:
         checkpoint = load_checkpoint(folders[model])
         plan = checkpoint.plan_for(steps, eta=eta)
-        program = export_program(checkpoint.denoiser, plan, checkpoint.shape, batch, checkpoint.classes)
+        program = export_program(checkpoint.denoiser, plan, checkpoint.shape, batch, checkpoint.conditions)
         folder = tmp_path_factory.mktemp(f"{model}-{steps}")
         facts = get_target("onnx").compile(program, folder, CompileOptions(output=output))
         assert [path.name for path in folder.iterdir()] == ["model.onnx"]
@@ -137,7 +137,7 @@ def spec(value: onnx.ValueInfoProto) -> tuple[int, list[Any]]:
 def test_it_is_clean(build: Build, case: str) -> None:
     made = build(**CASES[case])
     onnx.checker.check_model(str(made.path), full_check=True)
-    assert faults(ir.from_proto(made.proto)) == []
+    assert faults(ir.from_proto(made.proto), made.checkpoint.conditions) == []
     assert [(opset.domain, opset.version <= 20) for opset in made.proto.opset_import] == [("", True)]
     assert made.proto.ir_version <= 10
     assert not made.proto.functions
@@ -211,7 +211,7 @@ from mmd_export.checkpoint import load_checkpoint
 from mmd_export.program import export_program
 from mmd_export.targets import CompileOptions, get_target
 checkpoint = load_checkpoint(sys.argv[1])
-program = export_program(checkpoint.denoiser, checkpoint.plan_for(2), checkpoint.shape, 1, checkpoint.classes)
+program = export_program(checkpoint.denoiser, checkpoint.plan_for(2), checkpoint.shape, 1, checkpoint.conditions)
 get_target("onnx").compile(program, Path(sys.argv[2]), CompileOptions())
 """
 

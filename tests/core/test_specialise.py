@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmd_export.checkpoint import load_checkpoint
+from mmd_export.conditions import class_condition
 from mmd_export.denoiser import AtTimesteps, DiffusersUNet
 from mmd_export.errors import UsageError
 from mmd_export.program import SamplerProgram, export_program
@@ -32,10 +33,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def example(model: str, batch: int) -> tuple[Tensor, Tensor | None]:
+def example(model: str, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(batch)
     shape = (2, 8, 12) if model == "attention" else (1, 8, 8)
-    labels = torch.randint(0, 5, (batch,), generator=generator) if model == "labels" else None
+    labels = {"class_labels": torch.randint(0, 5, (batch,), generator=generator)} if model == "labels" else {}
     return torch.randn(batch, *shape, generator=generator), labels
 
 
@@ -60,13 +61,13 @@ def specialised(model: str, denoiser: nn.Module, batch: int | None) -> Specialis
 def test_it_equals_the_plain_denoiser(model: str, batch: int | None) -> None:
     denoiser, timesteps = denoiser_of(model), timesteps_of(model)
     special, plain = specialised(model, denoiser, batch), AtTimesteps(denoiser, timesteps)
-    assert special.takes_labels == (model == "labels")
+    assert special.names == (("class_labels",) if model == "labels" else ())
     outputs = []
     with torch.no_grad():
         for size in (batch,) if batch else (1, 2, 5):
             x, labels = example(model, size)
             for k in range(len(timesteps)):
-                expected, found = plain(x, k, labels), special(x, k, labels)
+                expected, found = plain(x, k, **labels), special(x, k, **labels)
                 assert found.shape == x.shape
                 assert float((found - expected).abs().max()) <= 1e-6 * max(1.0, float(expected.abs().max()))
                 outputs.append(found)
@@ -134,12 +135,12 @@ def test_the_artefact_holds_no_time_weights(tiny: Path, tmp_path: Path) -> None:
 def test_the_program_runs_as_the_specialised_network() -> None:
     denoiser = denoiser_of("labels")
     plan = make_plan(SchedulerConfig(prediction_type="v_prediction"), 3)
-    program = export_program(denoiser, plan, (1, 8, 8), None, 5)
+    program = export_program(denoiser, plan, (1, 8, 8), None, class_condition(5))
     runner, plain = program.runner(), AtTimesteps(denoiser, plan.timesteps)
     x, labels = example("labels", 5)
     with torch.no_grad():
         for k in range(3):
-            torch.testing.assert_close(runner(x, k, labels), plain(x, k, labels), rtol=0, atol=1e-6)
+            torch.testing.assert_close(runner(x, k, **labels), plain(x, k, **labels), rtol=0, atol=1e-6)
 
 
 # --- what is refused
@@ -155,14 +156,14 @@ class Net(nn.Module):
         self.conv = nn.Conv2d(1, 1, 3, padding=1)
         self.body = body
 
-    def forward(self, x: Tensor, timestep: Tensor, _labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
         return self.body(self.conv(x) + torch.sin(timestep.float()).reshape(-1, 1, 1, 1))
 
 
 class NoisyTime(Net):
     """Noise that never meets the state before it is folded."""
 
-    def forward(self, x: Tensor, timestep: Tensor, _labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
         time = timestep.float()
         y: Tensor = self.conv(x) + (time + torch.randn_like(time)).reshape(-1, 1, 1, 1)
         return y

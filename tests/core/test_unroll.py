@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mmd_export.conditions import class_condition
 from mmd_export.denoiser import AtTimesteps, timestep_tensor
 from mmd_export.errors import UsageError
 from mmd_export.plan import Step, StepPlan, Term
@@ -107,7 +108,7 @@ def test_a_whole_timestep_is_int64_and_another_float32() -> None:
 
 @pytest.mark.parametrize("labels", [False, True])
 def test_history_in_onnx(labels: bool, tmp_path: Path) -> None:
-    program = export_program(Line().eval(), HISTORY, SHAPE, None, 7 if labels else None)
+    program = export_program(Line().eval(), HISTORY, SHAPE, None, class_condition(7 if labels else None))
     get_target("onnx").compile(program, tmp_path, CompileOptions())
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     noise, step_noise = (array.astype(np.float32) for array in arrays(3))
@@ -156,7 +157,7 @@ class TinyNet(nn.Module):
         self.a, self.b = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 1, 3, padding=1)
         self.calls = 0
 
-    def forward(self, x: Tensor, timestep: Tensor, _labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
         self.calls += 1
         y: Tensor = self.b(torch.tanh(self.a(x) + timestep.to(x.dtype) / 1000))
         return y

@@ -65,21 +65,32 @@ class _TorchSession:
     def run_step(self, step: int, known: Arrays) -> Array:
         import torch
 
+        self._require_known(step, known)
         tensors: dict[tuple[str, int], Any] = {}
         for s, noise in enumerate(known.get("step_noise", ())):
             tensors["noise", s] = torch.from_numpy(np.ascontiguousarray(noise))
         tensors["state", 0] = self.sampler.plan.initial_scale * torch.from_numpy(known["noise"])
         for k in range(1, step):
             tensors["state", k] = torch.from_numpy(known[f"state.{k}"])
-        labels = torch.from_numpy(known["class_labels"]) if "class_labels" in known else None
+        told = {spec.name: spec for spec in self.bundle.manifest.inputs if spec.name not in ("noise", "step_noise")}
+        conditions = {name: torch.from_numpy(known[name]) for name in told}
         update = self.sampler.plan.steps[step - 1].update
         earlier = {term.index for term in update if term.source in ("output", "clean")} - {step - 1}
         with torch.inference_mode():
             for k in sorted(earlier):  # a multistep plan reads older outputs: those of the given states
-                self.sampler.observe(k, tensors, labels)
-            self.sampler.advance(step - 1, tensors, labels)
+                self.sampler.observe(k, tensors, conditions)
+            self.sampler.advance(step - 1, tensors, conditions)
         result: Array = tensors["state", step].numpy()
         return result
+
+    def _require_known(self, step: int, known: Arrays) -> None:
+        """Raise UsageError unless ``step`` exists and everything that it starts from is given."""
+        name, steps = self.bundle.name, self.sampler.plan.step_count
+        if not 1 <= step <= steps:
+            raise UsageError(f"bundle {name}: step {step} is asked for; it has steps 1 to {steps}")
+        needed = [*(spec.name for spec in self.bundle.manifest.inputs), *(f"state.{k}" for k in range(1, step))]
+        if missing := [each for each in needed if each not in known]:
+            raise UsageError(f"bundle {name}: step {step} starts from '{missing[0]}', given: {sorted(known)}; add it")
 
 
 def _sampler(bundle: Bundle, model: str | None) -> UnrolledSampler:

@@ -1,0 +1,45 @@
+"""What a network is told besides state and timestep: class labels, text states, masks. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmd_export.noise import sampler_noise
+
+CLASS_LABELS = "class_labels"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One input of the network and of the graph, under diffusers' name.
+
+    ``shape`` is that of one image, without the batch; int64 values lie in 0 ... ``below`` - 1.
+    """
+
+    name: str
+    dtype: Literal["float32", "int64"]
+    shape: tuple[int, ...] = ()
+    below: int | None = None
+
+    def examples(self, seed: int, count: int) -> NDArray[np.float32] | NDArray[np.int64]:
+        """Golden values (count, *shape): 0, 1, 2, ... of those allowed, or unit normal ones from ``seed``."""
+        size = math.prod(self.shape)
+        if self.dtype == "int64":
+            return (np.arange(count * size, dtype=np.int64) % (self.below or 2)).reshape(count, *self.shape)
+        return sampler_noise(seed, count, (1, 1, size), 0)["noise"].reshape(count, *self.shape)
+
+
+def class_condition(classes: int | None) -> tuple[Condition, ...]:
+    """The one condition of a class-conditional network; none if ``classes`` is None."""
+    return () if classes is None else (Condition(CLASS_LABELS, "int64", (), classes),)
+
+
+def names_of(conditions: Sequence[Condition]) -> tuple[str, ...]:
+    """In the order of the network's and the graph's inputs."""
+    return tuple(condition.name for condition in conditions)
