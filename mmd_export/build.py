@@ -48,6 +48,7 @@ class BuildOptions:
     output: str = "float32"
     overwrite: bool = False
     verify: bool = True
+    form: str = "auto"
 
 
 def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None) -> Bundle:
@@ -71,7 +72,7 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
 
     def compile_into(folder: Path) -> ManifestDraft:
         notify(f"compiling for {target.name}")
-        compiled = target.compile(program, folder, CompileOptions(options.precision, options.output))
+        compiled = target.compile(program, folder, CompileOptions(options.precision, options.output, options.form))
         return _with_facts(draft, compiled)
 
     def measure(bundle: Bundle) -> Measured:
@@ -90,6 +91,7 @@ def usable_target(options: BuildOptions) -> Target:
     for flag, value, known in (
         ("--precision", options.precision, target.precisions),
         ("--output", options.output, target.outputs),
+        ("--form", options.form, ("auto", *target.forms)),
     ):
         if value not in known:
             raise NotAvailableError(f"target {target.name} has no {flag} {value}; it has {', '.join(known)}")

@@ -134,6 +134,9 @@ def build(
     precision: Annotated[str, typer.Option(help="fp32")] = "fp32",
     batch: Annotated[str, typer.Option(help="a size (1), a list (1,4,8) or a range (1..8)")] = "1",
     output: Annotated[str, typer.Option(help="float32 (B,C,H,W) in [-1,1] or uint8 (B,H,W,C)")] = "float32",
+    form: Annotated[
+        str, typer.Option(help="unrolled, loop (large K: small file, quick to load, slower a run) or auto")
+    ] = "auto",
     overwrite: Overwrite = False,
     skip_verify: Annotated[
         bool, typer.Option("--skip-verify", help="write the bundle without measuring parity")
@@ -144,7 +147,19 @@ def build(
     from mmd_export.build import build as make
 
     options = BuildOptions(
-        model, target, out, steps, sampler, eta, spacing, precision, batch, output, overwrite, not skip_verify
+        model,
+        target,
+        out,
+        steps,
+        sampler,
+        eta,
+        spacing,
+        precision,
+        batch,
+        output,
+        overwrite,
+        not skip_verify,
+        form,
     )
     bundle = make(options, _say)
     manifest = bundle.manifest

@@ -139,11 +139,12 @@ class Tolerance(_Model):
 
 
 class GraphInfo(_Model):
-    """Size of the graph; weights are counted once."""
+    """Size of the graph; weights are counted once, the body of a loop too."""
 
     nodes: Annotated[int, Field(ge=0)]
     unique_weight_bytes: Annotated[int, Field(ge=0)]
     op_counts: dict[str, int]
+    form: Literal["unrolled", "loop"] = "unrolled"
 
 
 class FileEntry(_Model):

@@ -35,22 +35,34 @@ class GraphSpec:
         return "batch" if self.batch is None else self.batch
 
 
-class _Composer:
-    """Collects nodes and initialisers; one method an idea."""
+class Composer:
+    """Collects nodes and initialisers; one method an idea. ``outer``: whose conditions a subgraph sees."""
 
-    def __init__(self, call: ir.Model, plan: StepPlan, spec: GraphSpec) -> None:
+    def __init__(self, call: ir.Model, plan: StepPlan, spec: GraphSpec, outer: Composer | None = None) -> None:
         self.call, self.plan, self.spec = call.graph, plan, spec
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self.image: tuple[int | str, ...] = (spec.batch_dim, *spec.shape)
         self.known: dict[tuple[str, int], ir.Value] = {}
-        self.conditions = [
-            self.input(condition.name, _DTYPES[condition.dtype], (spec.batch_dim, *condition.shape))
-            for condition in spec.conditions
-        ]
+        self.conditions: list[ir.Value] = (
+            outer.conditions
+            if outer is not None
+            else [
+                self.input(condition.name, _DTYPES[condition.dtype], (spec.batch_dim, *condition.shape))
+                for condition in spec.conditions
+            ]
+        )
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+    def inputs(self) -> tuple[list[ir.Value], ir.Value | None]:
+        """The inputs of the whole graph, noise first; and ``step_noise`` if the plan is stochastic."""
+        noise = self.input("noise", ir.DataType.FLOAT, self.image)
+        if not self.plan.noisy_steps:
+            return [noise, *self.conditions], None
+        step_noise = self.input("step_noise", ir.DataType.FLOAT, (self.plan.noisy_steps, *self.image))
+        return [noise, step_noise, *self.conditions], step_noise
 
     def constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
         """One initialiser a name."""
@@ -97,10 +109,9 @@ class _Composer:
     def _part(name: str, i: int, rest: Sequence[Term]) -> str:
         return f"{name}/sum.{i}" if rest else name
 
-    def network(self, k: int, x: ir.Value, constants: Sequence[NDArray[np.generic]]) -> ir.Value:
-        """Copy the nodes of the captured call; its inputs are (x, *conditions, *constants)."""
-        given = [x, *self.conditions]
-        given += [self.constant(f"step.{k}/time.{i}", array) for i, array in enumerate(constants)]
+    def network(self, place: str, x: ir.Value, constants: Sequence[ir.Value]) -> ir.Value:
+        """Copy the captured call, inputs (x, *conditions, *constants); names of its nodes start with ``place``."""
+        given = [x, *self.conditions, *constants]
         values: dict[ir.Value | None, ir.Value | None] = {None: None}
         values |= dict(zip(self.call.inputs, given, strict=True))
         for name, value in self.call.initializers.items():
@@ -112,21 +123,29 @@ class _Composer:
                 [values[value] for value in node.inputs],
                 attributes=list(node.attributes.values()),
                 num_outputs=len(node.outputs),
-                name=f"step.{k}/{index}.{node.op_type}",
+                name=f"{place}/{index}.{node.op_type}",
             )
             for old, new in zip(node.outputs, copy.outputs, strict=True):
-                new.name, new.type, new.shape = f"step.{k}/{old.name}", old.type, None
+                new.name, new.type, new.shape = f"{place}/{old.name}", old.type, None
                 values[old] = new
             self.nodes.append(copy)
         output = values[self.call.outputs[0]]
         assert output is not None
-        output.name = f"output.{k}"
         return output
+
+    def sum(self, parts: Sequence[ir.Value], name: str) -> ir.Value:
+        """The parts added in their order; the last node is called ``name``."""
+        total, *rest = parts
+        for i, part in enumerate(rest, start=1):
+            total = self.op("Add", [total, part], name if i == len(rest) else f"{name}/sum.{i}")
+        return total
 
     def step(self, k: int, constants: Sequence[NDArray[np.generic]]) -> None:
         """One step of the plan; the formula is in the docstring of ``mmd_export.plan``."""
         step, state = self.plan.steps[k], self.known["state", k]
-        output = self.network(k, self.scaled(step.scale, state, f"step.{k}/scaled"), constants)
+        folded = [self.constant(f"step.{k}/time.{i}", array) for i, array in enumerate(constants)]
+        output = self.network(f"step.{k}", self.scaled(step.scale, state, f"step.{k}/scaled"), folded)
+        output.name = f"output.{k}"
         self.known["output", k] = output
         if step.clean is not None and self.plan.clip is not None:
             guess = self._guess(k, step.clean, state, output)
@@ -182,21 +201,21 @@ def compose(
         constants: what ``call`` takes besides, for each of the K calls.
         spec: shapes and the kind of output.
     """
-    composer = _Composer(call, plan, spec)
-    image = composer.image
-    noise = composer.input("noise", ir.DataType.FLOAT, image)
-    inputs = [noise]
-    if plan.noisy_steps:
-        step_noise = composer.input("step_noise", ir.DataType.FLOAT, (plan.noisy_steps, *image))
-        inputs.append(step_noise)
-        for s in range(plan.noisy_steps):
-            index = composer.constant(f"plan/index.{s}", np.array(s, dtype=np.int64))
-            axis = ir.AttrInt64("axis", 0)
-            composer.known["noise", s] = composer.op("Gather", [step_noise, index], f"step_noise.{s}", axis=axis)
-    inputs += composer.conditions
-    composer.known["state", 0] = composer.scaled(plan.initial_scale, noise, "state.0")
+    composer = Composer(call, plan, spec)
+    inputs, step_noise = composer.inputs()
+    for s in range(plan.noisy_steps):
+        assert step_noise is not None
+        index = composer.constant(f"plan/index.{s}", np.array(s, dtype=np.int64))
+        axis = ir.AttrInt64("axis", 0)
+        composer.known["noise", s] = composer.op("Gather", [step_noise, index], f"step_noise.{s}", axis=axis)
+    composer.known["state", 0] = composer.scaled(plan.initial_scale, inputs[0], "state.0")
     for k in range(plan.step_count):
         composer.step(k, constants[k])
+    return sampler_model(composer, inputs, call)
+
+
+def sampler_model(composer: Composer, inputs: Sequence[ir.Value], call: ir.Model) -> ir.Model:
+    """The finished model: what the composer holds, from ``inputs`` to its sample."""
     sample = composer.sample()
     graph = ir.Graph(
         inputs,

@@ -24,16 +24,18 @@ class GraphReport:
     nodes: int
     unique_weight_bytes: int
     op_counts: dict[str, int]
+    form: str
 
     def to_dict(self) -> dict[str, Any]:
-        return {"nodes": self.nodes, "unique_weight_bytes": self.unique_weight_bytes, "op_counts": self.op_counts}
+        return vars(self).copy()
 
 
 def report(model: ir.Model) -> GraphReport:
     """Count nodes, weights and ops of ``model``."""
-    counts = Counter(node.op_type for node in model.graph)
+    counts = Counter(node.op_type for node in model.graph.all_nodes())
     sizes = [value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None]
-    return GraphReport(len(model.graph), sum(sizes), dict(sorted(counts.items())))
+    form = "loop" if counts["Loop"] else "unrolled"
+    return GraphReport(counts.total(), sum(sizes), dict(sorted(counts.items())), form)
 
 
 def faults(model: ir.Model, conditions: Sequence[Condition] = ()) -> list[str]:
@@ -44,10 +46,11 @@ def faults(model: ir.Model, conditions: Sequence[Condition] = ()) -> list[str]:
         found.append("metadata on the model")
     if model.functions:
         found.append(f"{len(model.functions)} model-local functions")
-    for node in model.graph:
+    loops = [node for node in model.graph if node.op_type == "Loop"]
+    for node in model.graph.all_nodes():
         if node.domain:
             found.append(f"node {node.name!r} of the custom domain {node.domain!r}")
-        if node.op_type in _RANDOM | _CONTROL_FLOW | _TRAINING:
+        if node.op_type in _RANDOM | _CONTROL_FLOW | _TRAINING and not (len(loops) == 1 and _counts(loops[0], node)):
             found.append(f"node {node.name!r} ({node.op_type})")
         if node.metadata_props or node.doc_string:
             found.append(f"metadata on node {node.name!r}")
@@ -56,6 +59,11 @@ def faults(model: ir.Model, conditions: Sequence[Condition] = ()) -> list[str]:
     values = model.graph.initializers.values()
     found += [f"float64 weight {value.name!r}" for value in values if value.dtype == ir.DataType.DOUBLE]
     return found
+
+
+def _counts(loop: ir.Node, node: ir.Node) -> bool:
+    """Whether ``node`` is the sampler's own loop: a constant number of trips, none of them stopped early."""
+    return node is loop and all(value is not None and value.const_value is not None for value in loop.inputs[:2])
 
 
 def require_clean(model: ir.Model, conditions: Sequence[Condition] = ()) -> None:

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What the user may choose: ``precision`` fp32, ...; ``output`` float32 or uint8."""
+    """What the user may choose; ``form`` is unrolled, loop, or auto, which is one of the two."""
 
     precision: str = "fp32"
     output: str = "float32"
+    form: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Target(Protocol):
     artefact: str
     precisions: tuple[str, ...]
     outputs: tuple[str, ...]
+    forms: tuple[str, ...]
     extra: str
 
     def availability(self) -> Availability:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mmd_export.program import SamplerProgram
 
 OPSET = 20  # the newest that TensorRT 10, onnxruntime and the web runtimes all read
+# benchmarks/results/forms.json: loading an unrolled graph grows faster than its steps, a loop's takes the same at any.
+LOOP_ABOVE = 20
 PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir")
 
 
@@ -32,6 +34,7 @@ class OnnxTarget:
     artefact = "model.onnx"
     precisions: tuple[str, ...] = ("fp32",)
     outputs: tuple[str, ...] = ("float32", "uint8")
+    forms: tuple[str, ...] = ("unrolled", "loop")
     extra = "onnx"
 
     def availability(self) -> Availability:
@@ -44,17 +47,26 @@ class OnnxTarget:
         """``model.onnx``: checked by onnx.checker and linted; the same program gives the same bytes."""
         from mmd_export.onnx_compose import GraphSpec, compose
         from mmd_export.onnx_lint import report, require_clean
+        from mmd_export.onnx_loop import compose_loop
 
         spec = GraphSpec(program.shape, program.batch, program.conditions, options.output)
         constants = [
             [value.detach().cpu().numpy() for value in program.constants(k)] for k in range(program.plan.step_count)
         ]
-        model = compose(one_call(program), program.plan, constants, spec)
+        write = compose_loop if chosen_form(options.form, program.plan.step_count) == "loop" else compose
+        model = write(one_call(program), program.plan, constants, spec)
         clean_up(model)
         require_clean(model, program.conditions)
         save(model, folder / self.artefact)
         toolchain = {name: version(name) for name in PACKAGES}
         return Compiled(report(model).to_dict(), toolchain)
+
+
+def chosen_form(form: str, steps: int) -> str:
+    """``form`` itself, or what ``auto`` stands for."""
+    if form == "auto":
+        return "loop" if steps > LOOP_ABOVE else "unrolled"
+    return form
 
 
 def one_call(program: SamplerProgram) -> ir.Model:
@@ -67,6 +79,7 @@ def one_call(program: SamplerProgram) -> ir.Model:
         )
     assert exported is not None
     model: ir.Model = exported.model
+    tidy_call(model)
     return model
 
 
@@ -84,14 +97,20 @@ def quiet_export() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def tidy_call(model: ir.Model) -> None:
+    """What need not be done again for every copy of the call: constants as initialisers, no Identity."""
+    from onnx_ir.passes import Sequential
+    from onnx_ir.passes import common as passes
+
+    Sequential(passes.LiftConstantsToInitializersPass(lift_all_constants=True), passes.IdentityEliminationPass())(model)
+
+
 def clean_up(model: ir.Model) -> None:
-    """Constants as initialisers, equal ones once, nothing unused, no metadata, topological order."""
+    """Equal constants once, nothing unused, no metadata, topological order."""
     from onnx_ir.passes import Sequential
     from onnx_ir.passes import common as passes
 
     Sequential(
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True),
-        passes.IdentityEliminationPass(),
         passes.DeduplicateInitializersPass(size_limit=2**20),
         passes.RemoveUnusedNodesPass(),
         passes.TopologicalSortPass(),

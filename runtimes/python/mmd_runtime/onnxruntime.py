@@ -14,11 +14,12 @@ from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, Us
 from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session
 from mmd_runtime.chunks import check_array, check_inputs
 from mmd_runtime.onnx_cut import cut_step, with_states
+from mmd_runtime.onnx_loop import LoopStep, body_model, find_loop, split_states, with_loop_states
 
 INSTALL = "pip install 'mmd-export[onnx]'"
 PROVIDERS = ["CPUExecutionProvider"]
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(uint8)": "uint8"}
-_STEP_SESSIONS_BYTES = 2**30
+_STEP_SESSIONS_BYTES = 2**28
 
 
 class OnnxRuntime:
@@ -42,7 +43,10 @@ class OnnxRuntime:
 
     def open_chain(self, bundle: Bundle, options: RunOptions) -> ChainSession:
         """Load the artefact with every ``state.<k>`` as an output; needs the ``onnx`` package too."""
-        return _ChainSession(bundle, options)
+        _require_onnx(bundle)
+        model = _load_model(bundle)
+        kind = _ChainSession if find_loop(model) is None else _LoopChainSession
+        return kind(bundle, options, model)
 
 
 class _Session:
@@ -65,10 +69,8 @@ class _Session:
 class _ChainSession:
     """The shipped graph with its states as outputs, or cut between two states."""
 
-    def __init__(self, bundle: Bundle, options: RunOptions) -> None:
-        _require_onnx(bundle)
-        self._bundle, self._options = bundle, options
-        self._model = _load_model(bundle)
+    def __init__(self, bundle: Bundle, options: RunOptions, model: Any) -> None:
+        self._bundle, self._options, self._model = bundle, options, model
         self._steps = bundle.golden().steps
         self._whole: Any = None
         self._cuts: OrderedDict[tuple[int, tuple[tuple[str, tuple[int, ...]], ...]], Any] = OrderedDict()
@@ -77,9 +79,12 @@ class _ChainSession:
         """``state.1`` ... ``state.K`` and the outputs, from one pass."""
         check_inputs(self._bundle, inputs)
         if self._whole is None:
-            whole = with_states(self._model, self._bundle, self._steps)
-            self._whole = _inference_session(self._bundle, whole.SerializeToString(), self._options)
+            self._whole = _inference_session(self._bundle, self._opened().SerializeToString(), self._options)
         return _run(self._bundle, self._whole, inputs)
+
+    def _opened(self) -> Any:
+        """The model with its states as outputs."""
+        return with_states(self._model, self._bundle, self._steps)
 
     def run_step(self, step: int, known: Arrays) -> Array:
         """``state.<step>`` from ``state.<step - 1>`` (``noise`` for step 1) and what else that step reads."""
@@ -90,6 +95,10 @@ class _ChainSession:
             raise UsageError(f"bundle {self._bundle.name}: step {step} starts from '{before}', given: {sorted(known)}")
         for name, array in known.items():
             self._check_known(name, array)
+        self._whole = None  # its copy of the weights; made again if it is asked for
+        return self._forced(step, known)
+
+    def _forced(self, step: int, known: Arrays) -> Array:
         session = self._cut(step, known)
         feeds = {value.name: known[value.name] for value in session.get_inputs()}
         return _run(self._bundle, session, feeds)[f"state.{step}"]
@@ -112,6 +121,32 @@ class _ChainSession:
             self._cuts[key] = _inference_session(self._bundle, part.SerializeToString(), self._options)
         self._cuts.move_to_end(key)
         return self._cuts[key]
+
+
+class _LoopChainSession(_ChainSession):
+    """The same for a graph in the form of a loop: the body alone serves every step."""
+
+    def __init__(self, bundle: Bundle, options: RunOptions, model: Any) -> None:
+        super().__init__(bundle, options, model)
+        self._body: LoopStep | None = None
+
+    def run_chain(self, inputs: Arrays) -> dict[str, Array]:
+        return split_states(super().run_chain(inputs), self._steps)
+
+    def _opened(self) -> Any:
+        return with_loop_states(self._model, self._bundle, self._steps)
+
+    def _forced(self, step: int, known: Arrays) -> Array:
+        for k in range(1, step):
+            if f"state.{k}" not in known:
+                name = self._bundle.name
+                raise UsageError(f"bundle {name}: step {step} reads 'state.{k}', given: {sorted(known)}; add it")
+        if self._body is None:
+            body = body_model(self._model)
+            session = _inference_session(self._bundle, body.SerializeToString(), self._options)
+            scale = float(self._bundle.manifest.plan["initial_scale"])
+            self._body = LoopStep(body, scale, lambda feeds: list(_run(self._bundle, session, feeds).values()))
+        return self._body.state_after(step, known)
 
 
 def _onnxruntime() -> Any:
