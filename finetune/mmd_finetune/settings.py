@@ -44,13 +44,13 @@ class FinetuneSettings(BaseModel):
     eta: float | None = Field(default=None, ge=0.0)
     spacing: str | None = None
     data: str = "digits"
-    features: tuple[str, ...] = Field(default=("digits-conv",), min_length=1)
+    features: tuple[str, ...] = Field(default=("digits-conv", "pixels"), min_length=1)
     holdout: str = "digits-mlp"
     kernel: str = "gaussian"
     batch_size: int = Field(default=256, ge=2)
     learning_rate: float = Field(default=2e-4, gt=0.0, allow_inf_nan=False)
     rate_decay: Literal["constant", "cosine"] = "cosine"
-    iterations: int = Field(default=120, ge=1)
+    iterations: int = Field(default=160, ge=1)
     seed: int = Field(default=0, ge=0, lt=SEED_LIMIT)
     ema_decay: float = Field(default=0.95, ge=0.0, lt=1.0)
     clip_gradient: float = Field(default=1.0, gt=0.0)

@@ -11,7 +11,6 @@ import copy
 import json
 import math
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,11 +22,9 @@ from torch.nn import functional as F
 
 from mmd_finetune.digits import DigitsSplit, load_digits_split
 from mmd_finetune.digits_encoders import ARCHITECTURES, accuracy, class_logits
+from recipes.digits_card import MODEL_FOLDER, RESULT_FILE, ROOT, write_card
 
-ROOT = Path(__file__).parents[2]
-MODEL_FOLDER = ROOT / "mmd_export/models/digits"
 ENCODER_FOLDER = ROOT / "finetune/mmd_finetune/encoders"
-RESULT_FILE = ROOT / "benchmarks/results/digits_training.json"
 
 ENCODER_STEPS = 1500
 DENOISER_STEPS = 6000
@@ -143,6 +140,7 @@ def main() -> None:
         "curve": curve,
     }
     RESULT_FILE.write_text(json.dumps(result, indent=1) + "\n")
+    write_card()
 
 
 if __name__ == "__main__":

@@ -88,4 +88,4 @@ def test_a_file_that_is_missing_or_no_toml(tmp_path: Path) -> None:
 
 def test_defaults_are_for_the_built_in_digits() -> None:
     settings = FinetuneSettings(model="digits", steps=5, out=Path("run"))
-    assert (settings.data, settings.features, settings.holdout) == ("digits", ("digits-conv",), "digits-mlp")
+    assert (settings.data, settings.features, settings.holdout) == ("digits", ("digits-conv", "pixels"), "digits-mlp")

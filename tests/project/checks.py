@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("mmd_export", "finetune/mmd_finetune", "runtimes/python/mmd_runtime")
 SHIPPED = (
     "mmd_export/models/digits/unet/diffusion_pytorch_model.safetensors",
+    "mmd_export/models/digits/README.md",
     "mmd_export/models/digits/unet/config.json",
     "mmd_export/models/digits/scheduler/scheduler_config.json",
     "mmd_finetune/encoders/digits-conv.safetensors",
