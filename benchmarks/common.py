@@ -27,6 +27,23 @@ CIFAR10_UNET: dict[str, Any] = {
     "norm_eps": 1e-6, "act_fn": "silu", "mid_block_scale_factor": 1,
 }  # fmt: skip
 
+# 16x16, 1.6 M parameters: small enough that everything but the convolutions shows.
+SMALL_UNET: dict[str, Any] = {
+    "sample_size": 16, "in_channels": 3, "out_channels": 3, "layers_per_block": 2, "block_out_channels": (32, 64, 64),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), "norm_num_groups": 8,
+}  # fmt: skip
+
+
+def save_small(folder: Path, prediction_type: str = "v_prediction") -> Path:
+    """A flat diffusers folder of ``SMALL_UNET`` with random weights and DDIM."""
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    UNet2DModel(**SMALL_UNET).save_pretrained(folder)
+    DDIMScheduler(prediction_type=prediction_type).save_pretrained(folder)
+    return folder
+
 
 def save_cifar10(folder: Path, prediction_type: str = "epsilon") -> Path:
     """A flat diffusers folder of the ddpm-cifar10 architecture with random weights."""

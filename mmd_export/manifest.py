@@ -139,12 +139,19 @@ class Tolerance(_Model):
 
 
 class GraphInfo(_Model):
-    """Size of the graph; weights are counted once, the body of a loop too."""
+    """Size of the graph; weights are counted once, the body of a loop too.
+
+    ``folded_values``: tensors that the fixed time grid made constant, over all calls. ``peak_activation_bytes``: the
+    most that is alive at once at the smallest batch, weights aside, by shapes alone.
+    """
 
     nodes: Annotated[int, Field(ge=0)]
     unique_weight_bytes: Annotated[int, Field(ge=0)]
     op_counts: dict[str, int]
     form: Literal["unrolled", "loop"] = "unrolled"
+    folded_values: Annotated[int, Field(ge=0)] = 0
+    folded_bytes: Annotated[int, Field(ge=0)] = 0
+    peak_activation_bytes: Annotated[int, Field(ge=0)] | None = None
 
 
 class FileEntry(_Model):

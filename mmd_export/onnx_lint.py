@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from mmd_export.conditions import Condition, names_of
 from mmd_export.errors import NotAvailableError
+from mmd_export.onnx_memory import peak_activation_bytes
 
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 _CONTROL_FLOW = {"If", "Loop", "Scan", "SequenceMap"}
@@ -19,23 +20,26 @@ _TRAINING = {"Dropout"}
 
 @dataclass(frozen=True)
 class GraphReport:
-    """Sizes of a graph. ``unique_weight_bytes`` counts every initialiser once."""
+    """Sizes of a graph. ``unique_weight_bytes`` counts every initialiser once; see ``onnx_memory`` for the peak."""
 
     nodes: int
     unique_weight_bytes: int
     op_counts: dict[str, int]
     form: str
+    peak_activation_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         return vars(self).copy()
 
 
-def report(model: ir.Model) -> GraphReport:
-    """Count nodes, weights and ops of ``model``."""
+def report(model: ir.Model, batch: int = 1) -> GraphReport:
+    """Count nodes, weights, ops and activations of ``model``, these at ``batch``."""
     counts = Counter(node.op_type for node in model.graph.all_nodes())
     sizes = [value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None]
     form = "loop" if counts["Loop"] else "unrolled"
-    return GraphReport(counts.total(), sum(sizes), dict(sorted(counts.items())), form)
+    return GraphReport(
+        counts.total(), sum(sizes), dict(sorted(counts.items())), form, peak_activation_bytes(model, batch)
+    )
 
 
 def faults(model: ir.Model, conditions: Sequence[Condition] = ()) -> list[str]:

@@ -59,7 +59,9 @@ class OnnxTarget:
         require_clean(model, program.conditions)
         save(model, folder / self.artefact)
         toolchain = {name: version(name) for name in PACKAGES}
-        return Compiled(report(model).to_dict(), toolchain)
+        folded = [value for k in range(program.plan.step_count) for value in program.constants(k)]
+        facts = {"folded_values": len(folded), "folded_bytes": sum(value.nbytes for value in folded)}
+        return Compiled(report(model, program.batch or 1).to_dict() | facts, toolchain)
 
 
 def chosen_form(form: str, steps: int) -> str:

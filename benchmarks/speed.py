@@ -1,0 +1,169 @@
+"""One graph against diffusers' own pipeline and a roofline, batch 1, CPU -> benchmarks/results/speed.json.
+
+Everything in one interleaved run: DDIMPipeline as a user calls it, the sampler in torch, a one-step session called K
+times, the one graph, and what was tried on it to be rid of layout reorders round its convolutions:
+
+- ``no blocked layout``: onnxruntime's NCHWc transformer off (optimisation level extended instead of all);
+- ``layer norm``: the InstanceNormalization inside GroupNorm as LayerNormalization over the same numbers.
+
+The roofline is the best of many float32 matrix products of onnxruntime's own sgemm with the same threads, measured in
+the same run; the fraction is (multiply-adds of the network, counted by torch, times 2) / seconds / roofline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import RESULTS, save_cifar10, save_small, write_result
+from mmd_export.build import BuildOptions, build
+from mmd_export.bundle import Bundle
+from mmd_export.checkpoint import Checkpoint, load_checkpoint
+from mmd_export.latency import measure
+from mmd_export.reference import sampler_of
+from mmd_export.step_session import per_step_session
+
+STEPS = 5
+MODELS = {"ddpm-cifar10 architecture": save_cifar10, "16x16, 1.6 M parameters": save_small}
+SEED = 0
+GEMM = 1024
+Call = Callable[[], NDArray[Any]]
+
+
+def pipeline_call(model: Path) -> Call:
+    """diffusers' DDIMPipeline on the same weights; its noise comes from a seed that the graph's does too."""
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    unet, scheduler = UNet2DModel.from_pretrained(model), DDIMScheduler.from_pretrained(model)
+    pipeline = DDIMPipeline(unet=unet.eval(), scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def call() -> NDArray[Any]:
+        generator = torch.Generator().manual_seed(SEED)
+        images: NDArray[Any] = pipeline(generator=generator, num_inference_steps=STEPS, output_type="np").images
+        return images.transpose(0, 3, 1, 2) * 2.0 - 1.0
+
+    return call
+
+
+def session(model: bytes | str, level: str = "ALL") -> Any:
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    settings.inter_op_num_threads = 1
+    settings.intra_op_num_threads = torch.get_num_threads()
+    settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_ENABLE_{level}")
+    return ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+
+
+def with_layer_norm(path: Path) -> bytes:
+    """InstanceNormalization over (N, groups, rest) is LayerNormalization over the last axis, without an affine part."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    lengths = {value.name: value.type.tensor_type.shape.dim[-1].dim_value for value in model.graph.value_info}
+    nodes = [node for node in model.graph.node if node.op_type == "InstanceNormalization"]
+    for length in sorted({lengths[node.input[0]] for node in nodes}):
+        model.graph.initializer.append(numpy_helper.from_array(np.ones(length, np.float32), f"ones.{length}"))
+    for node in nodes:
+        (epsilon,) = (attribute.f for attribute in node.attribute if attribute.name == "epsilon")
+        inputs = [node.input[0], f"ones.{lengths[node.input[0]]}"]
+        node.CopyFrom(
+            helper.make_node("LayerNormalization", inputs, list(node.output), node.name, axis=-1, epsilon=epsilon)
+        )
+    serialized: bytes = model.SerializeToString()
+    return serialized
+
+
+def gemm_call() -> Call:
+    """One square float32 product in onnxruntime: 2 GEMM^3 operations."""
+    weight = np.random.default_rng(0).standard_normal((GEMM, GEMM)).astype(np.float32)
+    shape = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [GEMM, GEMM])
+    out = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [GEMM, GEMM])
+    product = helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = helper.make_graph([product], "gemm", [shape], [out], [numpy_helper.from_array(weight, "w")])
+    opset = [helper.make_opsetid("", 20)]
+    opened = session(helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString())
+    return lambda: opened.run(None, {"x": weight})[0]
+
+
+def network_flops(checkpoint: Checkpoint) -> int:
+    """Of one call at batch 1; a multiply-add counts as two."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        checkpoint.denoiser(torch.zeros(1, *checkpoint.shape), torch.tensor([500]))
+    return int(counter.get_total_flops())
+
+
+def candidates(model: Path, bundle: Bundle, checkpoint: Checkpoint) -> dict[str, Call]:
+    plan = checkpoint.plan_for(STEPS, sampler="ddim")
+    generator = torch.Generator().manual_seed(SEED)
+    noise = torch.randn(1, *checkpoint.shape, generator=generator)
+    feeds = {"noise": noise.numpy()}
+    sampler = sampler_of(checkpoint, plan)
+    per_step = per_step_session(checkpoint, plan, 1, torch.get_num_threads())
+
+    def eager() -> NDArray[Any]:
+        with torch.inference_mode():
+            image: NDArray[Any] = sampler(noise).numpy()
+        return image
+
+    def graph(source: bytes | str, level: str = "ALL") -> Call:
+        opened = session(source, level)
+        return lambda: opened.run(None, feeds)[0]
+
+    path = bundle.artefact_path
+    return {
+        "one graph": graph(str(path)),
+        "diffusers pipeline": pipeline_call(model),
+        "torch eager": eager,
+        "per-step session": lambda: per_step(feeds),
+        "one graph, no blocked layout": graph(str(path), "EXTENDED"),
+        "one graph, layer norm": graph(with_layer_norm(path)),
+        "sgemm": gemm_call(),
+    }
+
+
+def measure_model(name: str, rounds: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        model = MODELS[name](Path(scratch) / "model", "v_prediction")
+        bundle = build(BuildOptions(str(model), "onnx", Path(scratch) / "bundle", STEPS, "ddim", verify=False))
+        checkpoint = load_checkpoint(str(model))
+        calls = candidates(model, bundle, checkpoint)
+        expected = calls["one graph"]()
+        errors = {key: float(np.abs(call() - expected).max()) for key, call in calls.items() if key != "sgemm"}
+        report = measure(calls, rounds, warmup=10)
+        flops = STEPS * network_flops(checkpoint)
+    best = {key: min(report.seconds[key]) for key in ("one graph", "sgemm")}
+    fraction = (flops / best["one graph"]) / (2 * GEMM**3 / best["sgemm"])
+    result = {
+        "rounds": rounds,
+        "takes": {key: vars(report.ratio(key, "one graph")) for key in calls if key not in ("one graph", "sgemm")},
+        "largest_difference": errors,
+        "operations": flops,
+        "fraction_of_sgemm_roofline": round(fraction, 3),
+    }
+    print(name, result, flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=RESULTS / "speed.json")
+    arguments = parser.parse_args()
+    results = {name: measure_model(name, arguments.rounds) for name in MODELS}
+    write_result(arguments.out, "benchmarks/speed.py", {"steps": STEPS, "models": results})
+
+
+if __name__ == "__main__":
+    main()

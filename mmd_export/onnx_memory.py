@@ -1,0 +1,54 @@
+"""The memory that the values of an ONNX graph need while it runs, from its shapes alone. onnx_ir, no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+
+def peak_activation_bytes(model: ir.Model, batch: int = 1) -> int:
+    """The most bytes of values alive at once when nodes run in order and each value goes after its last use.
+
+    Weights are not counted. A runtime that fuses nodes or works in place needs less, one that pads or blocks layouts
+    more. A symbolic dimension counts as ``batch``; a value whose shape cannot be inferred counts as nothing.
+    """
+    from onnx_ir.passes.common import ShapeInferencePass
+
+    copy = model.clone()
+    ShapeInferencePass(strict_mode=False)(copy)
+    return _peak(copy.graph, batch)
+
+
+def _peak(graph: ir.Graph, batch: int) -> int:
+    last = _last_uses(graph)
+    alive = {value: _bytes(value, batch) for value in graph.inputs}
+    peak = sum(alive.values())
+    for place, node in enumerate(graph):
+        alive |= {value: _bytes(value, batch) for value in node.outputs}
+        inside = max((_peak(inner, batch) for inner in _subgraphs(node)), default=0)
+        peak = max(peak, sum(alive.values()) + inside)
+        alive = {value: size for value, size in alive.items() if last.get(value, place) != place}
+    return peak
+
+
+def _last_uses(graph: ir.Graph) -> dict[ir.Value, int]:
+    """The place of the last node that reads each value, inner graphs included; outputs are never done with."""
+    last: dict[ir.Value, int] = {}
+    for place, node in enumerate(graph):
+        inner = [each for subgraph in _subgraphs(node) for each in subgraph.all_nodes()]
+        for reader in (node, *inner):
+            last |= {value: place for value in reader.inputs if value is not None}
+    return last | dict.fromkeys(graph.outputs, -1)
+
+
+def _subgraphs(node: ir.Node) -> Iterable[ir.Graph]:
+    return (attribute.as_graph() for attribute in node.attributes.values() if attribute.type == ir.AttributeType.GRAPH)
+
+
+def _bytes(value: ir.Value, batch: int) -> int:
+    if value.shape is None or value.dtype is None:
+        return 0
+    sizes = [size if isinstance(size, int) else batch for size in value.shape]
+    return math.ceil(math.prod(sizes) * value.dtype.itemsize)
