@@ -1,4 +1,4 @@
-"""Every benchmark that needs no GPU, one after the other; about 25 minutes on 2 quiet cores."""
+"""Every benchmark that needs no GPU, one after the other; about 40 minutes on 2 quiet cores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("benchmarks.artefacts", "benchmarks.digits_quality", "benchmarks.tables")
+SCRIPTS = (
+    "benchmarks.schedulers",
+    "benchmarks.artefacts",
+    "benchmarks.forms",
+    "benchmarks.speed",
+    "benchmarks.digits_quality",
+    "benchmarks.example",
+    "benchmarks.tables",
+)
 
 
 def main() -> None:

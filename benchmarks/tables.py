@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/schedulers.md")
+PAGES = ("README.md", "docs/schedulers.md", "docs/compiler.md")
 NOT_MEASURED = "not measured"
 
 
@@ -66,10 +66,7 @@ def artefacts() -> str:
     for model, values in result["models"].items():
         size, build = values["size"], values["build"]
         ratios = values.get("latency", {}).get("ratios")
-        speed = [
-            "{median:.2f} [{low:.2f}, {high:.2f}]".format(**ratios[name]) if ratios else NOT_MEASURED
-            for name in BASELINES
-        ]
+        speed = [interval(ratios[name]) if ratios else NOT_MEASURED for name in BASELINES]
         weights = f"{size['bytes'] / 1e6:.2f} MB ({size['unique_weight_bytes'] / 1e6:.2f})"
         cost = f"{build['cpu_seconds']:.0f} CPU s, {build['peak_memory_mb'] / 1000:.1f} GB"
         rows.append((model, weights, f"{size['nodes']:,}", cost, f"{values['worst_artefact_error']:.0e}", *speed))
@@ -117,11 +114,67 @@ def _errors(errors: dict[str, float | None] | None) -> str:
     return f"{errors['float64']:.0e}" + ("" if single is None else f" ({single:.0e})")
 
 
+def example() -> str:
+    """The commands of the worked example with what they printed."""
+    result = read("example.json")
+    if result is None:
+        return NOT_MEASURED
+    parts = [f"$ {line['command']}\n{line['printed']}" for line in result["commands"]]
+    return "```console\n" + "\n\n".join(parts) + "\n```"
+
+
+def forms() -> str:
+    """Unrolled graph and loop by step count."""
+    result = read("forms.json")
+    if result is None:
+        return NOT_MEASURED
+    rows = []
+    for row in result["rows"]:
+        cells = [str(row["steps"])]
+        for key, shown in (("nodes", "{:,}"), ("bytes", "{:,}"), ("compile_cpu_seconds", "{:.1f}"),
+                           ("load_cpu_seconds", "{:.2f}")):  # fmt: skip
+            cells += [shown.format(row[form][key]) for form in ("unrolled", "loop")]
+        rows.append((*cells, interval(row["loop_takes"])))
+    growth = [
+        f"{result['growth_exponent'][form][key]:.2f}"
+        for key in ("bytes", "compile_cpu_seconds", "load_cpu_seconds")
+        for form in ("unrolled", "loop")
+    ]
+    rows.append(("*growth exponent*", "", "", *growth, ""))
+    units = ("nodes", "bytes", "compile, CPU s", "load, CPU s")
+    heads = ("K", *(f"{unit}: {form}" for unit in units for form in ("unrolled", "loop")), "a run of the loop takes")
+    return markdown(heads, rows)
+
+
+def speed() -> str:
+    """What everything else takes, as times of the one graph; and the one graph against the roofline."""
+    result = read("speed.json")
+    if result is None:
+        return NOT_MEASURED
+    names = [name for values in result["models"].values() for name in values["takes"]]
+    rows = [
+        (name, *(interval(values["takes"][name]) for values in result["models"].values()))
+        for name in dict.fromkeys(names)
+    ]
+    fractions = [f"{100 * values['fraction_of_sgemm_roofline']:.0f} %" for values in result["models"].values()]
+    rows.append(("*one graph, of the sgemm roofline*", *fractions))
+    return markdown(("takes, times the one graph", *result["models"]), rows)
+
+
+def interval(ratio: dict[str, Any]) -> str:
+    """Median with its 95 % interval, if there were rounds enough for one."""
+    median = f"{ratio['median']:.2f}"
+    return median if ratio["low"] is None else f"{median} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "artefacts": artefacts,
     "gpu": gpu,
     "schedulers": schedulers,
+    "example": example,
+    "forms": forms,
+    "speed": speed,
 }
 
 
