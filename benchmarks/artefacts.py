@@ -61,7 +61,7 @@ def measure(model: str, seconds: float) -> dict[str, Any]:
 
 def sizes(bundle: Bundle) -> dict[str, Any]:
     """Bytes of the artefact, its weights counted once, its nodes; and the limit that the project sets itself."""
-    graph, size = bundle.manifest.graph, bundle.artefact_path.stat().st_size
+    graph, size = bundle.manifest.graph, bundle.artefact_bytes
     limit = 1.05 * graph.unique_weight_bytes + 2048 * graph.nodes
     return {"size": {"bytes": size, "limit": int(limit), "within": size <= limit, **graph.model_dump(mode="json")}}
 

@@ -11,6 +11,7 @@ from mmd_export.bundle import (
     BatchSpec,
     Bundle,
     CheckpointRef,
+    DecoderInfo,
     GraphInfo,
     ManifestDraft,
     Measured,
@@ -20,7 +21,7 @@ from mmd_export.bundle import (
 )
 from mmd_export.card import model_card
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
-from mmd_export.errors import NotAvailableError
+from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.parity import ParityReport, artefact_rung
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.reference import golden_arrays
@@ -49,6 +50,7 @@ class BuildOptions:
     overwrite: bool = False
     verify: bool = True
     form: str = "auto"
+    decode: bool = False
 
 
 def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None) -> Bundle:
@@ -59,7 +61,8 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
     require_free(options.out, options.overwrite)
     batch, target = BatchSpec.parse(options.batch), usable_target(options)
     notify("reading the checkpoint")
-    checkpoint = load_checkpoint(options.model)
+    checkpoint = load_checkpoint(options.model).ending_in(image=options.decode)
+    _require_picture(options, checkpoint)
     for warning in checkpoint.warnings:
         notify(f"warning: {warning}")
     plan = checkpoint.plan_for(options.steps, sampler=options.sampler, eta=options.eta, spacing=options.spacing)
@@ -67,7 +70,9 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
     golden = golden_arrays(checkpoint, plan, golden_count(batch), options.output)
     notify("capturing one network call")
     static = batch.smallest if batch.is_static else None
-    program = export_program(checkpoint.denoiser, plan, checkpoint.shape, static, checkpoint.conditions)
+    program = export_program(
+        checkpoint.denoiser, plan, checkpoint.shape, static, checkpoint.conditions, checkpoint.decoder
+    )
     draft = _draft(options, checkpoint, program, batch, target)
 
     def compile_into(folder: Path) -> ManifestDraft:
@@ -100,6 +105,12 @@ def usable_target(options: BuildOptions) -> Target:
     return target
 
 
+def _require_picture(options: BuildOptions, checkpoint: Checkpoint) -> None:
+    """Raise UsageError for bytes of a latent."""
+    if options.output == "uint8" and checkpoint.latent and checkpoint.decoder is None:
+        raise UsageError(f"{checkpoint.name} makes latents, --output uint8 is for images; add --decode")
+
+
 def golden_count(batch: BatchSpec) -> int:
     """How many golden images make every batch size run at least once, and several noises in all."""
     if batch.is_static:
@@ -121,8 +132,9 @@ def _draft(
     inputs += [
         TensorSpec(name=told.name, dtype=told.dtype, shape=(rows, *told.shape)) for told in checkpoint.conditions
     ]
-    uint8 = options.output == "uint8"
-    sample = (rows, height, width, channels) if uint8 else image
+    uint8, decoder = options.output == "uint8", checkpoint.decoder
+    channels, height, width = checkpoint.shape if program.decoder is None else program.decoder.shape
+    sample = (rows, height, width, channels) if uint8 else (rows, channels, height, width)
     return ManifestDraft(
         name=f"{checkpoint.name}-{program.plan.step_count}",
         target=target.name,
@@ -134,6 +146,7 @@ def _draft(
         outputs=(TensorSpec(name="sample", dtype="uint8" if uint8 else "float32", shape=sample),),
         batch=batch,
         checkpoint=CheckpointRef(name=checkpoint.name, sha256=checkpoint.sha256, licence=checkpoint.licence),
+        decoder=None if decoder is None else DecoderInfo(**decoder.facts()),
         toolchain={},
         tolerance=artefact_tolerance(target.name, options.precision),
         graph=GraphInfo(nodes=0, unique_weight_bytes=0, op_counts={}),

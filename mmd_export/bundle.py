@@ -29,6 +29,7 @@ from mmd_export.manifest import (
     MANIFEST_NAME,
     BatchSpec,
     CheckpointRef,
+    DecoderInfo,
     FileEntry,
     GraphInfo,
     Manifest,
@@ -44,6 +45,7 @@ __all__ = [
     "BatchSpec",
     "Bundle",
     "CheckpointRef",
+    "DecoderInfo",
     "FileEntry",
     "Golden",
     "GraphInfo",
@@ -67,8 +69,8 @@ class Golden:
     """What the float64 reference gave, rounded to the dtypes of the graph.
 
     ``inputs``: every graph input by name, ``noise`` (N, C, H, W); ``sample``: as the manifest's output, N images;
-    ``states``: float32 (N, C, H, W) after step 1 .. K, the last one before the final clamp. N is a multiple of a
-    static batch size, and at least the smallest one otherwise.
+    ``states``: float32 (N, C, H, W) after step 1 .. K, the last one before the final clamp or the decoder, whose images
+    have another shape. N is a multiple of a static batch size, and at least the smallest one otherwise.
     """
 
     inputs: Mapping[str, NDArray[Any]]
@@ -138,6 +140,16 @@ class Bundle:
     def artefact_path(self) -> Path:
         """The main artefact: a file, or a folder such as ``model.mlpackage``."""
         return self.folder / self.manifest.artefact
+
+    @property
+    def artefact_bytes(self) -> int:
+        """The size of the artefact, with its files of weights (``model.onnx_data``)."""
+        return sum(entry.size for entry in self.manifest.files if entry.path.startswith(self.manifest.artefact))
+
+    @property
+    def gives_latents(self) -> bool:
+        """Whether the sample is a latent, which no picture can show."""
+        return self.manifest.decoder is None and self.manifest.plan.get("clamp_output") is False
 
     @property
     def card(self) -> str:

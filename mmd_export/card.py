@@ -11,11 +11,12 @@ def model_card(manifest: ManifestDraft, verified: str = "not verified", latency:
     """Markdown. ``verified`` says where parity was measured; ``latency`` is a paragraph or a table."""
     plan, weights = manifest.plan, manifest.graph.unique_weight_bytes
     graph = f"{manifest.graph.nodes:,} nodes, {weights / 1e6:.2f} MB of weights, stored once"
+    out = "latent" if _gives_latents(manifest) else "image"
     timesteps = ", ".join(f"{step['timestep']:g}" for step in plan["steps"])
     lines = [
         f"# {manifest.name}",
         "",
-        f"A {len(plan['steps'])}-step {str(plan['solver']).upper()} sampler as one static graph: noise in, image out.",
+        f"A {len(plan['steps'])}-step {str(plan['solver']).upper()} sampler as one static graph: noise in, {out} out.",
         "",
         "| | |",
         "|---|---|",
@@ -26,6 +27,7 @@ def model_card(manifest: ManifestDraft, verified: str = "not verified", latency:
         f"| inputs | {_specs(manifest.inputs)} |",
         f"| outputs | {_specs(manifest.outputs)} |",
         f"| precision | {manifest.precision}; the sampler state is float32 |",
+        *_decoder(manifest),
         f"| graph | {graph} |",
         f"| built with | {', '.join(f'{name} {version}' for name, version in sorted(manifest.toolchain.items()))} |",
         "",
@@ -43,6 +45,19 @@ def model_card(manifest: ManifestDraft, verified: str = "not verified", latency:
         "",
     ]
     return "\n".join(lines)
+
+
+def _gives_latents(manifest: ManifestDraft) -> bool:
+    return manifest.decoder is None and manifest.plan.get("clamp_output") is False
+
+
+def _decoder(manifest: ManifestDraft) -> list[str]:
+    """The row of a latent model."""
+    if (decoder := manifest.decoder) is not None:
+        shift = f" + {decoder.shift:g}" if decoder.shift else ""
+        formula = f"image = D(latent / {decoder.scale:g}{shift})"
+        return [f"| decoder | {decoder.autoencoder}, in the graph; {formula}; {decoder.precision} |"]
+    return ["| decoder | none in the graph; the sample is a latent |"] if _gives_latents(manifest) else []
 
 
 def _specs(specs: object) -> str:

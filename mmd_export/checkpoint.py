@@ -8,7 +8,8 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from mmd_export.checkpoints.base import Checkpoint, describe
-from mmd_export.checkpoints.diffusers_folder import PICKLE, PLAN_FILE, SAFETENSORS, download, read_folder
+from mmd_export.checkpoints.diffusers_folder import PLAN_FILE, download, read_folder
+from mmd_export.checkpoints.weights import PICKLE, SAFETENSORS
 from mmd_export.errors import UsageError
 from mmd_export.manifest import CheckpointRef
 
@@ -65,8 +66,13 @@ def load_matching(
     ema: bool | str | None = None,
     sample_size: int | tuple[int, int] | None = None,
 ) -> Checkpoint:
-    """The checkpoint that a bundle was built from, told apart by its hash; raises UsageError with both hashes."""
+    """The checkpoint that a bundle was built from, told apart by its hash; raises UsageError with both hashes.
+
+    It has its decoder only if the bundle has.
+    """
     checkpoint = load_checkpoint(model, ema=ema, sample_size=sample_size)
+    if checkpoint.network_sha256 == wanted.sha256:
+        return checkpoint.ending_in(image=False)
     if checkpoint.sha256 != wanted.sha256:
         raise UsageError(
             f"checkpoint {checkpoint.name} has hash {checkpoint.sha256[:12]}, the bundle was built from {wanted.name} "

@@ -137,6 +137,12 @@ def build(
     form: Annotated[
         str, typer.Option(help="unrolled, loop (large K: small file, quick to load, slower a run) or auto")
     ] = "auto",
+    decode: Annotated[
+        bool,
+        typer.Option(
+            "--decode", help="latent models: put the autoencoder's decoder into the graph; else it gives latents"
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     skip_verify: Annotated[
         bool, typer.Option("--skip-verify", help="write the bundle without measuring parity")
@@ -160,10 +166,11 @@ def build(
         overwrite,
         not skip_verify,
         form,
+        decode,
     )
     bundle = make(options, _say)
     manifest = bundle.manifest
-    size = sum(entry.size for entry in manifest.files if entry.path.startswith(manifest.artefact)) / 1e6
+    size = bundle.artefact_bytes / 1e6
     parity = "parity not measured" if manifest.parity is None else f"worst error {max(manifest.parity.values()):.0e}"
     _print(f"{out}: {manifest.artefact} {size:.2f} MB, {manifest.graph.nodes:,} nodes, {parity} "
            f"(tolerance {manifest.tolerance.atol:g})")  # fmt: skip
@@ -242,7 +249,10 @@ def sample(
     eta: Eta = None,
     spacing: Spacing = None,
 ) -> None:
-    """Draw images from a seed and write them as one PNG grid."""
+    """Draw images from a seed and write them as one PNG grid.
+
+    A latent model is decoded by the vae/ of its folder; a bundle of one must have been built with --decode.
+    """
     from mmd_export.commands.sample import SampleOptions
     from mmd_export.commands.sample import sample as draw
     from mmd_export.pictures import save_grid

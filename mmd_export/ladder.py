@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -118,25 +119,35 @@ def stage_rungs(bundle: Bundle, checkpoint: Checkpoint, plan: StepPlan) -> list[
     """Rungs 3 to 5 on the golden noises: float64, float32, specialised, exported, each against the one before."""
     golden = bundle.golden()
     batch = bundle.manifest.batch.smallest if bundle.manifest.batch.is_static else None
-    program = export_program(checkpoint.denoiser, plan, checkpoint.shape, batch, checkpoint.conditions)
+    program = export_program(
+        checkpoint.denoiser, plan, checkpoint.shape, batch, checkpoint.conditions, checkpoint.decoder
+    )
     inputs = dict(golden.inputs)
     exact = {f"state.{k}": state for k, state in enumerate(golden.states, start=1)}
     again = run_chain(sampler_of(checkpoint.as_double(), plan), inputs, torch.float64)
     plain = run_chain(sampler_of(checkpoint, plan), inputs)
-    special = _in_batches(UnrolledSampler(program.denoiser, plan), program, inputs)
-    exported = _in_batches(UnrolledSampler(program.runner(), plan), program, inputs)
+    captured = None if program.decoder is None else program.decoder.runner()
+    special = _in_batches(UnrolledSampler(program.denoiser, plan, decoder=checkpoint.decoder), program, inputs)
+    exported = _in_batches(UnrolledSampler(program.runner(), plan, decoder=captured), program, inputs)
     atol = torch_tolerance().atol
+    if program.decoder is not None:
+        exact["sample"] = again["sample"]
     third = _states("golden ", again, exact) + _states("", plain, exact)
     return [
         Rung(3, tuple(third), atol),
-        Rung(4, tuple(_states("", special, plain)), atol),
-        Rung(5, tuple(_states("", exported, special)), atol),
+        Rung(4, tuple(_states("", special, plain, exact)), atol),
+        Rung(5, tuple(_states("", exported, special, exact)), atol),
     ]
 
 
-def _states(prefix: str, actual: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]]) -> list[Comparison]:
-    names = [name for name in expected if name.startswith("state.")]
-    return [compare(prefix + name, actual[name], expected[name]) for name in names]
+def _states(
+    prefix: str,
+    actual: dict[str, NDArray[Any]],
+    expected: dict[str, NDArray[Any]],
+    names: Iterable[str] | None = None,
+) -> list[Comparison]:
+    """Every state, and the decoded image if there is one."""
+    return [compare(prefix + name, actual[name], expected[name]) for name in names or expected]
 
 
 def _in_batches(

@@ -131,6 +131,15 @@ class CheckpointRef(_Model):
     licence: str | None = None
 
 
+class DecoderInfo(_Model):
+    """The decoder at the end of the graph: image = D(latent / scale + shift), in a precision of its own."""
+
+    autoencoder: Annotated[str, Field(min_length=1)]
+    scale: Finite
+    shift: Finite
+    precision: Word
+
+
 class Tolerance(_Model):
     """How far the artefact may be from the float64 reference, and the measurement that set it."""
 
@@ -186,6 +195,7 @@ class ManifestDraft(_Model):
     outputs: tuple[TensorSpec, ...]
     batch: BatchSpec
     checkpoint: CheckpointRef
+    decoder: DecoderInfo | None = None
     toolchain: dict[str, str]
     hardware: dict[str, str] | None = None
     tolerance: Tolerance

@@ -1,7 +1,8 @@
 """Compose K copies of one network call and the plan's arithmetic into one ONNX graph. onnx_ir, no torch.
 
 Values carry the plan's names: ``state.<k>`` after every step, ``output.<k>`` and ``clean.<k>`` inside, ``sample`` at
-the end; nodes of call k start with ``step.<k>/``. Weights are initialisers shared by all calls.
+the end; nodes of call k start with ``step.<k>/``, those of a decoder with ``decode/``. Weights are
+initialisers shared by all calls.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mmd_export.conditions import Condition
+from mmd_export.onnx_copy import copy_nodes
 from mmd_export.plan import StepPlan, Term
 
 _DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
@@ -22,12 +24,16 @@ IR_VERSION = 10  # of ONNX 1.17; the oldest that carries opset 20 and that curre
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """The outside of the graph. ``batch``: a number, or None for a symbolic dimension; ``output``: float32 or uint8."""
+    """The outside of the graph. ``batch``: a number, or None for a symbolic dimension; ``output``: float32 or uint8.
+
+    ``decoder``: latent -> image, and (C, H, W) of the image; without it the graph ends in the state.
+    """
 
     shape: tuple[int, int, int]
     batch: int | None = 1
     conditions: tuple[Condition, ...] = ()
     output: str = "float32"
+    decoder: tuple[ir.Model, tuple[int, int, int]] | None = None
 
     @property
     def batch_dim(self) -> int | str:
@@ -44,6 +50,7 @@ class Composer:
         self.initializers: dict[str, ir.Value] = {}
         self.image: tuple[int | str, ...] = (spec.batch_dim, *spec.shape)
         self.known: dict[tuple[str, int], ir.Value] = {}
+        self.decoded: ir.Value | None = None
         self.conditions: list[ir.Value] = (
             outer.conditions
             if outer is not None
@@ -161,13 +168,21 @@ class Composer:
         from_state = self.op("Mul", [state, self.scalar(a)], f"step.{k}/guess.state")
         return self.op("Add", [from_state, from_output], f"step.{k}/guess")
 
-    def sample(self) -> ir.Value:
-        """Clamp the last state, or turn it into uint8 NHWC as diffusers' image processor does."""
+    def decode(self, decoder: ir.Model, shape: tuple[int, int, int]) -> None:
+        """Append the decoder behind ``state.K``; what comes out, (B, *shape), stands in its place from here on."""
         last = self.known["state", self.plan.step_count]
+        nodes, image = copy_nodes(decoder.graph, [last], "decode/", self.initializers)
+        self.nodes += nodes
+        self.image = (self.spec.batch_dim, *shape)
+        self.decoded = image
+
+    def sample(self) -> ir.Value:
+        """Clamp the last state or its image, or turn that into uint8 NHWC as diffusers' image processor does."""
+        last = self.decoded or self.known["state", self.plan.step_count]
         limits = [self.scalar(-1.0), self.scalar(1.0)]
         if self.spec.output == "uint8":
             return self._uint8(self.op("Clip", [last, *limits], "sample/clamped"))
-        if not self.plan.clamp_output:
+        if not self.plan.clamp_output and self.decoded is None:
             return self.op("Identity", [last], "sample")
         return self.op("Clip", [last, *limits], "sample")
 
@@ -180,8 +195,8 @@ class Composer:
         bytes_ = self.op("Cast", [rounded], "sample/uint8", to=ir.AttrInt64("to", ir.DataType.UINT8))
         bytes_.type = ir.TensorType(ir.DataType.UINT8)
         result = self.op("Transpose", [bytes_], "sample", perm=ir.AttrInt64s("perm", [0, 2, 3, 1]))
-        channels, height, width = self.spec.shape
-        result.type, result.shape = bytes_.type, ir.Shape((self.spec.batch_dim, height, width, channels))
+        batch, channels, height, width = self.image
+        result.type, result.shape = bytes_.type, ir.Shape((batch, height, width, channels))
         return result
 
 
@@ -199,7 +214,7 @@ def compose(
         call: one network call, inputs (x, *conditions, *constants), one output.
         plan: the numbers.
         constants: what ``call`` takes besides, for each of the K calls.
-        spec: shapes and the kind of output.
+        spec: shapes, the kind of output, the decoder.
     """
     composer = Composer(call, plan, spec)
     inputs, step_noise = composer.inputs()
@@ -216,6 +231,8 @@ def compose(
 
 def sampler_model(composer: Composer, inputs: Sequence[ir.Value], call: ir.Model) -> ir.Model:
     """The finished model: what the composer holds, from ``inputs`` to its sample."""
+    if composer.spec.decoder is not None:
+        composer.decode(*composer.spec.decoder)
     sample = composer.sample()
     graph = ir.Graph(
         inputs,

@@ -9,8 +9,22 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mmd_export.conditions import Condition
+from mmd_export.decoder import LatentDecoder
 from mmd_export.plan import StepPlan
 from mmd_export.specialise import SpecialisedDenoiser, check_static, specialise
+
+
+@dataclass(frozen=True)
+class DecoderProgram:
+    """The captured decoder: latent (B, C, H, W) to image (B, *shape), not clamped; ``precision`` is its own."""
+
+    call: ExportedProgram
+    shape: tuple[int, int, int]
+    precision: str
+
+    def runner(self) -> nn.Module:
+        """The captured decoder as a module, for parity."""
+        return self.call.module(check_guards=False)
 
 
 @dataclass(frozen=True)
@@ -18,6 +32,7 @@ class SamplerProgram:
     """Everything a target compiles: the plan, one captured call, and the constants of each of its K uses.
 
     ``step`` maps (x, *conditions, *constants) to the raw output. ``batch`` is the static batch, or None if dynamic.
+    ``decoder`` turns the last state into the image, if that is a latent and the graph shall end in an image.
     """
 
     plan: StepPlan
@@ -26,6 +41,7 @@ class SamplerProgram:
     shape: tuple[int, int, int]
     batch: int | None
     conditions: tuple[Condition, ...] = ()
+    decoder: DecoderProgram | None = None
 
     def constants(self, k: int) -> list[Tensor]:
         """The folded time path of call ``k``."""
@@ -57,6 +73,7 @@ def export_program(
     shape: tuple[int, int, int],
     batch: int | None,
     conditions: tuple[Condition, ...] = (),
+    decoder: LatentDecoder | None = None,
 ) -> SamplerProgram:
     """Specialise ``denoiser`` to the plan's timesteps and capture one call; ``batch`` None leaves the batch free.
 
@@ -73,4 +90,17 @@ def export_program(
     with torch.no_grad():
         step = torch.export.export(special.body, arguments, dynamic_shapes=shapes, strict=False)
     check_static(step.graph)
-    return SamplerProgram(plan, step, special, shape, batch, conditions)
+    decode = None if decoder is None else export_decoder(decoder, shape, batch)
+    return SamplerProgram(plan, step, special, shape, batch, conditions, decode)
+
+
+def export_decoder(decoder: LatentDecoder, shape: tuple[int, int, int], batch: int | None) -> DecoderProgram:
+    """Capture the decoder for latents of ``shape``; raises UsageError if it is not static."""
+    example = torch.zeros(batch or 2, *shape)
+    free = {0: Dim.DYNAMIC} if batch is None else None
+    with torch.no_grad():
+        call = torch.export.export(decoder.eval(), (example,), dynamic_shapes=(free,), strict=False)
+    check_static(call.graph)
+    (image,) = call.graph.output_node().args[0]
+    channels, height, width = (int(size) for size in image.meta["val"].shape[1:])
+    return DecoderProgram(call, (channels, height, width), decoder.precision)

@@ -19,7 +19,8 @@ GOLDEN_SEED = 20230107
 
 def sampler_of(checkpoint: Checkpoint, plan: StepPlan) -> UnrolledSampler:
     """The sampler that is tuned and shipped, time path not yet folded."""
-    return UnrolledSampler(AtTimesteps(checkpoint.denoiser, plan.timesteps), plan).eval()
+    network = AtTimesteps(checkpoint.denoiser, plan.timesteps)
+    return UnrolledSampler(network, plan, decoder=checkpoint.decoder).eval()
 
 
 def golden_inputs(checkpoint: Checkpoint, plan: StepPlan, count: int) -> dict[str, NDArray[Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from mmd_export.checkpoint import Checkpoint
 from mmd_export.denoiser import timestep_tensor
@@ -19,11 +20,12 @@ from mmd_export.plan import StepPlan, Term
 def per_step_session(
     checkpoint: Checkpoint, plan: StepPlan, batch: int, threads: int = 0
 ) -> Callable[[dict[str, NDArray[Any]]], NDArray[np.float32]]:
-    """A function inputs -> sample (B, C, H, W) that calls a static one-step graph K times.
+    """A function inputs -> sample (B, C, H, W) that calls a static one-step graph K times, then a decoder's if any.
 
     The graph takes (x, timestep [, conditions]) as optimum-onnx exports it, with a static batch, which is faster.
     """
     session = _one_step_session(checkpoint, plan.timesteps[0], batch, threads)
+    decode = None if checkpoint.decoder is None else _decoder_session(checkpoint, batch, threads)
     timesteps = [timestep_tensor(timestep).numpy() for timestep in plan.timesteps]
 
     def sample(inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -41,6 +43,9 @@ def per_step_session(
                 known["clean", k] = np.clip(a * known["state", k] + b * output, -plan.clip, plan.clip)
             known["state", k + 1] = _weighted_sum(step.update, known)
         last = known["state", plan.step_count]
+        if decode is not None:
+            image: NDArray[np.float32] = decode.run(None, {"latent": last})[0]
+            return np.clip(image, -1.0, 1.0)
         return np.clip(last, -1.0, 1.0) if plan.clamp_output else last
 
     return sample
@@ -55,19 +60,31 @@ def _weighted_sum(terms: tuple[Term, ...], known: dict[tuple[str, int], NDArray[
 
 
 def _one_step_session(checkpoint: Checkpoint, timestep: float, batch: int, threads: int) -> Any:
+    example = (torch.zeros(batch, *checkpoint.shape), timestep_tensor(timestep))
+    conditions = {each.name: torch.from_numpy(each.examples(0, batch)) for each in checkpoint.conditions}
+    return _session(checkpoint.denoiser, example, conditions, ["x", "timestep", *conditions], threads)
+
+
+def _decoder_session(checkpoint: Checkpoint, batch: int, threads: int) -> Any:
+    assert checkpoint.decoder is not None
+    return _session(checkpoint.decoder, (torch.zeros(batch, *checkpoint.shape),), {}, ["latent"], threads)
+
+
+def _session(
+    module: nn.Module, example: tuple[Tensor, ...], keywords: dict[str, Tensor], names: list[str], threads: int
+) -> Any:
+    """``module`` exported by torch.onnx with its inputs called ``names``, loaded in onnxruntime."""
     import onnxruntime as ort
 
     from mmd_export.targets.onnx import OPSET, quiet_export
 
-    example = (torch.zeros(batch, *checkpoint.shape), timestep_tensor(timestep))
-    conditions = {each.name: torch.from_numpy(each.examples(0, batch)) for each in checkpoint.conditions}
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
     settings.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder, quiet_export():
-        path = Path(folder) / "step.onnx"
+        path = Path(folder) / "part.onnx"
         torch.onnx.export(
-            checkpoint.denoiser, example, path, kwargs=conditions, dynamo=True, opset_version=OPSET, verbose=False,
-            input_names=["x", "timestep", *conditions], external_data=False,
+            module, example, path, kwargs=keywords, dynamo=True, opset_version=OPSET, verbose=False,
+            input_names=names, external_data=True,
         )  # fmt: skip
         return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])

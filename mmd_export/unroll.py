@@ -21,23 +21,38 @@ class UnrolledSampler(nn.Module):
             specialised form.
         plan: the numbers.
         checkpoint_calls: recompute every network call in the backward pass, so that memory does not grow with K.
+        decoder: makes an image of the last state, a latent.
     """
 
-    def __init__(self, denoiser: nn.Module, plan: StepPlan, *, checkpoint_calls: bool = False) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        plan: StepPlan,
+        *,
+        checkpoint_calls: bool = False,
+        decoder: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.plan = plan
         self.checkpoint_calls = checkpoint_calls
+        self.decoder = decoder
 
     def forward(self, noise: Tensor, step_noise: Tensor | None = None, **conditions: Tensor) -> Tensor:
-        """Sample (B, C, H, W) from ``noise`` (B, C, H, W) and, if stochastic, ``step_noise`` (S, B, C, H, W)."""
+        """Sample from ``noise`` (B, C, H, W) and, if stochastic, ``step_noise`` (S, B, C, H, W).
+
+        It is (B, C, H, W), or an image (B, 3, fH, fW) where there is a decoder.
+        """
         state = noise
         for state in self.chain(noise, step_noise, **conditions):  # noqa: B007 - the last state is the sample
             pass
         return self.finish(state)
 
     def finish(self, state: Tensor) -> Tensor:
-        """The last state as the graph returns it: clamped to [-1, 1] unless it is a latent."""
+        """The last state as the graph returns it: clamped to [-1, 1], decoded before that, or a latent as it is."""
+        if self.decoder is not None:
+            image: Tensor = self.decoder(state)
+            return image.clamp(-1.0, 1.0)
         return state.clamp(-1.0, 1.0) if self.plan.clamp_output else state
 
     def chain(self, noise: Tensor, step_noise: Tensor | None = None, **conditions: Tensor) -> Iterator[Tensor]:

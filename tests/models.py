@@ -60,6 +60,66 @@ def save_model(folder: Path, scheduler: dict[str, Any] | None = None, *, seed: i
     return folder
 
 
+AUTOENCODERS: dict[str, dict[str, Any]] = {  # latents (4, 8, 8) to images (3, 16, 16), all with attention but the tiny
+    "AutoencoderKL": {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "sample_size": 16,
+    },
+    "VQModel": {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "num_vq_embeddings": 16,
+        "vq_embed_dim": 4,
+        "scaling_factor": 1.5,
+    },
+    "AutoencoderTiny": {
+        "encoder_block_out_channels": (8, 8),
+        "decoder_block_out_channels": (8, 8),
+        "num_encoder_blocks": (1, 1),
+        "num_decoder_blocks": (1, 1),
+    },
+    "AutoencoderDC": {
+        "latent_channels": 4,
+        "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+        "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
+        "encoder_block_out_channels": (8, 16),
+        "decoder_block_out_channels": (8, 16),
+        "encoder_layers_per_block": (1, 1),
+        "decoder_layers_per_block": (1, 1),
+        "encoder_qkv_multiscales": ((), (5,)),
+        "decoder_qkv_multiscales": ((), (5,)),
+        "attention_head_dim": 8,
+        "upsample_block_type": "interpolate",
+        "scaling_factor": 0.41407,
+    },
+}
+LATENT: dict[str, Any] = {"in_channels": 4, "out_channels": 4}
+
+
+def save_latent_model(folder: Path, kind: str = "AutoencoderKL", *, seed: int = 0, **changes: Any) -> Path:
+    """Save a random latent model as a diffusers pipeline folder: ``unet/``, ``scheduler/``, ``vae/``."""
+    import diffusers
+
+    new_unet(seed, **LATENT).save_pretrained(folder / "unet")
+    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    scheduler.save_pretrained(folder / "scheduler")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        autoencoder = getattr(diffusers, kind)(**{**AUTOENCODERS[kind], **changes})
+        for parameter in list(autoencoder.parameters()):
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+        if kind == "VQModel":  # codes as far apart as latents are, not 1 / 16
+            autoencoder.quantize.embedding.weight.data.normal_()
+    autoencoder.save_pretrained(folder / "vae")
+    return folder
+
+
 def weights_of(folder: Path) -> dict[str, Tensor]:
     """The tensors of a saved model."""
     from safetensors.torch import load_file

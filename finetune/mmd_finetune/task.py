@@ -86,6 +86,8 @@ def prepare(settings: FinetuneSettings) -> Task:
         raise UsageError(
             f"model {base.name} is conditional on {base.classes} classes; only unconditional ones are tuned"
         )
+    if base.latent:
+        raise UsageError(f"model {base.name} makes latents; only models of pixels are tuned")
     plan = make_plan(
         base.scheduler, settings.steps, sampler=settings.sampler, eta=settings.eta, spacing=settings.spacing
     )

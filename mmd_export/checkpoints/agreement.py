@@ -38,8 +38,8 @@ def require_agreement(config: Mapping[str, Any], scheduler: SchedulerConfig, whe
 
 
 def require_latents(config: Mapping[str, Any], autoencoder: Mapping[str, Any], where: str) -> None:
-    """The network's config against its autoencoder's: latent channels and scale."""
-    channels, latent = config.get("in_channels", 3), autoencoder.get("latent_channels")
+    """The network's config against its autoencoder's: latent channels (of a VQModel its codes') and scale."""
+    channels, latent = config.get("in_channels", 3), _first(autoencoder, ("vq_embed_dim", "latent_channels"))
     if latent is not None and latent != channels:
         raise UsageError(
             f"{where}: the model takes {channels} channels, the autoencoder makes latents of {latent}; "

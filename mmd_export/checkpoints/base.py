@@ -6,8 +6,9 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -17,6 +18,10 @@ from mmd_export.plan import StepPlan
 from mmd_export.plans import choose_plan, plan_again
 from mmd_export.schedule import SchedulerConfig
 
+if TYPE_CHECKING:
+    from mmd_export.checkpoints.autoencoder import Autoencoder
+    from mmd_export.decoder import LatentDecoder
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -25,7 +30,9 @@ class Checkpoint:
     ``shape`` is (C, H, W) of one sample; ``conditions`` what the network is told besides; ``plan`` the plan that a run
     folder was tuned for; ``warnings`` what the user should hear. ``folder`` is where the source lies. ``configs`` are
     the files, by relative POSIX path, that make a diffusers folder of the denoiser's weights: those of the source byte
-    for byte, or those that its conversion amounts to; empty if diffusers has no class for the network.
+    for byte, or those that its conversion amounts to; empty if diffusers has no class for the network. ``latent``: the
+    state is a latent, which no plan clamps; ``decoder`` makes images of it, ``no_decoder`` says why there is none, and
+    ``network_sha256`` is the hash without the decoder.
     """
 
     name: str
@@ -39,6 +46,10 @@ class Checkpoint:
     licence: str | None = None
     warnings: tuple[str, ...] = ()
     configs: Mapping[str, bytes] = field(default_factory=dict)
+    latent: bool = False
+    decoder: LatentDecoder | None = None
+    no_decoder: str = "it has no autoencoder (vae/ or vqvae/)"
+    network_sha256: str | None = None
 
     @property
     def classes(self) -> int | None:
@@ -61,9 +72,10 @@ class Checkpoint:
         if self.plan is None:
             if steps is None and timesteps is None:
                 raise UsageError(f"{self.name}: --steps is missing; say how many network calls the sampler makes")
-            return choose_plan(self.scheduler, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
-        wanted = plan_again(
-            self.plan, self.scheduler, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps
+            plan = choose_plan(self.scheduler, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
+            return self._unclamped(plan)
+        wanted = self._unclamped(
+            plan_again(self.plan, self.scheduler, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
         )
         if wanted.digest() != self.plan.digest():
             raise UsageError(
@@ -73,8 +85,30 @@ class Checkpoint:
         return self.plan
 
     def as_double(self) -> Checkpoint:
-        """The same network in float64, on its own copy of the weights."""
-        return replace(self, denoiser=copy.deepcopy(self.denoiser).double())
+        """The same network and decoder in float64, on their own copy of the weights."""
+        decoder = None if self.decoder is None else copy.deepcopy(self.decoder).double()
+        return replace(self, denoiser=copy.deepcopy(self.denoiser).double(), decoder=decoder)
+
+    def of_latents(self, autoencoder: Autoencoder) -> Checkpoint:
+        """The same network as one of latents, with the decoder of ``autoencoder`` if it has one."""
+        decoder, reason = autoencoder.decoder, autoencoder.reason
+        if decoder is None:
+            return replace(self, latent=True, no_decoder=reason)
+        both = sha256(f"{self.sha256} {autoencoder.sha256}".encode()).hexdigest()
+        warnings = (*self.warnings, *autoencoder.warnings)
+        return replace(self, latent=True, decoder=decoder, sha256=both, network_sha256=self.sha256, warnings=warnings)
+
+    def ending_in(self, *, image: bool) -> Checkpoint:
+        """For a graph that ends in the decoder, or in the state; raises UsageError if there is no decoder to end in."""
+        if image and self.decoder is None:
+            raise UsageError(f"{self.name}: --decode needs a decoder: {self.no_decoder}")
+        if image or self.decoder is None:
+            return self
+        return replace(self, decoder=None, sha256=self.network_sha256 or self.sha256, network_sha256=None)
+
+    def _unclamped(self, plan: StepPlan) -> StepPlan:
+        """``plan`` as it is for pixels, its last state left alone for latents."""
+        return replace(plan, clamp_output=False) if self.latent else plan
 
 
 def describe(plan: StepPlan) -> str:

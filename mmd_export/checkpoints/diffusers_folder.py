@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from mmd_export.checkpoints.agreement import require_agreement, require_channels, require_latents
+from mmd_export.checkpoints.agreement import require_agreement, require_channels
+from mmd_export.checkpoints.autoencoder import read_autoencoder
 from mmd_export.checkpoints.base import Checkpoint
 from mmd_export.checkpoints.weights import (
-    StateDict,
-    as_float32,
+    HALF,
+    SAFETENSORS,
     hash_weights,
-    is_state_dict,
     load_strictly,
-    pickle_warning,
     read_json,
-    read_pickle,
-    read_safetensors,
-    read_shards,
+    read_weights,
 )
 from mmd_export.conditions import class_condition
 from mmd_export.denoiser import DiffusersUNet
@@ -27,12 +25,9 @@ from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.plan import StepPlan
 from mmd_export.schedule import SchedulerConfig
 
-SAFETENSORS, PICKLE = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
-INDEX, HALF = f"{SAFETENSORS}.index.json", "diffusion_pytorch_model.fp16.safetensors"
-HALF_INDEX = f"{SAFETENSORS}.index.fp16.json"
 PLAN_FILE = "plan.json"
+PICTURES = (1, 3)  # channels
 _SHARDS = "diffusion_pytorch_model-?????-of-?????.safetensors"
-_AUTOENCODERS = ("vae", "vqvae")
 
 
 def read_folder(folder: Path, name: str, licence: str | None = None) -> Checkpoint:
@@ -44,9 +39,7 @@ def read_folder(folder: Path, name: str, licence: str | None = None) -> Checkpoi
     scheduler = SchedulerConfig.from_file(scheduler_file)
     unet = new_unet(config, str(config_file))
     require_agreement(config, scheduler, str(config_file))
-    for part in _AUTOENCODERS:
-        if (autoencoder := folder / part / "config.json").is_file():
-            require_latents(config, read_json(autoencoder), str(folder))
+    autoencoder = read_autoencoder(folder, config)
     shape = sample_shape(config, str(config_file))
     weights, warnings = read_weights(unet_folder)
     load_strictly(unet, weights, str(unet_folder))
@@ -54,7 +47,7 @@ def read_folder(folder: Path, name: str, licence: str | None = None) -> Checkpoi
     if (index := folder / "model_index.json").is_file():
         files[index.name] = index
     plan_file = folder / PLAN_FILE
-    return Checkpoint(
+    checkpoint = Checkpoint(
         name=name,
         folder=folder,
         denoiser=DiffusersUNet(unet.eval()).requires_grad_(False),
@@ -67,6 +60,12 @@ def read_folder(folder: Path, name: str, licence: str | None = None) -> Checkpoi
         warnings=warnings,
         configs={path: file.read_bytes() for path, file in files.items()},
     )
+    if autoencoder is not None:
+        return checkpoint.of_latents(autoencoder)
+    if shape[0] in PICTURES:
+        return checkpoint
+    told = f"{shape[0]} channels and no vae/ beside them: taken for pixels in [-1, 1] and clamped, not for latents"
+    return replace(checkpoint, warnings=(*warnings, told))
 
 
 def download(hub_id: str) -> Path:
@@ -106,22 +105,3 @@ def sample_shape(config: dict[str, Any], where: str) -> tuple[int, int, int]:
     if isinstance(size, list) and len(size) == 2:
         return channels, int(size[0]), int(size[1])
     raise UsageError(f"{where}: sample_size is {size!r}; an integer or two are expected")
-
-
-def read_weights(folder: Path) -> tuple[StateDict, tuple[str, ...]]:
-    """Tensors by name, float32: one safetensors file, else shards, else the fp16 variant, else a pickle."""
-    for name, read in (
-        (SAFETENSORS, read_safetensors),
-        (INDEX, read_shards),
-        (HALF, read_safetensors),
-        (HALF_INDEX, read_shards),
-    ):
-        if (folder / name).is_file():
-            return as_float32(read(folder / name))
-    if (path := folder / PICKLE).is_file():
-        data = read_pickle(path)
-        if not is_state_dict(data):
-            raise UsageError(f"weights {path} hold {type(data).__name__}, not a state dict of tensors")
-        weights, warnings = as_float32(dict(data))
-        return weights, (pickle_warning(path), *warnings)
-    raise UsageError(f"weights {folder / SAFETENSORS} do not exist")

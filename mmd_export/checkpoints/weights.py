@@ -18,11 +18,17 @@ from mmd_export.errors import UsageError
 from mmd_export.schedule import SchedulerConfig
 
 StateDict = dict[str, Tensor]
+SAFETENSORS, PICKLE = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+INDEX, HALF = f"{SAFETENSORS}.index.json", "diffusion_pytorch_model.fp16.safetensors"
+HALF_INDEX = f"{SAFETENSORS}.index.fp16.json"
 DATA_PARALLEL = "module."
 SHOWN = 4  # keys in a message
 # Where files and trainers keep the plain weights, in the order of preference: DDIM's and MMD-DDM's lists, then dicts.
 _PLAIN = ("0", "model", "state_dict", "model_state_dict", "net_model", "net", "unet")
 _OF_OPTIMIZER = {"state", "param_groups"}
+# How diffusers named the attention of its first UNets and autoencoders; its own loader renames them too
+# (ModelMixin._convert_deprecated_attention_blocks, diffusers/models/modeling_utils.py, 0.42).
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,25 @@ def read_pickle(path: Path) -> Any:
 def pickle_warning(path: Path) -> str:
     """What the user hears of every pickle."""
     return f"{path.name} is a pickle, read with weights_only=True; prefer safetensors"
+
+
+def read_weights(folder: Path) -> tuple[StateDict, tuple[str, ...]]:
+    """Tensors by name, float32: one safetensors file, else shards, else the fp16 variant, else a pickle."""
+    for name, read in (
+        (SAFETENSORS, read_safetensors),
+        (INDEX, read_shards),
+        (HALF, read_safetensors),
+        (HALF_INDEX, read_shards),
+    ):
+        if (folder / name).is_file():
+            return as_float32(read(folder / name))
+    if (path := folder / PICKLE).is_file():
+        data = read_pickle(path)
+        if not is_state_dict(data):
+            raise UsageError(f"weights {path} hold {type(data).__name__}, not a state dict of tensors")
+        weights, warnings = as_float32(dict(data))
+        return weights, (pickle_warning(path), *warnings)
+    raise UsageError(f"weights {folder / SAFETENSORS} do not exist")
 
 
 def is_state_dict(value: Any) -> bool:
@@ -179,6 +204,7 @@ def as_float32(weights: StateDict) -> tuple[StateDict, tuple[str, ...]]:
 def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
     """Copy ``weights`` into ``network``; raises UsageError for a name, a shape or a value that does not fit."""
     expected = network.state_dict()
+    weights = _with_new_names(weights, expected)
     if missing := sorted(set(expected) - set(weights)):
         raise UsageError(f"weights in {where}: {len(missing)} tensors are missing, first {missing[0]!r}")
     if unexpected := sorted(set(weights) - set(expected)):
@@ -193,7 +219,20 @@ def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], where: str)
     network.load_state_dict(dict(weights))
 
 
-def hash_weights(weights: Mapping[str, Tensor], config: Mapping[str, Any], scheduler: SchedulerConfig) -> str:
+def _with_new_names(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Attention tensors under today's names, where the network has those and not the old ones."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        block, _, rest = name.rpartition(".")
+        owner, _, layer = block.rpartition(".")
+        new = f"{owner}.{_OLD_ATTENTION.get(layer, layer)}.{rest}"
+        renamed[new if name not in expected and new in expected and new not in weights else name] = tensor
+    return renamed
+
+
+def hash_weights(
+    weights: Mapping[str, Tensor], config: Mapping[str, Any], scheduler: SchedulerConfig | None = None
+) -> str:
     """SHA-256 over names, types, shapes and bytes of all tensors and over both configs; free of paths and formats."""
     digest = hashlib.sha256()
     public = {key: value for key, value in config.items() if not key.startswith("_")}

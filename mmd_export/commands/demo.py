@@ -142,7 +142,7 @@ def _results(
         "held_out_frechet_distance": {name: value for name, value in distances.items() if name != "real scans"},
         "parity": parity.to_dict(),
         "latency": latency.to_dict(),
-        "artefact_bytes": bundle.artefact_path.stat().st_size,
+        "artefact_bytes": bundle.artefact_bytes,
         "graph": bundle.manifest.graph.model_dump(mode="json"),
     }
 
@@ -161,7 +161,7 @@ def _shown(
         ratio = "1" if name == first else f"{report.ratio(name, first).median:.2f}"
         rows.append(("one graph" if name == first else name, f"{report.summary(name).median * 1e3:.2f}", ratio))
     worst = parity.rungs[-1].worst
-    megabytes = bundle.artefact_path.stat().st_size / 1e6
+    megabytes = bundle.artefact_bytes / 1e6
     summary = (
         f"parity: rungs 1 to 6 passed, the graph is within {worst:.0e} of the float64 reference at every step\n"
         f"{out / 'bundle'}: one ONNX file of {megabytes:.2f} MB, noise -> image\n"

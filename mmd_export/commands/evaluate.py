@@ -11,7 +11,7 @@ import torch
 from mmd_export.commands.sample import SampleOptions, sample
 from mmd_finetune.data import load_images
 from mmd_finetune.digits import load_digits_split
-from mmd_finetune.features import load_encoder
+from mmd_finetune.features import load_encoder, require_fit
 from mmd_finetune.metrics import class_histogram, frechet_distance
 
 
@@ -29,6 +29,8 @@ def evaluate(
     if drawn.dtype == np.uint8:
         drawn = (drawn.transpose(0, 3, 1, 2).astype(np.float32) / 127.5) - 1.0
     images, truth = torch.from_numpy(np.ascontiguousarray(drawn)), torch.from_numpy(real)
+    for network in networks.values():
+        require_fit(network, (images.shape[1], images.shape[2], images.shape[3]))
     with torch.inference_mode():
         distances = {name: frechet_distance(encode(images), encode(truth)) for name, encode in networks.items()}
         shares = {name: class_histogram(encode, images) for name, encode in networks.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmd_export import __version__
 from mmd_export.bundle import Bundle
@@ -13,6 +13,9 @@ from mmd_export.commands.sample import is_bundle
 from mmd_export.errors import UsageError
 from mmd_export.plan import StepPlan
 from mmd_runtime.registry import get_runtime, runtime_names
+
+if TYPE_CHECKING:
+    from mmd_export.checkpoint import Checkpoint
 
 
 def inspect(
@@ -31,6 +34,8 @@ def inspect(
         "parameters": sum(p.numel() for p in checkpoint.denoiser.parameters()),
         "sample_shape": list(checkpoint.shape),
         "classes": checkpoint.classes,
+        "latent": checkpoint.latent or None,
+        "decoder": _decoder_facts(checkpoint),
         "scheduler": {key: value for key, value in vars(checkpoint.scheduler).items() if key != "trained_betas"},
         "licence": checkpoint.licence,
         "warnings": list(checkpoint.warnings),
@@ -38,6 +43,15 @@ def inspect(
     if checkpoint.plan or steps is not None:
         facts["plan"] = checkpoint.plan_for(steps, sampler=sampler, eta=eta, spacing=spacing).to_dict()
     return facts
+
+
+def _decoder_facts(checkpoint: Checkpoint) -> dict[str, Any] | str | None:
+    """Of a latent model: the decoder that --decode would put into the graph, or why there is none."""
+    if not checkpoint.latent:
+        return None
+    if checkpoint.decoder is None:
+        return f"none: {checkpoint.no_decoder}"
+    return {**checkpoint.decoder.facts(), "parameters": sum(p.numel() for p in checkpoint.decoder.parameters())}
 
 
 def _inspect_bundle(bundle: Bundle) -> dict[str, Any]:

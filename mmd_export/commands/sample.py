@@ -42,7 +42,7 @@ def is_bundle(source: str) -> bool:
 
 
 def sample(options: SampleOptions) -> NDArray[Any]:
-    """Images float32 (N, C, H, W) in [-1, 1], or uint8 (N, H, W, C) from a bundle built so."""
+    """Images float32 (N, C, H, W) in [-1, 1], or uint8 (N, H, W, C) from a bundle built so; latents are decoded."""
     if options.count < 1:
         raise UsageError(f"--count is {options.count}; it must be at least 1")
     return _from_bundle(options) if is_bundle(options.source) else _from_model(options)
@@ -50,6 +50,8 @@ def sample(options: SampleOptions) -> NDArray[Any]:
 
 def _from_bundle(options: SampleOptions) -> NDArray[Any]:
     bundle = Bundle.open(options.source)
+    if bundle.gives_latents:
+        raise UsageError(f"bundle {bundle.name} gives latents, no picture; build it with --decode")
     steps = len(bundle.manifest.plan["steps"])
     if options.steps not in (None, steps):
         raise UsageError(f"bundle {bundle.name} takes {steps} steps, --steps is {options.steps}; leave it out")
@@ -68,6 +70,8 @@ def _from_model(options: SampleOptions) -> NDArray[Any]:
     from mmd_export.reference import run_chain, sampler_of
 
     checkpoint = load_checkpoint(options.source)
+    if checkpoint.latent and checkpoint.decoder is None:
+        raise UsageError(f"{checkpoint.name} makes latents, no picture: {checkpoint.no_decoder}")
     plan = checkpoint.plan_for(options.steps, sampler=options.sampler, eta=options.eta, spacing=options.spacing)
     sampler = sampler_of(checkpoint, plan)
     parts = []

@@ -1,0 +1,43 @@
+"""Latents to images: an autoencoder's decoder behind one signature, so that it can stand in the graph."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+class LatentDecoder(nn.Module):
+    """image = D(z / scale + shift); Rombach et al. 2022, section 3.1, as diffusers' pipelines call it.
+
+    Shapes: z (B, C, H, W), image (B, 3, fH, fW).
+
+    Args:
+        autoencoder: diffusers' AutoencoderKL, AutoencoderTiny, AutoencoderDC or VQModel; only its decoder is kept.
+        scale: ``scaling_factor`` of its config: the network's latents have about unit variance, the decoder's this.
+        shift: ``shift_factor``, 0 where there is none.
+    """
+
+    # Whatever the precision of the network: several published decoders overflow in fp16, which is what diffusers'
+    # `force_upcast` is about (diffusers/models/autoencoders/autoencoder_kl.py, 0.42).
+    precision: ClassVar[str] = "fp32"
+
+    def __init__(self, autoencoder: nn.Module, scale: float, shift: float = 0.0) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.scale, self.shift = scale, shift
+        for part in ("encoder", "quant_conv"):
+            if part in dict(autoencoder.named_children()):
+                setattr(autoencoder, part, None)
+
+    def facts(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        name = type(self.autoencoder).__name__
+        return {"autoencoder": name, "scale": self.scale, "shift": self.shift, "precision": self.precision}
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Image (B, 3, fH, fW), not clamped, for ``latent`` (B, C, H, W)."""
+        z = latent if self.scale == 1.0 else latent / self.scale
+        z = z if self.shift == 0.0 else z + self.shift
+        image: Tensor = self.autoencoder.decode(z, return_dict=False)[0]  # type: ignore[operator]
+        return image
