@@ -76,7 +76,7 @@ def _session(
     """``module`` exported by torch.onnx with its inputs called ``names``, loaded in onnxruntime."""
     import onnxruntime as ort
 
-    from mmd_export.targets.onnx import OPSET, quiet_export
+    from mmd_export.onnx_translate import OPSET, quiet_export
 
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +16,6 @@ if TYPE_CHECKING:
 
     from mmd_export.program import SamplerProgram
 
-OPSET = 20  # the newest that TensorRT 10, onnxruntime and the web runtimes all read
 # benchmarks/results/forms.json: loading an unrolled graph grows faster than its steps, a loop's takes the same at any.
 LOOP_ABOVE = 20
 PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir")
@@ -50,20 +45,22 @@ class OnnxTarget:
         missing = [name for name in ("torch", "onnx", "onnxscript", "onnx_ir") if find_spec(name) is None]
         if missing:
             return Availability(False, f"{', '.join(missing)} not installed", "pip install 'mmd-export[tune,onnx]'")
-        return Availability(True, f"onnx {version('onnx')}, opset {OPSET}")
+        return Availability(True, f"onnx {version('onnx')}")
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
         """``model.onnx`` [+ ``model.onnx_data``]: checked by onnx.checker, linted; one program gives the same bytes."""
         from mmd_export.onnx_compose import GraphSpec, compose
         from mmd_export.onnx_lint import report, require_clean
         from mmd_export.onnx_loop import compose_loop
+        from mmd_export.onnx_translate import translate
 
-        spec = GraphSpec(program.shape, program.batch, program.conditions, options.output, decoder_call(program))
+        decoder = None if program.decoder is None else (translate(program.decoder.call), program.decoder.shape)
+        spec = GraphSpec(program.shape, program.batch, program.conditions, options.output, decoder)
         constants = [
             [value.detach().cpu().numpy() for value in program.constants(k)] for k in range(program.plan.step_count)
         ]
         write = compose_loop if chosen_form(options.form, program.plan.step_count) == "loop" else compose
-        model = write(one_call(program), program.plan, constants, spec)
+        model = write(translate(program.step), program.plan, constants, spec)
         clean_up(model)
         require_clean(model, program.conditions)
         save(model, folder / self.artefact, self.largest_file)
@@ -78,74 +75,6 @@ def chosen_form(form: str, steps: int) -> str:
     if form == "auto":
         return "loop" if steps > LOOP_ABOVE else "unrolled"
     return form
-
-
-def one_call(program: SamplerProgram) -> ir.Model:
-    """The captured call as an ONNX model with inputs (x, *conditions, *constants)."""
-    import torch
-    from onnxscript.optimizer import optimize
-
-    with quiet_export():
-        exported = torch.onnx.export(
-            program.step, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False, external_data=False
-        )
-        assert exported is not None
-        model: ir.Model = optimize(exported.model, num_iterations=1)  # a second one finds nothing that tidy_call leaves
-    tidy_call(model)
-    return model
-
-
-def decoder_call(program: SamplerProgram) -> tuple[ir.Model, tuple[int, int, int]] | None:
-    """The captured decoder as an ONNX model, and the shape of its image; float32 whatever the precision.
-
-    Constants are folded, but onnxscript's rewrite rules are left out: their x + 0 -> x takes everything below 1e-8 for
-    0, such as AutoencoderDC's x / (y + 1e-15), which is then 0 / 0 (onnxscript/rewriter/_pattern_ir.py, abs_tol,
-    0.7.2). Call ``optimize``, as for the network, once that tolerance is gone.
-    """
-    import torch
-    from onnx_ir.passes import Sequential
-    from onnx_ir.passes import common as passes
-    from onnxscript.optimizer import fold_constants
-
-    if program.decoder is None:
-        return None
-    with quiet_export():
-        exported = torch.onnx.export(
-            program.decoder.call, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-            external_data=False,
-        )  # fmt: skip
-    assert exported is not None
-    model: ir.Model = exported.model
-    fold_constants(model, onnx_shape_inference=True)
-    Sequential(
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        passes.IdentityEliminationPass(),
-        passes.CommonSubexpressionEliminationPass(),
-        passes.RemoveUnusedNodesPass(),
-    )(model)
-    return model, program.decoder.shape
-
-
-@contextmanager
-def quiet_export() -> Iterator[None]:
-    """torch.onnx warns of a missing torchvision and of deprecations inside torch; neither is the user's to act on."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def tidy_call(model: ir.Model) -> None:
-    """What need not be done again for every copy of the call: constants as initialisers, no Identity."""
-    from onnx_ir.passes import Sequential
-    from onnx_ir.passes import common as passes
-
-    Sequential(passes.LiftConstantsToInitializersPass(lift_all_constants=True), passes.IdentityEliminationPass())(model)
 
 
 def clean_up(model: ir.Model) -> None:

@@ -23,11 +23,12 @@ from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.errors import NotAvailableError
 from mmd_export.onnx_compose import GraphSpec, compose
 from mmd_export.onnx_lint import faults, report, require_clean
+from mmd_export.onnx_translate import translate
 from mmd_export.plan import StepPlan
 from mmd_export.program import export_program
 from mmd_export.reference import golden_inputs, run_chain, sampler_of, to_uint8
 from mmd_export.targets import Compiled, CompileOptions, get_target
-from mmd_export.targets.onnx import one_call, save
+from mmd_export.targets.onnx import save
 from tests.models import weights_of
 
 ROOT = Path(__file__).parents[2]
@@ -197,7 +198,7 @@ def test_calls_share_their_weights_before_equal_ones_are_merged(tiny: Path) -> N
     plan = checkpoint.plan_for(3)
     program = export_program(checkpoint.denoiser, plan, checkpoint.shape, 1)
     constants = [[value.numpy() for value in program.constants(k)] for k in range(3)]
-    model = compose(one_call(program), plan, constants, GraphSpec(checkpoint.shape))
+    model = compose(translate(program.step), plan, constants, GraphSpec(checkpoint.shape))
     sizes = [value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None]
     weights = sum(tensor.numel() * 4 for tensor in weights_of(checkpoint.folder).values())
     assert sum(sizes) <= 1.02 * weights + 1024 * 3
