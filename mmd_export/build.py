@@ -22,6 +22,7 @@ from mmd_export.bundle import (
 from mmd_export.card import model_card
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.network_options import AS_IT_IS, NetworkOptions
 from mmd_export.parity import ParityReport, artefact_rung
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.reference import golden_arrays
@@ -51,6 +52,7 @@ class BuildOptions:
     verify: bool = True
     form: str = "auto"
     decode: bool = False
+    network: NetworkOptions = AS_IT_IS
 
 
 def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None) -> Bundle:
@@ -61,7 +63,7 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
     require_free(options.out, options.overwrite)
     batch, target = BatchSpec.parse(options.batch), usable_target(options)
     notify("reading the checkpoint")
-    checkpoint = load_checkpoint(options.model).ending_in(image=options.decode)
+    checkpoint = load_checkpoint(options.model, network=options.network).ending_in(image=options.decode)
     _require_picture(options, checkpoint)
     for warning in checkpoint.warnings:
         notify(f"warning: {warning}")
@@ -145,11 +147,21 @@ def _draft(
         inputs=tuple(inputs),
         outputs=(TensorSpec(name="sample", dtype="uint8" if uint8 else "float32", shape=sample),),
         batch=batch,
-        checkpoint=CheckpointRef(name=checkpoint.name, sha256=checkpoint.sha256, licence=checkpoint.licence),
+        checkpoint=reference_to(checkpoint),
         decoder=None if decoder is None else DecoderInfo(**decoder.facts()),
         toolchain={},
         tolerance=artefact_tolerance(target.name, options.precision),
         graph=GraphInfo(nodes=0, unique_weight_bytes=0, op_counts={}),
+    )
+
+
+def reference_to(checkpoint: Checkpoint) -> CheckpointRef:
+    """What the manifest says of the checkpoint."""
+    return CheckpointRef(
+        name=checkpoint.name,
+        sha256=checkpoint.sha256,
+        licence=checkpoint.licence,
+        options=dict(checkpoint.options),
     )
 
 

@@ -21,6 +21,7 @@ def model_card(manifest: ManifestDraft, verified: str = "not verified", latency:
         "| | |",
         "|---|---|",
         f"| checkpoint | {manifest.checkpoint.name}, SHA-256 `{manifest.checkpoint.sha256[:16]}` |",
+        *_options(manifest),
         f"| licence of the weights | {manifest.checkpoint.licence or 'not stated by the checkpoint'} |",
         f"| timesteps | {timesteps} |",
         f"| batch | {manifest.batch} |",
@@ -58,6 +59,12 @@ def _decoder(manifest: ManifestDraft) -> list[str]:
         formula = f"image = D(latent / {decoder.scale:g}{shift})"
         return [f"| decoder | {decoder.autoencoder}, in the graph; {formula}; {decoder.precision} |"]
     return ["| decoder | none in the graph; the sample is a latent |"] if _gives_latents(manifest) else []
+
+
+def _options(manifest: ManifestDraft) -> list[str]:
+    """What was chosen about the network, if anything was."""
+    chosen = manifest.checkpoint.options
+    return [f"| network | {', '.join(f'{name} {value}' for name, value in sorted(chosen.items()))} |"] if chosen else []
 
 
 def _specs(specs: object) -> str:

@@ -8,10 +8,12 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from mmd_export.checkpoints.base import Checkpoint, describe
+from mmd_export.checkpoints.classifier_free import apply_options
 from mmd_export.checkpoints.diffusers_folder import PLAN_FILE, download, read_folder
 from mmd_export.checkpoints.weights import PICKLE, SAFETENSORS
 from mmd_export.errors import UsageError
 from mmd_export.manifest import CheckpointRef
+from mmd_export.network_options import AS_IT_IS, NetworkOptions
 
 __all__ = ["BUILT_IN", "PICKLE", "PLAN_FILE", "SAFETENSORS", "Checkpoint", "describe", "load_checkpoint",
            "load_matching"]  # fmt: skip
@@ -22,20 +24,32 @@ _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no"
 
 
 def load_checkpoint(
-    model: str | Path, *, ema: bool | str | None = None, sample_size: int | tuple[int, int] | None = None
+    model: str | Path,
+    *,
+    ema: bool | str | None = None,
+    sample_size: int | tuple[int, int] | None = None,
+    network: NetworkOptions = AS_IT_IS,
 ) -> Checkpoint:
     """The network that ``model`` names.
 
     Args:
-        model: ``digits``, a diffusers folder (pipeline or bare UNet2DModel), a run folder, a hub id ``owner/name``,
+        model: ``digits``, a diffusers folder (pipeline or bare model), a run folder, a hub id ``owner/name``,
             ``ddim:FILE``, ``guided:FILE`` or ``python:package.module:attribute``. A file may be followed by
             ``?name=value&...``, as in ``ddim:ckpt.pth?ema=false&sample_size=64``: what the other arguments say.
         ema: of a file with several entries: True the average, False the plain weights, a name that entry; None the
             average if there is one.
         sample_size: of a file whose layout does not tell the size of the images.
+        network: guidance, and the length of the text.
 
     Raises UsageError that names the file and what is wrong with it. Only a hub id uses the network.
     """
+    return apply_options(_read(model, ema, sample_size, network), network)
+
+
+def _read(
+    model: str | Path, ema: bool | str | None, sample_size: int | tuple[int, int] | None, network: NetworkOptions
+) -> Checkpoint:
+    """The network as its source has it."""
     source = _parse(str(model))
     options = source.options | {
         name: value for name, value in (("ema", ema), ("sample_size", sample_size)) if value is not None
@@ -56,7 +70,7 @@ def load_checkpoint(
     folder = _locate(source.place)
     built_in = source.place in BUILT_IN
     name = source.place if built_in else folder.resolve().name
-    return read_folder(folder, name, "Apache-2.0" if built_in else None)
+    return read_folder(folder, name, "Apache-2.0" if built_in else None, network)
 
 
 def load_matching(
@@ -68,9 +82,10 @@ def load_matching(
 ) -> Checkpoint:
     """The checkpoint that a bundle was built from, told apart by its hash; raises UsageError with both hashes.
 
-    It has its decoder only if the bundle has.
+    It has the guidance of the bundle, and its decoder only if the bundle has one.
     """
-    checkpoint = load_checkpoint(model, ema=ema, sample_size=sample_size)
+    network = NetworkOptions.from_dict(wanted.options)
+    checkpoint = load_checkpoint(model, ema=ema, sample_size=sample_size, network=network)
     if checkpoint.network_sha256 == wanted.sha256:
         return checkpoint.ending_in(image=False)
     if checkpoint.sha256 != wanted.sha256:

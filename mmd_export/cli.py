@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from mmd_export.cli_network import Conditions, GuidanceForm, GuidanceScale, NullLabel, TextLength
 from mmd_export.errors import MmdExportError, UsageError
+from mmd_export.network_options import NetworkOptions
 
 INTERRUPTED = 130
 
@@ -122,7 +124,10 @@ def finetune(
     )
 
 
-@app.command(epilog="Example: mmd-export build runs/digits-5 --target onnx --out digits-5.bundle")
+@app.command(
+    epilog="Example: mmd-export build runs/digits-5 --target onnx --out digits-5.bundle\n\n"
+    "With guidance: mmd-export build ./pixart --target onnx --steps 8 --guidance-scale 4.5 --out pixart-8.bundle"
+)
 def build(
     model: Model,
     target: Annotated[str, typer.Option(help="what to compile for; see mmd-export doctor", show_default=False)],
@@ -147,6 +152,10 @@ def build(
     skip_verify: Annotated[
         bool, typer.Option("--skip-verify", help="write the bundle without measuring parity")
     ] = False,
+    guidance_scale: GuidanceScale = None,
+    guidance_form: GuidanceForm = "auto",
+    null_label: NullLabel = None,
+    text_length: TextLength = None,
 ) -> None:
     """Unroll the sampler into one graph, compile it, and pack a verified bundle."""
     from mmd_export.build import BuildOptions
@@ -167,6 +176,7 @@ def build(
         not skip_verify,
         form,
         decode,
+        network=NetworkOptions(guidance_scale, guidance_form, null_label, text_length),
     )
     bundle = make(options, _say)
     manifest = bundle.manifest
@@ -248,6 +258,11 @@ def sample(
     sampler: Sampler = None,
     eta: Eta = None,
     spacing: Spacing = None,
+    condition: Conditions = None,
+    guidance_scale: GuidanceScale = None,
+    guidance_form: GuidanceForm = "auto",
+    null_label: NullLabel = None,
+    text_length: TextLength = None,
 ) -> None:
     """Draw images from a seed and write them as one PNG grid.
 
@@ -257,7 +272,11 @@ def sample(
     from mmd_export.commands.sample import sample as draw
     from mmd_export.pictures import save_grid
 
-    options = SampleOptions(source, seed, count, runtime, checkpoint, class_label, steps, sampler, eta, spacing)
+    network = NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
+    options = SampleOptions(
+        source, seed, count, runtime, checkpoint, class_label, steps, sampler, eta, spacing,
+        network=network, conditions=tuple(condition or ()),
+    )  # fmt: skip
     save_grid(draw(options), out)
     _print(f"{out}: {count} images of seed {seed}")
 
@@ -276,12 +295,21 @@ def evaluate(
     eta: Eta = None,
     spacing: Spacing = None,
     json: JsonFile = None,
+    condition: Conditions = None,
+    guidance_scale: GuidanceScale = None,
+    guidance_form: GuidanceForm = "auto",
+    null_label: NullLabel = None,
+    text_length: TextLength = None,
 ) -> None:
     """Score samples against real images: Frechet distance on each encoder, and the share of each class."""
     from mmd_export.commands.evaluate import evaluate as score
     from mmd_export.commands.sample import SampleOptions
 
-    options = SampleOptions(source, seed, count, runtime, checkpoint, None, steps, sampler, eta, spacing)
+    network = NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
+    options = SampleOptions(
+        source, seed, count, runtime, checkpoint, None, steps, sampler, eta, spacing,
+        network=network, conditions=tuple(condition or ()),
+    )  # fmt: skip
     result = score(options, data, tuple(name.strip() for name in features.split(",")), _say)
     rows = [(name, f"{value:.3f}") for name, value in result["frechet_distance"].items()]
     _table(
@@ -301,13 +329,19 @@ def inspect(
     eta: Eta = None,
     spacing: Spacing = None,
     json: JsonFile = None,
+    guidance_scale: GuidanceScale = None,
+    guidance_form: GuidanceForm = "auto",
+    null_label: NullLabel = None,
+    text_length: TextLength = None,
 ) -> None:
     """Show the plan as a table, sizes, op counts and provenance."""
     from mmd_export.commands.inspect import inspect as look
     from mmd_export.commands.inspect import plan_rows
     from mmd_export.plan import StepPlan
 
-    facts = look(source, steps, sampler, eta, spacing)
+    facts = look(
+        source, steps, sampler, eta, spacing, NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
+    )
     hidden = ("plan", "files", "graph", "parity", "manifest_sha256")
     flat = {key: value for key, value in facts.items() if key not in hidden and value not in (None, [], {})}
     flat |= {f"graph {key}": value for key, value in (facts.get("graph") or {}).items()}

@@ -6,11 +6,13 @@ What the output means (epsilon, v, x0) is numbers of the plan, so no adapter con
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mmd_export.errors import UsageError
 
@@ -29,6 +31,70 @@ class DiffusersUNet(nn.Module):
         else:
             output = self.unet(x, timestep, class_labels, return_dict=False)[0]
         return output
+
+
+_ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")  # what diffusers takes as added_cond_kwargs
+
+
+class DiffusersNetwork(nn.Module):
+    """A conditional network of diffusers, told its conditions under their own names.
+
+    Args:
+        network: UNet2DConditionModel or a transformer.
+        channels: of the output; a learned variance behind them is left out.
+        timestep_scale: what the timestep is multiplied by (Sana).
+        guidance: the embedded guidance scale of a distilled network, as ``guidance_embedding`` gives it.
+    """
+
+    def __init__(
+        self, network: nn.Module, channels: int, timestep_scale: float = 1.0, guidance: Sequence[float] = ()
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.channels = channels
+        self.timestep_scale = timestep_scale
+        self.guidance = tuple(guidance)
+
+    def forward(self, x: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        """Raw output (B, C, H, W) for ``x`` (B, C, H, W) and ``timestep`` (1,)."""
+        told: dict[str, Any] = {name: value for name, value in conditions.items() if name not in _ADDED}
+        if added := {name: value for name, value in conditions.items() if name in _ADDED}:
+            told["added_cond_kwargs"] = added
+        if self.guidance:
+            told["timestep_cond"] = torch.tensor([self.guidance], dtype=x.dtype, device=x.device)
+        time = timestep if self.timestep_scale == 1.0 else timestep * self.timestep_scale
+        output: Tensor = self.network(x, timestep=time.expand(x.shape[0]), return_dict=False, **told)[0]
+        return output[:, : self.channels]
+
+
+class InDouble(nn.Module):
+    """A network in float64 that stays there: where its code casts float64 to float32, the cast is left out.
+
+    The reference is held to more digits than the artefact, and diffusers casts norms and linear attention to float32.
+    What starts in float32 stays so: the sinusoids of the timestep, which are as diffusers computes them.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.double()
+
+    def forward(self, x: Tensor, timestep: Tensor, *labels: Tensor, **conditions: Tensor) -> Tensor:
+        """The network's output, float64."""
+        with _NoNarrowing():
+            output: Tensor = self.network(x, timestep, *labels, **conditions)
+        return output
+
+
+class _NoNarrowing(TorchFunctionMode):
+    """``.float()``, ``.to(torch.float32)`` and ``.type(torch.float32)`` of a float64 tensor are the tensor itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        given = kwargs or {}
+        if func in (Tensor.float, Tensor.to, Tensor.type) and args[0].dtype == torch.float64:
+            wanted = (*args[1:], *given.values())
+            if func is Tensor.float or any(value is torch.float32 for value in wanted):
+                return args[0]
+        return func(*args, **given)
 
 
 class ModuleDenoiser(nn.Module):

@@ -13,7 +13,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from mmd_export.errors import BundleError, UsageError
 
@@ -124,11 +133,21 @@ class BatchSpec(_Model):
 
 
 class CheckpointRef(_Model):
-    """Where the weights come from: a name without any local path, the hash of the weights, the licence if known."""
+    """Where the weights come from: a name without any local path, the hash of the weights, the licence if known.
+
+    ``options``: what was chosen about the network (guidance, length of the text); absent if nothing was. The hash
+    covers them.
+    """
 
     name: Annotated[str, Field(min_length=1)]
     sha256: Sha256
     licence: str | None = None
+    options: dict[str, int | Finite | str] = {}
+
+    @model_serializer(mode="wrap")
+    def _without_empty_options(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = whole(self)
+        return fields if self.options else {name: value for name, value in fields.items() if name != "options"}
 
 
 class DecoderInfo(_Model):

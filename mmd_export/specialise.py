@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,27 +83,53 @@ def specialise(
     return SpecialisedDenoiser(_body(module, split, tuple(given)), tables, tuple(given))
 
 
+class _InOrder(nn.Module):
+    """A denoiser with its conditions by place: torch.export 2.13 mixes up the shapes of what comes through ``**``."""
+
+    def __init__(self, denoiser: nn.Module, names: Iterable[str]) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.names = tuple(names)
+
+    def forward(self, x: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
+        output: Tensor = self.denoiser(x, timestep, **dict(zip(self.names, conditions, strict=True)))
+        return output
+
+
 def capture(
     denoiser: nn.Module, timestep: float, example: Tensor, conditions: Mapping[str, Tensor], *, dynamic_batch: bool
 ) -> fx.GraphModule:
-    """One call of ``denoiser`` as a graph of aten ops, without its assertions."""
-    arguments = (example, timestep_tensor(timestep, example.device))
+    """One call of ``denoiser`` on (x, timestep, *conditions) as a graph of aten ops, without its assertions."""
     free = {0: torch.export.Dim.DYNAMIC} if dynamic_batch else None
-    bound = inspect.signature(denoiser.forward).bind(*arguments, **conditions).arguments
+    call = inspect.signature(denoiser.forward)
+    network, given = denoiser, (example, timestep_tensor(timestep, example.device))
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in call.parameters.values()):
+        network, inputs = _InOrder(denoiser, conditions), (*given, *conditions.values())
+    else:
+        inputs = tuple(call.bind(*given, **conditions).arguments.values())
+    bound = inspect.signature(network.forward).bind(*inputs).arguments
     shapes = {
-        name: None if name == TIMESTEP else dict.fromkeys(value, free) if isinstance(value, dict) else free
+        name: None if name == TIMESTEP else (free,) * len(value) if isinstance(value, tuple) else free
         for name, value in bound.items()
     }
     with torch.no_grad():
-        program = torch.export.export(denoiser, arguments, dict(conditions), dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(network, inputs, dynamic_shapes=shapes, strict=False)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     for node in reversed(module.graph.nodes):
         if node.target in _ASSERTIONS:
             module.graph.erase_node(node)
+        elif node.target is torch.ops.aten.squeeze.dim and _keeps_shape(node):
+            node.replace_all_uses_with(node.args[0])
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _keeps_shape(node: fx.Node) -> bool:
+    """A squeeze of a dimension that is not 1 does nothing; torch.onnx 2.13 makes a Squeeze of it that ONNX refuses."""
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
+    return before is not None and after is not None and before.dim() == after.dim()
 
 
 def _split(graph: fx.Graph) -> _Split:
@@ -161,14 +187,22 @@ def _evaluate(module: fx.GraphModule, split: _Split, timestep: float) -> list[Te
 
 
 def _store_equal_rows_once(split: _Split, tables: list[list[Tensor]]) -> list[list[Tensor]]:
-    """A static batch repeats the same row; keep one where every user broadcasts."""
+    """A static batch repeats the same row; keep one where every user broadcasts, or where the batch is free.
+
+    A network that sees 2 B images (guidance) has two rows for one image, equal up to the order of summation.
+    """
     columns = list(zip(*tables, strict=True))
     for i, node in enumerate(split.crossing):
         broadcast = all(user.target in _BROADCASTING for user in node.users if user not in split.time)
         equal = all(value.dim() > 1 and bool((value == value[:1]).all()) for value in columns[i])
-        if broadcast and equal:
+        if _has_free_rows(node) or (equal and broadcast):
             columns[i] = tuple(value[:1].clone() for value in columns[i])
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _has_free_rows(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() > 1 and isinstance(value.shape[0], torch.SymInt)
 
 
 def _body(module: fx.GraphModule, split: _Split, names: tuple[str, ...]) -> fx.GraphModule:
@@ -176,9 +210,9 @@ def _body(module: fx.GraphModule, split: _Split, names: tuple[str, ...]) -> fx.G
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     placeholders = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
-    for name in (STATE, *names):  # in an order of our own; what came through ** is called conditions_<name>
-        node = placeholders.get(name) or placeholders[f"conditions_{name}"]
-        copies[node] = graph.placeholder(name)
+    copies[placeholders[STATE]] = graph.placeholder(STATE)
+    for i, name in enumerate(names):  # in an order of our own; what came through ** is called conditions_<i>
+        copies[placeholders.get(name) or placeholders[f"conditions_{i}"]] = graph.placeholder(name)
     for i, node in enumerate(split.crossing):
         copies[node] = graph.placeholder(f"time_{i}")
     for node in module.graph.nodes:

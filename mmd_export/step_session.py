@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmd_export.checkpoint import Checkpoint
 from mmd_export.denoiser import timestep_tensor
 from mmd_export.plan import StepPlan, Term
+from mmd_export.specialise import capture
 
 
 def per_step_session(
@@ -24,9 +25,11 @@ def per_step_session(
 
     The graph takes (x, timestep [, conditions]) as optimum-onnx exports it, with a static batch, which is faster.
     """
-    session = _one_step_session(checkpoint, plan.timesteps[0], batch, threads)
+    # Grids of sigmas have a whole number here and there: float32 for all if it is for one.
+    example = next((t for t in plan.timesteps if not float(t).is_integer()), plan.timesteps[0])
+    session = _one_step_session(checkpoint, example, batch, threads)
     decode = None if checkpoint.decoder is None else _decoder_session(checkpoint, batch, threads)
-    timesteps = [timestep_tensor(timestep).numpy() for timestep in plan.timesteps]
+    timesteps = [np.array([timestep], dtype=timestep_tensor(example).numpy().dtype) for timestep in plan.timesteps]
 
     def sample(inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         conditions = {name: array for name, array in inputs.items() if name not in ("noise", "step_noise")}
@@ -60,19 +63,19 @@ def _weighted_sum(terms: tuple[Term, ...], known: dict[tuple[str, int], NDArray[
 
 
 def _one_step_session(checkpoint: Checkpoint, timestep: float, batch: int, threads: int) -> Any:
-    example = (torch.zeros(batch, *checkpoint.shape), timestep_tensor(timestep))
+    x = torch.zeros(batch, *checkpoint.shape)
     conditions = {each.name: torch.from_numpy(each.examples(0, batch)) for each in checkpoint.conditions}
-    return _session(checkpoint.denoiser, example, conditions, ["x", "timestep", *conditions], threads)
+    network = capture(checkpoint.denoiser, timestep, x, conditions, dynamic_batch=False)
+    example = (x, timestep_tensor(timestep), *conditions.values())
+    return _session(network, example, ["x", "timestep", *conditions], threads)
 
 
 def _decoder_session(checkpoint: Checkpoint, batch: int, threads: int) -> Any:
     assert checkpoint.decoder is not None
-    return _session(checkpoint.decoder, (torch.zeros(batch, *checkpoint.shape),), {}, ["latent"], threads)
+    return _session(checkpoint.decoder, (torch.zeros(batch, *checkpoint.shape),), ["latent"], threads)
 
 
-def _session(
-    module: nn.Module, example: tuple[Tensor, ...], keywords: dict[str, Tensor], names: list[str], threads: int
-) -> Any:
+def _session(module: nn.Module, example: tuple[Tensor, ...], names: list[str], threads: int) -> Any:
     """``module`` exported by torch.onnx with its inputs called ``names``, loaded in onnxruntime."""
     import onnxruntime as ort
 
@@ -84,7 +87,7 @@ def _session(
     with tempfile.TemporaryDirectory() as folder, quiet_export():
         path = Path(folder) / "part.onnx"
         torch.onnx.export(
-            module, example, path, kwargs=keywords, dynamo=True, opset_version=OPSET, verbose=False,
-            input_names=names, external_data=True,
+            module, example, path, dynamo=True, opset_version=OPSET, verbose=False, input_names=names,
+            external_data=True,
         )  # fmt: skip
         return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])

@@ -88,6 +88,9 @@ def prepare(settings: FinetuneSettings) -> Task:
         )
     if base.latent:
         raise UsageError(f"model {base.name} makes latents; only models of pixels are tuned")
+    if base.conditions:
+        told = ", ".join(each.name for each in base.conditions)
+        raise UsageError(f"model {base.name} is conditional on {told}; only unconditional ones are tuned")
     plan = make_plan(
         base.scheduler, settings.steps, sampler=settings.sampler, eta=settings.eta, spacing=settings.spacing
     )

@@ -27,8 +27,19 @@ def require_channels(config: Mapping[str, Any], where: str) -> int:
     return taken
 
 
-def require_agreement(config: Mapping[str, Any], scheduler: SchedulerConfig, where: str) -> None:
-    """The network's config against the scheduler's: prediction type and number of training timesteps."""
+def require_agreement(
+    config: Mapping[str, Any], scheduler: SchedulerConfig, where: str, prediction: str | None = None
+) -> None:
+    """The network's config against the scheduler's: prediction type and number of training timesteps.
+
+    ``prediction``: what the network predicts, where its class fixes it.
+    """
+    expected = "flow_prediction" if scheduler.sampler.startswith("flow-") else scheduler.prediction_type
+    if prediction not in (None, expected):
+        raise UsageError(
+            f"{where}: the model predicts {prediction!r}, {scheduler.class_name} expects {expected!r}; "
+            "a flow-matching model goes with FlowMatchEulerDiscreteScheduler or with prediction_type flow_prediction"
+        )
     for setting in _SHARED:
         own, other = config.get(setting), getattr(scheduler, setting, None)
         if own is not None and other is not None and own != other:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mmd_export.conditions import CLASS_LABELS, Condition
+from mmd_export.denoiser import InDouble
 from mmd_export.errors import UsageError
+from mmd_export.network_options import Choice
 from mmd_export.plan import StepPlan
 from mmd_export.plans import choose_plan, plan_again
 from mmd_export.schedule import SchedulerConfig
@@ -27,12 +29,14 @@ if TYPE_CHECKING:
 class Checkpoint:
     """A network with everything that a plan and a graph need to know of it.
 
-    ``shape`` is (C, H, W) of one sample; ``conditions`` what the network is told besides; ``plan`` the plan that a run
-    folder was tuned for; ``warnings`` what the user should hear. ``folder`` is where the source lies. ``configs`` are
-    the files, by relative POSIX path, that make a diffusers folder of the denoiser's weights: those of the source byte
-    for byte, or those that its conversion amounts to; empty if diffusers has no class for the network. ``latent``: the
-    state is a latent, which no plan clamps; ``decoder`` makes images of it, ``no_decoder`` says why there is none, and
-    ``network_sha256`` is the hash without the decoder.
+    ``shape`` is (C, H, W) of one sample; ``conditions`` what the network is told besides, ``unconditional`` what takes
+    their place in guidance (a null class or the name of an input), ``options`` what was chosen about the network;
+    ``prediction`` what it predicts, where its class fixes it; ``plan`` the plan that a run folder was tuned for;
+    ``warnings`` what the user should hear. ``folder`` is where the source lies. ``configs`` are the files, by relative
+    POSIX path, that make a diffusers folder of the denoiser's weights: those of the source byte for byte, or those that
+    its conversion amounts to; empty if diffusers has no class for the network. ``latent``: the state is a latent, which
+    no plan clamps; ``decoder`` makes images of it, ``no_decoder`` says why there is none, and ``network_sha256`` is the
+    hash without the decoder.
     """
 
     name: str
@@ -42,6 +46,9 @@ class Checkpoint:
     shape: tuple[int, int, int]
     sha256: str
     conditions: tuple[Condition, ...] = ()
+    unconditional: Mapping[str, int | str] = field(default_factory=dict)
+    options: Mapping[str, Choice] = field(default_factory=dict)
+    prediction: str | None = None
     plan: StepPlan | None = None
     licence: str | None = None
     warnings: tuple[str, ...] = ()
@@ -73,21 +80,31 @@ class Checkpoint:
             if steps is None and timesteps is None:
                 raise UsageError(f"{self.name}: --steps is missing; say how many network calls the sampler makes")
             plan = choose_plan(self.scheduler, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
-            return self._unclamped(plan)
-        wanted = self._unclamped(
+            return self._suited(plan)
+        tuned = self._suited(self.plan)
+        wanted = self._suited(
             plan_again(self.plan, self.scheduler, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
         )
-        if wanted.digest() != self.plan.digest():
+        if wanted.digest() != tuned.digest():
             raise UsageError(
                 f"{self.name}: tuned for {describe(self.plan)}, asked for {describe(wanted)}; "
                 "leave the sampler options out, or tune for that plan"
             )
-        return self.plan
+        return tuned
+
+    def _suited(self, plan: StepPlan) -> StepPlan:
+        """The plan for this network: latents are not clamped. Raises UsageError if it is for another prediction."""
+        if self.prediction not in (None, plan.prediction_type):
+            raise UsageError(
+                f"{self.name}: the model predicts {self.prediction}, --sampler {plan.solver} expects "
+                f"{plan.prediction_type}; leave the sampler options out"
+            )
+        return replace(plan, clamp_output=False) if self.latent else plan
 
     def as_double(self) -> Checkpoint:
         """The same network and decoder in float64, on their own copy of the weights."""
         decoder = None if self.decoder is None else copy.deepcopy(self.decoder).double()
-        return replace(self, denoiser=copy.deepcopy(self.denoiser).double(), decoder=decoder)
+        return replace(self, denoiser=InDouble(copy.deepcopy(self.denoiser)), decoder=decoder)
 
     def of_latents(self, autoencoder: Autoencoder) -> Checkpoint:
         """The same network as one of latents, with the decoder of ``autoencoder`` if it has one."""
@@ -105,10 +122,6 @@ class Checkpoint:
         if image or self.decoder is None:
             return self
         return replace(self, decoder=None, sha256=self.network_sha256 or self.sha256, network_sha256=None)
-
-    def _unclamped(self, plan: StepPlan) -> StepPlan:
-        """``plan`` as it is for pixels, its last state left alone for latents."""
-        return replace(plan, clamp_output=False) if self.latent else plan
 
 
 def describe(plan: StepPlan) -> str:

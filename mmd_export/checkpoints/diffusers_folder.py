@@ -1,8 +1,9 @@
-"""A diffusers folder, pipeline or bare UNet2DModel, a run folder, or a hub id."""
+"""A diffusers folder, pipeline or bare model, a run folder, or a hub id."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,15 @@ from torch import nn
 from mmd_export.checkpoints.agreement import require_agreement, require_channels
 from mmd_export.checkpoints.autoencoder import read_autoencoder
 from mmd_export.checkpoints.base import Checkpoint
+from mmd_export.checkpoints.families import (
+    NEGATIVE,
+    Facts,
+    Family,
+    family_of,
+    pooled_width,
+    require_text,
+    text_length,
+)
 from mmd_export.checkpoints.weights import (
     HALF,
     SAFETENSORS,
@@ -19,53 +29,122 @@ from mmd_export.checkpoints.weights import (
     read_json,
     read_weights,
 )
-from mmd_export.conditions import class_condition
-from mmd_export.denoiser import DiffusersUNet
+from mmd_export.conditions import CLASS_LABELS, Condition
+from mmd_export.denoiser import DiffusersNetwork, DiffusersUNet
 from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.guidance import guidance_embedding
+from mmd_export.network_options import AS_IT_IS, Choice, NetworkOptions
 from mmd_export.plan import StepPlan
 from mmd_export.schedule import SchedulerConfig
 
 PLAN_FILE = "plan.json"
 PICTURES = (1, 3)  # channels
 _SHARDS = "diffusion_pytorch_model-?????-of-?????.safetensors"
+LCM_SCALE = 8.5  # default of diffusers' LatentConsistencyModelPipeline
 
 
-def read_folder(folder: Path, name: str, licence: str | None = None) -> Checkpoint:
-    """The network in ``folder`` or in its ``unet/``; raises UsageError that names the file and what is wrong."""
-    unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+def read_folder(folder: Path, name: str, licence: str | None = None, options: NetworkOptions = AS_IT_IS) -> Checkpoint:
+    """The network in ``folder``, its ``unet/`` or ``transformer/``; raises UsageError that names the file at fault."""
+    place = next((folder / part for part in ("unet", "transformer") if (folder / part).is_dir()), folder)
     scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
-    config_file, scheduler_file = unet_folder / "config.json", scheduler_folder / "scheduler_config.json"
-    config = read_json(config_file)
+    config_file, scheduler_file = place / "config.json", scheduler_folder / "scheduler_config.json"
+    config, where = read_json(config_file), str(config_file)
+    family = family_of(config.get("_class_name"), where)
     scheduler = SchedulerConfig.from_file(scheduler_file)
-    unet = new_unet(config, str(config_file))
-    require_agreement(config, scheduler, str(config_file))
-    autoencoder = read_autoencoder(folder, config)
-    shape = sample_shape(config, str(config_file))
-    weights, warnings = read_weights(unet_folder)
-    load_strictly(unet, weights, str(unet_folder))
-    files = {"unet/config.json": config_file, "scheduler/scheduler_config.json": scheduler_file}
+    network = new_network(config, where)
+    whole = _whole_config(network)
+    require_agreement(config, scheduler, where, family.prediction)
+    autoencoder = read_autoencoder(folder, whole)
+    channels, notes = _learned_variance(whole, family)
+    shape = sample_shape(whole, where, channels)
+    told = _told(family, whole, folder, where, options)
+    weights, warnings = read_weights(place)
+    load_strictly(network, weights, str(place))
+    denoiser, chosen = _denoiser(config["_class_name"], network.eval(), whole, shape[0], options)
+    files = {f"{family.folder}/config.json": config_file, "scheduler/scheduler_config.json": scheduler_file}
     if (index := folder / "model_index.json").is_file():
         files[index.name] = index
     plan_file = folder / PLAN_FILE
     checkpoint = Checkpoint(
         name=name,
         folder=folder,
-        denoiser=DiffusersUNet(unet.eval()).requires_grad_(False),
+        denoiser=denoiser.requires_grad_(False),
         scheduler=scheduler,
         shape=shape,
         sha256=hash_weights(weights, config, scheduler),
-        conditions=class_condition(config.get("num_class_embeds")),
+        conditions=told.conditions,
+        unconditional=_unconditional(family, told.conditions),
+        options={**told.options, **chosen.options},
+        latent=_makes_latents(family, whole),
+        prediction=family.prediction,
         plan=StepPlan.from_dict(read_json(plan_file)) if plan_file.is_file() else None,
         licence=licence,
-        warnings=warnings,
+        warnings=(*warnings, *notes, *told.warnings, *chosen.warnings),
         configs={path: file.read_bytes() for path, file in files.items()},
     )
     if autoencoder is not None:
         return checkpoint.of_latents(autoencoder)
-    if shape[0] in PICTURES:
+    if checkpoint.latent or shape[0] in PICTURES:
         return checkpoint
-    told = f"{shape[0]} channels and no vae/ beside them: taken for pixels in [-1, 1] and clamped, not for latents"
-    return replace(checkpoint, warnings=(*warnings, told))
+    assumed = f"{shape[0]} channels and no vae/ beside them: taken for pixels in [-1, 1] and clamped, not for latents"
+    return replace(checkpoint, warnings=(*checkpoint.warnings, assumed))
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What was decided about a network, with what the user should hear."""
+
+    conditions: tuple[Condition, ...] = ()
+    options: Mapping[str, Choice] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def _told(family: Family, config: dict[str, Any], folder: Path, where: str, options: NetworkOptions) -> _Chosen:
+    """The conditions, held against the pipeline's text encoders."""
+    if not family.text_length:
+        if options.text_length is not None:
+            raise UsageError(f"{where}: the model takes no text, --text-length is {options.text_length}; leave it out")
+        return _Chosen(family.conditions(Facts(config, 0, None, where)))
+    length, note = text_length(family, folder, options.text_length)
+    conditions = family.conditions(Facts(config, length, pooled_width(folder), where))
+    require_text(conditions, family, folder, where)
+    return _Chosen(conditions, {"text_length": length}, (note,) if note else ())
+
+
+def _unconditional(family: Family, conditions: tuple[Condition, ...]) -> dict[str, int | str]:
+    """What takes each condition's place in guidance."""
+    found: dict[str, int | str] = {each.name: NEGATIVE[each.name] for each in conditions if each.name in NEGATIVE}
+    for each in conditions:
+        if family.null_class and each.name == CLASS_LABELS and each.below is not None:
+            found[each.name] = each.below
+    return found
+
+
+def _denoiser(
+    class_name: str, network: nn.Module, config: dict[str, Any], channels: int, options: NetworkOptions
+) -> tuple[nn.Module, _Chosen]:
+    """The network behind the one signature; a distilled one has its guidance scale embedded."""
+    if class_name == "UNet2DModel":
+        return DiffusersUNet(network), _Chosen()
+    if not (width := config.get("time_cond_proj_dim")):
+        return DiffusersNetwork(network, channels, config.get("timestep_scale", 1.0)), _Chosen()
+    scale = LCM_SCALE if options.guidance_scale is None else options.guidance_scale
+    note = f"guidance scale {LCM_SCALE} is embedded, as LCM's; --guidance-scale S changes it"
+    chosen = _Chosen((), {"guidance_scale": scale}, (note,) if options.guidance_scale is None else ())
+    return DiffusersNetwork(network, channels, 1.0, guidance_embedding(scale, width)), chosen
+
+
+def _makes_latents(family: Family, config: dict[str, Any]) -> bool:
+    """What the class tells where there is no autoencoder."""
+    return config.get("in_channels") not in PICTURES if family.latent is None else family.latent
+
+
+def _whole_config(network: Any) -> dict[str, Any]:
+    """The config with the class's own defaults for what the file leaves out."""
+    whole: dict[str, Any] = {**network.config}
+    if whole.get("out_channels", 0) is None:  # as many as come in
+        whole["out_channels"] = whole["in_channels"]
+    return whole
 
 
 def download(hub_id: str) -> Path:
@@ -85,23 +164,36 @@ def download(hub_id: str) -> Path:
 
 def new_unet(config: dict[str, Any], where: str) -> nn.Module:
     """An untrained UNet2DModel; raises UsageError for another class or a config that diffusers refuses."""
-    from diffusers import UNet2DModel
-
     class_name = config.get("_class_name")
     if class_name != "UNet2DModel":
         raise UsageError(f"{where}: model class {class_name!r} is not supported; supported: UNet2DModel")
-    try:
-        unet: nn.Module = UNet2DModel.from_config(config)
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UsageError(f"{where}: diffusers refuses it: {error}") from error
+    unet: nn.Module = new_network(config, where)
     return unet
 
 
-def sample_shape(config: dict[str, Any], where: str) -> tuple[int, int, int]:
+def new_network(config: dict[str, Any], where: str) -> Any:
+    """An untrained network of the config's class; raises UsageError for a config that diffusers refuses."""
+    import diffusers
+
+    try:
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+    except (TypeError, ValueError, IndexError, AttributeError, NotImplementedError) as error:
+        raise UsageError(f"{where}: diffusers refuses it: {error}") from error
+
+
+def sample_shape(config: dict[str, Any], where: str, channels: int | None = None) -> tuple[int, int, int]:
     """(C, H, W) of the state."""
-    size, channels = config.get("sample_size"), require_channels(config, where)
+    size, channels = config.get("sample_size"), channels or require_channels(config, where)
     if isinstance(size, int):
         return channels, size, size
-    if isinstance(size, list) and len(size) == 2:
+    if isinstance(size, list | tuple) and len(size) == 2:
         return channels, int(size[0]), int(size[1])
     raise UsageError(f"{where}: sample_size is {size!r}; an integer or two are expected")
+
+
+def _learned_variance(config: dict[str, Any], family: Family) -> tuple[int | None, tuple[str, ...]]:
+    """The channels without those of the variance, and what the user should hear; None where nothing was learned."""
+    channels = config.get("in_channels")
+    if not family.halves or not isinstance(channels, int) or config.get("out_channels") != 2 * channels:
+        return None, ()
+    return channels, (f"the model learned its variance: the last {channels} of {2 * channels} channels are left out",)

@@ -11,6 +11,7 @@ from mmd_export import __version__
 from mmd_export.bundle import Bundle
 from mmd_export.commands.sample import is_bundle
 from mmd_export.errors import UsageError
+from mmd_export.network_options import AS_IT_IS, NetworkOptions
 from mmd_export.plan import StepPlan
 from mmd_runtime.registry import get_runtime, runtime_names
 
@@ -19,14 +20,19 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    source: str, steps: int | None, sampler: str | None, eta: float | None, spacing: str | None
+    source: str,
+    steps: int | None,
+    sampler: str | None,
+    eta: float | None,
+    spacing: str | None,
+    network: NetworkOptions = AS_IT_IS,
 ) -> dict[str, Any]:
     """Facts of a bundle, run folder or model; ``plan`` is there whenever one is known."""
     if is_bundle(source):
         return _inspect_bundle(Bundle.open(source))
     from mmd_export.checkpoint import load_checkpoint
 
-    checkpoint = load_checkpoint(source)
+    checkpoint = load_checkpoint(source, network=network)
     facts: dict[str, Any] = {
         "kind": "run folder" if checkpoint.plan else "model",
         "name": checkpoint.name,
@@ -36,6 +42,10 @@ def inspect(
         "classes": checkpoint.classes,
         "latent": checkpoint.latent or None,
         "decoder": _decoder_facts(checkpoint),
+        "conditions": [
+            {"name": told.name, "dtype": told.dtype, "shape": ["batch", *told.shape]} for told in checkpoint.conditions
+        ],
+        "options": dict(checkpoint.options),
         "scheduler": {key: value for key, value in vars(checkpoint.scheduler).items() if key != "trained_betas"},
         "licence": checkpoint.licence,
         "warnings": list(checkpoint.warnings),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmd_export.bundle import Bundle
+from mmd_export.commands.condition_files import read_conditions
 from mmd_export.commands.verify import usable_runtime
+from mmd_export.conditions import CLASS_LABELS, Condition
 from mmd_export.errors import UsageError
 from mmd_export.manifest import MANIFEST_NAME
+from mmd_export.network_options import AS_IT_IS, NetworkOptions
 from mmd_export.noise import sampler_noise
 from mmd_export.runtime import RunOptions
 from mmd_runtime.chunks import run_in_batches
@@ -22,7 +26,10 @@ TORCH_BATCH = 256
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """``source``: BUNDLE, RUN or MODEL; ``steps``, ``sampler``, ``eta``, ``spacing`` are for a MODEL only."""
+    """``source``: BUNDLE, RUN or MODEL; ``steps``, ``sampler``, ``eta``, ``spacing``, ``network`` are for a MODEL only.
+
+    ``conditions``: ``name=FILE`` for what the network is told besides class labels.
+    """
 
     source: str
     seed: int = 0
@@ -34,6 +41,8 @@ class SampleOptions:
     sampler: str | None = None
     eta: float | None = None
     spacing: str | None = None
+    network: NetworkOptions = AS_IT_IS
+    conditions: tuple[str, ...] = ()
 
 
 def is_bundle(source: str) -> bool:
@@ -56,12 +65,20 @@ def _from_bundle(options: SampleOptions) -> NDArray[Any]:
     if options.steps not in (None, steps):
         raise UsageError(f"bundle {bundle.name} takes {steps} steps, --steps is {options.steps}; leave it out")
     session = usable_runtime(bundle, options.runtime).open(bundle, RunOptions(checkpoint=options.checkpoint))
+    if options.network != AS_IT_IS:
+        raise UsageError(f"bundle {bundle.name} has guidance and text length built in; leave their options out")
     specs = {spec.name: spec.shape for spec in bundle.manifest.inputs}
     channels, height, width = (int(size) for size in specs["noise"][1:])
     noisy = int(specs["step_noise"][0]) if "step_noise" in specs else 0
     inputs: dict[str, NDArray[Any]] = dict(sampler_noise(options.seed, options.count, (channels, height, width), noisy))
-    if "class_labels" in specs:
-        inputs["class_labels"] = _labels(options, None)
+    conditions = [
+        Condition(
+            spec.name, "int64" if spec.dtype == "int64" else "float32", tuple(int(size) for size in spec.shape[1:])
+        )
+        for spec in bundle.manifest.inputs
+        if spec.name not in ("noise", "step_noise")
+    ]
+    inputs |= _told(options, conditions, f"bundle {bundle.name}")
     return run_in_batches(session, bundle, inputs)
 
 
@@ -69,21 +86,35 @@ def _from_model(options: SampleOptions) -> NDArray[Any]:
     from mmd_export.checkpoint import load_checkpoint
     from mmd_export.reference import run_chain, sampler_of
 
-    checkpoint = load_checkpoint(options.source)
+    checkpoint = load_checkpoint(options.source, network=options.network)
     if checkpoint.latent and checkpoint.decoder is None:
         raise UsageError(f"{checkpoint.name} makes latents, no picture: {checkpoint.no_decoder}")
     plan = checkpoint.plan_for(options.steps, sampler=options.sampler, eta=options.eta, spacing=options.spacing)
     sampler = sampler_of(checkpoint, plan)
+    told = _told(options, checkpoint.conditions, checkpoint.name)
     parts = []
     for first in range(0, options.count, TORCH_BATCH):
         count = min(TORCH_BATCH, options.count - first)
         inputs: dict[str, NDArray[Any]] = dict(
             sampler_noise(options.seed, count, checkpoint.shape, plan.noisy_steps, first)
         )
-        if checkpoint.classes is not None:
-            inputs["class_labels"] = _labels(options, checkpoint.classes)[first : first + count]
+        inputs |= {name: array[first : first + count] for name, array in told.items()}
         parts.append(run_chain(sampler, inputs)["sample"])
     return np.concatenate(parts)
+
+
+def _told(options: SampleOptions, conditions: Sequence[Condition], where: str) -> dict[str, NDArray[Any]]:
+    """Class labels by number, everything else (and labels, if they are given so) from files."""
+    by_number = [
+        each for each in conditions
+        if each.name == CLASS_LABELS and each.dtype == "int64"
+        and not any(text.startswith(f"{CLASS_LABELS}=") for text in options.conditions)
+    ]  # fmt: skip
+    if options.class_label is not None and not by_number:
+        raise UsageError(f"{where}: --class-label is {options.class_label}, but no class number is taken; leave it out")
+    labels = {each.name: _labels(options, each.below) for each in by_number}
+    others = [each for each in conditions if each not in by_number]
+    return labels | read_conditions(options.conditions, others, options.count, where)
 
 
 def _labels(options: SampleOptions, classes: int | None) -> NDArray[np.int64]:

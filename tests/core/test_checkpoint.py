@@ -242,10 +242,10 @@ def test_a_pickle_of_something_else(folder: Path) -> None:
 # --- configs
 
 
-@pytest.mark.parametrize("name", ["UNet2DConditionModel", "Transformer2DModel", None, 7])
+@pytest.mark.parametrize("name", ["UNet3DConditionModel", "Transformer2DModel", None, 7])
 def test_another_model_class(folder: Path, name: Any) -> None:
     edit(folder / CONFIG, _class_name=name)
-    refused(folder, f"model class {name!r} is not supported; supported: UNet2DModel", str(folder / CONFIG))
+    refused(folder, f"model class {name!r} is not supported; supported: UNet2DModel, UNet2DCond", str(folder / CONFIG))
 
 
 def test_different_channels_in_and_out(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""The values of a network's conditions for ``sample``: ``--condition name=FILE``, a ``.npy`` or ``.safetensors``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from mmd_export.conditions import Condition
+from mmd_export.errors import UsageError
+
+_KINDS = {"float32": "f", "int64": "iub"}
+
+
+def read_conditions(
+    given: Sequence[str], wanted: Sequence[Condition], count: int, where: str
+) -> dict[str, NDArray[Any]]:
+    """An array (count, *shape) for each of ``wanted``; a file holds one value for all images, or one for each.
+
+    Raises UsageError for a name that the network does not know, a missing one, a file that cannot be read, or an array
+    of another shape or kind.
+    """
+    files = _files(given, [each.name for each in wanted], where)
+    told = {}
+    for each in wanted:
+        if each.name not in files:
+            shape = "x".join(map(str, each.shape)) or "one number"
+            raise UsageError(
+                f"{where}: condition {each.name!r} is missing; pass --condition {each.name}=FILE.npy ({each.dtype}, "
+                f"{shape} for each image)"
+            )
+        told[each.name] = _fitted(_read(files[each.name], each.name), each, count, files[each.name])
+    return told
+
+
+def _files(given: Sequence[str], known: Sequence[str], where: str) -> Mapping[str, Path]:
+    files: dict[str, Path] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not path:
+            raise UsageError(f"--condition is {text!r}; name=FILE.npy or name=FILE.safetensors is expected")
+        if name not in known:
+            raise UsageError(f"{where}: condition {name!r} is unknown; known: {', '.join(known) or 'none'}")
+        if name in files:
+            raise UsageError(f"--condition {name} is given twice: {files[name]} and {path}; choose one")
+        files[name] = Path(path)
+    return files
+
+
+def _read(path: Path, name: str) -> NDArray[Any]:
+    """The array of a .npy, or of a .safetensors the one of that name or the only one."""
+    try:
+        if path.suffix != ".safetensors":
+            array: NDArray[Any] = np.load(path, allow_pickle=False)
+            if not isinstance(array, np.ndarray):  # an .npz
+                raise ValueError("it holds several arrays")
+            return array
+        tensors = safetensors.numpy.load(path.read_bytes())
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--condition {name}={path} cannot be read: {reason}; write it with numpy.save") from error
+    if name not in tensors and len(tensors) != 1:
+        raise UsageError(f"--condition {name}={path} holds {', '.join(sorted(tensors))}; {name!r} is expected")
+    return tensors[name] if name in tensors else next(iter(tensors.values()))
+
+
+def _fitted(array: NDArray[Any], wanted: Condition, count: int, path: Path) -> NDArray[Any]:
+    """``array`` in the dtype of the graph, once for each image."""
+    where = f"--condition {wanted.name}={path}"
+    if array.dtype.kind not in _KINDS[wanted.dtype]:
+        raise UsageError(f"{where} holds {array.dtype}, {wanted.dtype} is expected")
+    one, all_ = wanted.shape, (count, *wanted.shape)
+    if array.shape not in (one, (1, *one), all_):
+        raise UsageError(f"{where} is {array.shape}; {one} for all images or {all_} for each is expected")
+    if not np.isfinite(array).all():
+        raise UsageError(f"{where} holds NaN or infinity")
+    if wanted.below is not None and not ((array >= 0) & (array < wanted.below)).all():
+        raise UsageError(f"{where} holds {array.min()} to {array.max()}; 0 to {wanted.below - 1} are expected")
+    return np.array(np.broadcast_to(array, all_), dtype=wanted.dtype, order="C")
