@@ -71,6 +71,7 @@ def tidy(model: ir.Model) -> None:
     Sequential(
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.IdentityEliminationPass(),
+        passes.DeduplicateInitializersPass(),  # before what compares nodes by their inputs
         passes.CommonSubexpressionEliminationPass(),
         passes.RemoveUnusedNodesPass(),
     )(model)
