@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mmd_export.guidance import GuidedDenoiser, guidance_embedding
 from mmd_export.manifest import CheckpointRef
 from mmd_export.network_options import NetworkOptions
 from tests.families import save_network
+from tests.models import save_latent_model
 
 ROOT = Path(__file__).parents[2]
 FORMS = ("doubled", "two-calls")
@@ -136,6 +138,26 @@ def test_another_scale_is_another_checkpoint(model: Path, bundles: dict[str, Bun
     assert load_matching(str(model), wanted).sha256 == wanted.sha256
     with pytest.raises(UsageError, match="has hash"):
         load_matching(str(model), wanted.model_copy(update={"options": {**wanted.options, "guidance_scale": 5.0}}))
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_guidance_and_a_decoder(decode: bool, tmp_path: Path) -> None:
+    """Both in one graph; the hash of the bundle covers the guidance whether the decoder is in it or not."""
+    save_latent_model(tmp_path / "latent")
+    shutil.rmtree(tmp_path / "latent" / "unet")
+    save_network(tmp_path / "latent", "dit")
+    network = NetworkOptions(3.0)
+    options = BuildOptions(
+        str(tmp_path / "latent"), "onnx", tmp_path / "b", steps=2, batch="2", decode=decode, network=network
+    )
+    bundle = build(options)
+    report = verify(bundle, checkpoint=str(tmp_path / "latent"))
+    report.require()
+    assert [rung.verdict for rung in report.rungs][2:] == ["passed"] * 4
+    both = load_checkpoint(tmp_path / "latent", network=network)
+    assert bundle.manifest.checkpoint.sha256 == (both.sha256 if decode else both.network_sha256)
+    assert bundle.manifest.checkpoint.sha256 != load_checkpoint(tmp_path / "latent").network_sha256
+    assert bundle.manifest.spec("sample").shape[1] == (3 if decode else 4)
 
 
 def test_a_manifest_without_options_is_as_it_was() -> None:
