@@ -14,6 +14,7 @@ from mmd_export.commands.verify import usable_runtime
 from mmd_export.errors import UsageError
 from mmd_export.manifest import MANIFEST_NAME
 from mmd_export.noise import sampler_noise
+from mmd_export.plan_options import PlanOptions
 from mmd_export.runtime import RunOptions
 from mmd_runtime.chunks import run_in_batches
 
@@ -21,8 +22,8 @@ TORCH_BATCH = 256
 
 
 @dataclass(frozen=True)
-class SampleOptions:
-    """``source``: BUNDLE, RUN or MODEL; ``steps``, ``sampler``, ``eta``, ``spacing`` are for a MODEL only."""
+class SampleOptions(PlanOptions):
+    """``source``: BUNDLE, RUN or MODEL; the options of the plan are for a MODEL only."""
 
     source: str
     seed: int = 0
@@ -30,10 +31,6 @@ class SampleOptions:
     runtime: str | None = None
     checkpoint: str | None = None
     class_label: int | None = None
-    steps: int | None = None
-    sampler: str | None = None
-    eta: float | None = None
-    spacing: str | None = None
 
 
 def is_bundle(source: str) -> bool:
@@ -50,9 +47,7 @@ def sample(options: SampleOptions) -> NDArray[Any]:
 
 def _from_bundle(options: SampleOptions) -> NDArray[Any]:
     bundle = Bundle.open(options.source)
-    steps = len(bundle.manifest.plan["steps"])
-    if options.steps not in (None, steps):
-        raise UsageError(f"bundle {bundle.name} takes {steps} steps, --steps is {options.steps}; leave it out")
+    options.require_bundle(bundle.name, len(bundle.manifest.plan["steps"]))
     session = usable_runtime(bundle, options.runtime).open(bundle, RunOptions(checkpoint=options.checkpoint))
     specs = {spec.name: spec.shape for spec in bundle.manifest.inputs}
     channels, height, width = (int(size) for size in specs["noise"][1:])
@@ -68,7 +63,7 @@ def _from_model(options: SampleOptions) -> NDArray[Any]:
     from mmd_export.reference import run_chain, sampler_of
 
     checkpoint = load_checkpoint(options.source)
-    plan = checkpoint.plan_for(options.steps, sampler=options.sampler, eta=options.eta, spacing=options.spacing)
+    plan = checkpoint.plan_for(**options.wanted)
     sampler = sampler_of(checkpoint, plan)
     parts = []
     for first in range(0, options.count, TORCH_BATCH):
