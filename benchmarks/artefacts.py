@@ -54,7 +54,7 @@ def measure(model: str, seconds: float) -> dict[str, Any]:
         out = Path(scratch) / "bundle"
         result: dict[str, Any] = {}
         with timed(result, "build"):
-            bundle = build(BuildOptions(source, "onnx", out, STEPS, "ddim"), print)
+            bundle = build(BuildOptions(source, "onnx", out, steps=STEPS, sampler="ddim"), print)
         result |= sizes(bundle) | parity(bundle, source)
         return result | latency(out, source, seconds) if seconds > 0 else result
 

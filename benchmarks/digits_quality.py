@@ -83,7 +83,8 @@ def tune_and_measure(settings: FinetuneSettings, ruler: Ruler) -> dict[str, Any]
     with ProgressBar() as observer:
         result = tune(settings, observer=observer)
     seconds = round(time.perf_counter() - start, 1)
-    measured = ruler.measure(load_checkpoint(result.folder), settings.steps)
+    tuned = load_checkpoint(result.folder)
+    measured = ruler.measure(tuned, tuned.plan_for().step_count)
     return {"seed": settings.seed, "seconds": seconds, "best_iteration": result.best_iteration, **measured}
 
 

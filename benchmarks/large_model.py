@@ -42,7 +42,7 @@ def measured_build(model: Path, out: Path, verify: bool) -> dict[str, Any]:
     """Seconds and peak memory of one build, with the facts of its bundle."""
     result: dict[str, Any] = {}
     with timed(result, "build"):
-        bundle = build(BuildOptions(str(model), "onnx", out, STEPS, overwrite=True, verify=verify), print)
+        bundle = build(BuildOptions(str(model), "onnx", out, steps=STEPS, overwrite=True, verify=verify), print)
     files = {entry.path: entry.size for entry in bundle.manifest.files}
     return result | {
         "files": files, "graph": bundle.manifest.graph.model_dump(mode="json"), "parity": bundle.manifest.parity,

@@ -136,7 +136,9 @@ def candidates(model: Path, bundle: Bundle, checkpoint: Checkpoint) -> dict[str,
 def measure_model(name: str, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         model = MODELS[name](Path(scratch) / "model", "v_prediction")
-        bundle = build(BuildOptions(str(model), "onnx", Path(scratch) / "bundle", STEPS, "ddim", verify=False))
+        bundle = build(
+            BuildOptions(str(model), "onnx", Path(scratch) / "bundle", steps=STEPS, sampler="ddim", verify=False)
+        )
         checkpoint = load_checkpoint(str(model))
         calls = candidates(model, bundle, checkpoint)
         expected = calls["one graph"]()

@@ -24,6 +24,7 @@ from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.network_options import AS_IT_IS, NetworkOptions
 from mmd_export.parity import ParityReport, artefact_rung
+from mmd_export.plan_options import PlanOptions
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.reference import golden_arrays
 from mmd_export.runtime import RunOptions, Runtime
@@ -35,16 +36,12 @@ MIN_GOLDEN = 4  # parity is measured on several noises
 
 
 @dataclass(frozen=True)
-class BuildOptions:
+class BuildOptions(PlanOptions):
     """What ``mmd-export build`` takes; names as on the command line."""
 
     model: str
     target: str
     out: Path
-    steps: int | None = None
-    sampler: str | None = None
-    eta: float | None = None
-    spacing: str | None = None
     precision: str = "fp32"
     batch: str = "1"
     output: str = "float32"
@@ -67,7 +64,7 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
     _require_picture(options, checkpoint)
     for warning in checkpoint.warnings:
         notify(f"warning: {warning}")
-    plan = checkpoint.plan_for(options.steps, sampler=options.sampler, eta=options.eta, spacing=options.spacing)
+    plan = checkpoint.plan_for(**options.wanted)
     notify("running the float64 reference")
     golden = golden_arrays(checkpoint, plan, golden_count(batch), options.output)
     notify("capturing one network call")

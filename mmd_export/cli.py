@@ -10,8 +10,30 @@ from typing import Annotated, Any
 import typer
 
 from mmd_export.cli_network import Conditions, GuidanceForm, GuidanceScale, NullLabel, TextLength
-from mmd_export.errors import MmdExportError, UsageError
+from mmd_export.cli_options import (
+    BundleFolder,
+    CheckpointOption,
+    Ema,
+    Eta,
+    JsonFile,
+    Model,
+    Overwrite,
+    RuntimeName,
+    Sampler,
+    Source,
+    Spacing,
+    Steps,
+    Timesteps,
+    TunedModel,
+    listed,
+    positive,
+    with_ema,
+    with_ema_if_given,
+)  # fmt: skip
+from mmd_export.cli_output import say, short, show, show_table, write_json
+from mmd_export.errors import MmdExportError
 from mmd_export.network_options import NetworkOptions
+from mmd_export.plan_options import PlanOptions
 
 INTERRUPTED = 130
 
@@ -27,37 +49,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Model = Annotated[
-    str, typer.Argument(help="digits, a diffusers folder, a run folder, or a hub id owner/name", show_default=False)
-]
-Source = Annotated[
-    str,
-    typer.Argument(help="a bundle, a run folder, or a model (digits, diffusers folder, hub id)", show_default=False),
-]
-BundleFolder = Annotated[Path, typer.Argument(help="a bundle folder", show_default=False)]
-Steps = Annotated[int | None, typer.Option(help="network calls K; a run folder knows its own", show_default=False)]
-Sampler = Annotated[
-    str | None, typer.Option(help="ddim or ddpm; default: the class in scheduler_config.json", show_default=False)
-]
-Eta = Annotated[
-    float | None, typer.Option(help="DDIM: 0 deterministic (default), 1 as noisy as DDPM", show_default=False)
-]
-Spacing = Annotated[
-    str | None,
-    typer.Option(help="leading, trailing or linspace; default: as in scheduler_config.json", show_default=False),
-]
-RuntimeName = Annotated[
-    str | None,
-    typer.Option("--runtime", help="default: the first that fits; torch is the reference", show_default=False),
-]
-CheckpointOption = Annotated[
-    str | None, typer.Option("--checkpoint", help="the model or run folder a bundle was built from", show_default=False)
-]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="also write the numbers to this file (- for stdout)", show_default=False)
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what stands at --out")]
-
 
 @app.command(epilog="Example: mmd-export demo --out demo")
 def demo(
@@ -71,17 +62,15 @@ def demo(
     from mmd_export.commands.demo import run_demo
     from mmd_finetune.progress import ProgressBar
 
-    result = run_demo(out, overwrite=overwrite, iterations=iterations, notify=_say, bar=ProgressBar)
-    _table("Frechet distance, held-out encoder (lower is better)", ("sampler", "distance"), result.quality_rows)
-    _table("Latency, batch 1, one interleaved run", ("", "median ms", "times the one graph"), result.latency_rows)
-    _print(result.summary)
+    result = run_demo(out, overwrite=overwrite, iterations=iterations, notify=say, bar=ProgressBar)
+    show_table("Frechet distance, held-out encoder (lower is better)", ("sampler", "distance"), result.quality_rows)
+    show_table("Latency, batch 1, one interleaved run", ("", "median ms", "times the one graph"), result.latency_rows)
+    show(result.summary)
 
 
 @app.command(epilog="Example: mmd-export finetune digits --steps 5 --out runs/digits-5")
 def finetune(
-    model: Annotated[
-        str | None, typer.Argument(help="digits, a diffusers folder, or a hub id", show_default=False)
-    ] = None,
+    model: TunedModel = None,
     steps: Steps = None,
     out: Annotated[Path | None, typer.Option(help="run folder to make", show_default=False)] = None,
     config: Annotated[
@@ -102,6 +91,8 @@ def finetune(
     sampler: Sampler = None,
     eta: Eta = None,
     spacing: Spacing = None,
+    timesteps: Timesteps = None,
+    ema: Ema = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
 ) -> None:
     """Tune a model with the MMD through the whole sampling chain, for one step budget. Writes a run folder."""
@@ -110,14 +101,14 @@ def finetune(
     from mmd_finetune.settings import make_settings
 
     given = {
-        "model": model, "steps": steps, "out": out, "data": data, "features": features, "holdout": holdout,
-        "kernel": kernel, "batch_size": batch_size, "learning_rate": lr, "iterations": iterations, "seed": seed,
-        "sampler": sampler, "eta": eta, "spacing": spacing,
+        "model": with_ema_if_given(model, ema), "steps": steps, "out": out, "data": data, "features": features,
+        "holdout": holdout, "kernel": kernel, "batch_size": batch_size, "learning_rate": lr, "iterations": iterations,
+        "seed": seed, "sampler": sampler, "eta": eta, "spacing": spacing, "timesteps": listed(timesteps),
     }  # fmt: skip
     settings = make_settings(given, config)
     with ProgressBar() as observer:
         result = tune(settings, resume=resume, observer=observer)
-    _print(
+    show(
         f"{result.folder}: held-out Frechet distance {result.held_out_before:.2f} -> {result.held_out_after:.2f} "
         f"(best at iteration {result.best_iteration} of {result.iterations}, {result.seconds:.0f} s)\n"
         f"next: mmd-export build {result.folder} --target onnx --out bundle"
@@ -136,6 +127,8 @@ def build(
     sampler: Sampler = None,
     eta: Eta = None,
     spacing: Spacing = None,
+    timesteps: Timesteps = None,
+    ema: Ema = None,
     precision: Annotated[str, typer.Option(help="fp32")] = "fp32",
     batch: Annotated[str, typer.Option(help="a size (1), a list (1,4,8) or a range (1..8)")] = "1",
     output: Annotated[str, typer.Option(help="float32 (B,C,H,W) in [-1,1] or uint8 (B,H,W,C)")] = "float32",
@@ -162,27 +155,15 @@ def build(
     from mmd_export.build import build as make
 
     options = BuildOptions(
-        model,
-        target,
-        out,
-        steps,
-        sampler,
-        eta,
-        spacing,
-        precision,
-        batch,
-        output,
-        overwrite,
-        not skip_verify,
-        form,
-        decode,
-        network=NetworkOptions(guidance_scale, guidance_form, null_label, text_length),
-    )
-    bundle = make(options, _say)
+        with_ema(model, ema), target, out, precision, batch, output, overwrite, not skip_verify, form, decode,
+        NetworkOptions(guidance_scale, guidance_form, null_label, text_length),
+        steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps),
+    )  # fmt: skip
+    bundle = make(options, say)
     manifest = bundle.manifest
     size = bundle.artefact_bytes / 1e6
     parity = "parity not measured" if manifest.parity is None else f"worst error {max(manifest.parity.values()):.0e}"
-    _print(f"{out}: {manifest.artefact} {size:.2f} MB, {manifest.graph.nodes:,} nodes, {parity} "
+    show(f"{out}: {manifest.artefact} {size:.2f} MB, {manifest.graph.nodes:,} nodes, {parity} "
            f"(tolerance {manifest.tolerance.atol:g})")  # fmt: skip
 
 
@@ -194,16 +175,16 @@ def verify(
     from mmd_export.bundle import Bundle
     from mmd_export.commands.verify import verify as check
 
-    report = check(Bundle.open(bundle), runtime, checkpoint, _say)
+    report = check(Bundle.open(bundle), runtime, checkpoint, say)
     rows = [
         (str(rung.number), rung.title, "-" if rung.skipped else f"{rung.worst:.1e}", f"{rung.atol:g}", rung.verdict)
         for rung in report.rungs
     ]
     heads = ("rung", "checks", "worst", "tolerance", "verdict")
-    _table(f"Parity of {report.bundle} in {report.runtime}", heads, rows, json)
+    show_table(f"Parity of {report.bundle} in {report.runtime}", heads, rows, json)
     for reason in sorted({rung.skipped for rung in report.rungs if rung.skipped}):
-        _say(f"not checked: {reason}")
-    _write_json(json, report.to_dict())
+        say(f"not checked: {reason}")
+    write_json(json, report.to_dict())
     report.require()
 
 
@@ -231,18 +212,20 @@ def bench(
     """Measure latency, interleaved with torch eager and with the usual one-step session called K times."""
     from mmd_export.commands import bench as command
 
-    _positive("--rounds", rounds)
+    positive("--rounds", rounds)
     options = command.BenchOptions(tuple(bundles), tuple(against or ()), runtime, checkpoint, rounds, seconds, threads)
-    report = command.bench(options, _say)
+    report = command.bench(options, say)
     heads = ("", "median ms", "p90", "p99", f"times {report.candidates[0]} [95 %]")
-    _table(f"Latency, batch {report.batch}, {report.latency.rounds} rounds", heads, command.summary_rows(report), json)
+    show_table(
+        f"Latency, batch {report.batch}, {report.latency.rounds} rounds", heads, command.summary_rows(report), json
+    )
     for note in report.latency.notes:
-        _say(note)
-    _write_json(json, report.to_dict())
+        say(note)
+    write_json(json, report.to_dict())
     if update_card:
         command.write_card(bundles[0], report)
     for verdict in command.check_gates(report, gate) if gate else ():
-        _print(f"gate {verdict.verdict}: {verdict.message}")
+        show(f"gate {verdict.verdict}: {verdict.message}")
 
 
 @app.command(epilog="Example: mmd-export sample digits-5.bundle --seed 7 --count 64 --out grid.png")
@@ -258,6 +241,8 @@ def sample(
     sampler: Sampler = None,
     eta: Eta = None,
     spacing: Spacing = None,
+    timesteps: Timesteps = None,
+    ema: Ema = None,
     condition: Conditions = None,
     guidance_scale: GuidanceScale = None,
     guidance_form: GuidanceForm = "auto",
@@ -274,11 +259,11 @@ def sample(
 
     network = NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
     options = SampleOptions(
-        source, seed, count, runtime, checkpoint, class_label, steps, sampler, eta, spacing,
-        network=network, conditions=tuple(condition or ()),
+        with_ema(source, ema), seed, count, runtime, checkpoint, class_label, network, tuple(condition or ()),
+        steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps),
     )  # fmt: skip
     save_grid(draw(options), out)
-    _print(f"{out}: {count} images of seed {seed}")
+    show(f"{out}: {count} images of seed {seed}")
 
 
 @app.command(epilog="Example: mmd-export evaluate runs/digits-5 --data digits")
@@ -294,6 +279,8 @@ def evaluate(
     sampler: Sampler = None,
     eta: Eta = None,
     spacing: Spacing = None,
+    timesteps: Timesteps = None,
+    ema: Ema = None,
     json: JsonFile = None,
     condition: Conditions = None,
     guidance_scale: GuidanceScale = None,
@@ -307,27 +294,30 @@ def evaluate(
 
     network = NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
     options = SampleOptions(
-        source, seed, count, runtime, checkpoint, None, steps, sampler, eta, spacing,
-        network=network, conditions=tuple(condition or ()),
+        with_ema(source, ema), seed, count, runtime, checkpoint, None, network, tuple(condition or ()),
+        steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps),
     )  # fmt: skip
-    result = score(options, data, tuple(name.strip() for name in features.split(",")), _say)
+    result = score(options, data, tuple(name.strip() for name in features.split(",")), say)
     rows = [(name, f"{value:.3f}") for name, value in result["frechet_distance"].items()]
-    _table(
+    show_table(
         f"Frechet distance of {count} samples to {result['real_images']} real images",
         ("encoder", "distance"),
         rows,
         json,
     )
-    _write_json(json, result)
+    write_json(json, result)
 
 
-@app.command(epilog="Example: mmd-export inspect digits --steps 5")
+@app.command(epilog="Example: mmd-export inspect digits --timesteps 999,749,499,249 --plot plan.png")
 def inspect(
     source: Source,
     steps: Steps = None,
     sampler: Sampler = None,
     eta: Eta = None,
     spacing: Spacing = None,
+    timesteps: Timesteps = None,
+    ema: Ema = None,
+    plot: Annotated[Path | None, typer.Option(help="draw the plan as a PNG", show_default=False)] = None,
     json: JsonFile = None,
     guidance_scale: GuidanceScale = None,
     guidance_form: GuidanceForm = "auto",
@@ -336,21 +326,24 @@ def inspect(
 ) -> None:
     """Show the plan as a table, sizes, op counts and provenance."""
     from mmd_export.commands.inspect import inspect as look
-    from mmd_export.commands.inspect import plan_rows
+    from mmd_export.commands.inspect import plan_rows, plot_plan
     from mmd_export.plan import StepPlan
 
-    facts = look(
-        source, steps, sampler, eta, spacing, NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
-    )
+    options = PlanOptions(steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps))
+    network = NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
+    facts = look(with_ema(source, ema), options, network)
     hidden = ("plan", "files", "graph", "parity", "manifest_sha256")
     flat = {key: value for key, value in facts.items() if key not in hidden and value not in (None, [], {})}
     flat |= {f"graph {key}": value for key, value in (facts.get("graph") or {}).items()}
-    _table(str(facts["name"]), ("", ""), [(key, _short(value)) for key, value in flat.items()], json)
+    show_table(str(facts["name"]), ("", ""), [(key, short(value)) for key, value in flat.items()], json)
     if "plan" in facts:
         plan = StepPlan.from_dict(facts["plan"])
         title = f"{plan.solver}, {plan.step_count} steps, {plan.prediction_type}, {plan.noisy_steps} step noises"
-        _table(title, ("step", "timestep", "alpha", "sigma", "clean guess", "next state"), plan_rows(plan), json)
-    _write_json(json, facts)
+        show_table(title, ("step", "timestep", "alpha", "sigma", "clean guess", "next state"), plan_rows(plan), json)
+    write_json(json, facts)
+    if plot:
+        plot_plan(facts, plot)
+        say(f"{plot}: the plan as a picture")
 
 
 @app.command(epilog="Example: mmd-export doctor --json -")
@@ -364,69 +357,8 @@ def doctor(json: JsonFile = None) -> None:
         for part in facts["parts"]
     ]
     title = f"mmd-export {facts['mmd_export']} on {facts['machine']}"
-    _table(title, ("", "name", "works", "detail", "install"), rows, json)
-    _write_json(json, facts)
-
-
-def _short(value: Any) -> str:
-    """One cell; shapes and dtypes of tensor specs in the short form."""
-    if isinstance(value, list):
-        return "; ".join(_short(inner) for inner in value)
-    if isinstance(value, dict) and set(value) == {"name", "dtype", "shape"}:
-        return f"{value['name']} {value['dtype']} ({', '.join(map(str, value['shape']))})"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_short(inner)}" for key, inner in value.items() if inner is not None)
-    return str(value)
-
-
-def _positive(flag: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise UsageError(f"{flag} is {value}; it must be at least 1")
-
-
-def _print(text: str) -> None:
-    """A result, on stdout."""
-    sys.stdout.write(text + "\n")
-
-
-def _say(text: str) -> None:
-    """Progress, on stderr."""
-    sys.stderr.write(f"mmd-export: {text}\n")
-    sys.stderr.flush()
-
-
-def _table(title: str, heads: tuple[str, ...], rows: Any, json: Path | None = None) -> None:
-    """A plain table on stdout, unless JSON goes there; wide enough for its text when the output is no terminal."""
-    if json == Path("-"):
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console = Console(file=sys.stdout)
-    console.print(table) if console.is_terminal else Console(file=sys.stdout, width=160).print(table)
-
-
-def _write_json(path: Path | None, value: dict[str, Any]) -> None:
-    import json
-
-    if path is None:
-        return
-    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
-    if path == Path("-"):
-        sys.stdout.write(text)
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--json {path} cannot be written: {error.strerror or error}") from error
+    show_table(title, ("", "name", "works", "detail", "install"), rows, json)
+    write_json(json, facts)
 
 
 def main() -> None:
@@ -443,16 +375,16 @@ def run(entry: Callable[..., Any], arguments: list[str] | None = None) -> int:
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         if code == INTERRUPTED:  # typer's answer to KeyboardInterrupt
-            _say("interrupted; nothing half-written was left, saved states are kept (finetune --resume)")
+            say("interrupted; nothing half-written was left, saved states are kept (finetune --resume)")
         return code
     except MmdExportError as error:
-        _say(f"error: {' '.join(str(error).split())}")
+        say(f"error: {' '.join(str(error).split())}")
         return error.exit_code
     except Exception as error:
         if os.environ.get("MMD_EXPORT_TRACEBACK"):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        _say(f"unexpected error: {reason}; set MMD_EXPORT_TRACEBACK=1 for the traceback")
+        say(f"unexpected error: {reason}; set MMD_EXPORT_TRACEBACK=1 for the traceback")
         return 1
     return 0
 

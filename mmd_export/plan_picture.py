@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmd_export.errors import MmdExportError, NotAvailableError
 from mmd_export.plan import Source, StepPlan
@@ -26,7 +26,8 @@ def save_plan_picture(plan: StepPlan, path: Path) -> None:
         raise NotAvailableError(f"--plot needs matplotlib ({error}); pip install 'mmd-export[tune]'") from error
     figure = Figure(figsize=(8.0, 8.0), layout="constrained")
     times, levels, weights = figure.subplots(3, 1, sharex=True, height_ratios=(1, 1, 2))
-    figure.suptitle(f"{plan.solver}, {plan.step_count} network calls, {plan.prediction_type}")
+    calls = "1 network call" if plan.step_count == 1 else f"{plan.step_count} network calls"
+    figure.suptitle(f"{plan.solver}, {calls}, {plan.prediction_type}, {plan.noisy_steps} step noises")
     _draw_times(times, plan)
     _draw_levels(levels, plan)
     _draw_weights(weights, plan)
@@ -58,15 +59,23 @@ def _draw_levels(axes: Axes, plan: StepPlan) -> None:
 
 
 def _draw_weights(axes: Axes, plan: StepPlan) -> None:
-    """One series for each symbol and its age: ``output - 1`` is the output of the call before."""
-    for (source, age), points in sorted(weight_series(plan).items(), key=lambda item: list(item[0])):
-        label = source if age == 0 or source == "noise" else f"{source} - {age}"
-        marker: Any = MARKERS[min(age, len(MARKERS) - 1)]
-        axes.plot(*zip(*points, strict=True), marker, color=COLOURS[source], label=label, alpha=1.0 / (1.0 + 0.3 * age))
+    """One series for each symbol and its age: ``output - 1`` is the output of the call before, drawn hollow."""
+    from matplotlib.ticker import MaxNLocator
+
+    order = list(COLOURS)
+    for (source, age), points in sorted(weight_series(plan).items(), key=lambda item: (order.index(item[0][0]), item)):
+        label = source if age == 0 else f"{source} - {age}"
+        marker = MARKERS[min(age, len(MARKERS) - 1)]
+        colour = COLOURS[source]
+        face = colour if age == 0 else "none"
+        line = "-" if age == 0 else ":"
+        axes.plot(*zip(*points, strict=True), line, marker=marker, color=colour, mfc=face, lw=0.8, label=label)
     axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
     axes.axhline(0.0, color="0.8", zorder=0)
     axes.set_ylabel("weight in the next state")
     axes.set_xlabel("network call")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(0.5, plan.step_count + 0.5)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 

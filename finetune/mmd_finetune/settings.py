@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mmd_export.errors import UsageError
+from mmd_export.plan_options import PlanOptions, parse_timesteps
 
 SEED_LIMIT = 2**63  # the upper half of the generator's seeds is kept for measuring, see mmd_finetune.task
 
@@ -19,7 +21,7 @@ class FinetuneSettings(BaseModel):
 
     Attributes:
         model: what ``load_checkpoint`` takes.
-        steps: K, the network calls of the sampler that is tuned.
+        steps: K, the network calls of the sampler that is tuned; ``timesteps`` lists them instead, descending.
         out: the run folder.
         sampler: a solver's name; None runs the one of the model's scheduler. ``eta`` and ``spacing`` go with it.
         data: what ``load_images`` takes.
@@ -38,11 +40,12 @@ class FinetuneSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    steps: int = Field(ge=1)
+    steps: int | None = Field(default=None, ge=1)
     out: Path
     sampler: str | None = None
     eta: float | None = Field(default=None, ge=0.0)
     spacing: str | None = None
+    timesteps: tuple[int, ...] | None = None
     data: str = "digits"
     features: tuple[str, ...] = Field(default=("digits-conv", "pixels"), min_length=1)
     holdout: str = "digits-mlp"
@@ -66,13 +69,25 @@ class FinetuneSettings(BaseModel):
         """``a,b`` as the command line gives it."""
         return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
+    @field_validator("timesteps", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """``999,749`` as the command line gives it."""
+        return parse_timesteps(value) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _separate(self) -> Self:
+        if self.steps is None and self.timesteps is None:
+            raise ValueError("steps is missing; say how many network calls the sampler makes, or list timesteps")
         if len(set(self.features)) != len(self.features):
             raise ValueError(f"features {', '.join(self.features)} names an encoder twice")
         if self.holdout in self.features:
             raise ValueError(f"holdout {self.holdout} is also in features; the loss must not see the held-out encoder")
         return self
+
+    def plan_options(self) -> PlanOptions:
+        """The part that chooses the sampler."""
+        return PlanOptions(**{entry.name: getattr(self, entry.name) for entry in fields(PlanOptions)})
 
     def public(self) -> dict[str, Any]:
         """JSON-ready, without the places of this machine: ``out`` is left out, paths become names."""

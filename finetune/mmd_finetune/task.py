@@ -15,7 +15,7 @@ from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.denoiser import AtTimesteps
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.plan import StepPlan
-from mmd_export.solvers import make_plan
+from mmd_export.plans import choose_plan
 from mmd_export.unroll import UnrolledSampler
 from mmd_finetune.data import load_images, require_images
 from mmd_finetune.features import Encoder, load_encoder, require_fit
@@ -91,9 +91,11 @@ def prepare(settings: FinetuneSettings) -> Task:
     if base.conditions:
         told = ", ".join(each.name for each in base.conditions)
         raise UsageError(f"model {base.name} is conditional on {told}; only unconditional ones are tuned")
-    plan = make_plan(
-        base.scheduler, settings.steps, sampler=settings.sampler, eta=settings.eta, spacing=settings.spacing
-    )
+    if not base.configs:
+        raise UsageError(
+            f"model {settings.model} has no diffusers config, so no run folder can hold it tuned; build it"
+        )
+    plan = choose_plan(base.scheduler, **settings.plan_options().wanted)
     encoders = [load_encoder(name).to(device) for name in settings.features]
     holdout = load_encoder(settings.holdout).to(device)
     for encoder in (*encoders, holdout):

@@ -13,23 +13,19 @@ from mmd_export.commands.sample import is_bundle
 from mmd_export.errors import UsageError
 from mmd_export.network_options import AS_IT_IS, NetworkOptions
 from mmd_export.plan import StepPlan
+from mmd_export.plan_options import PlanOptions
 from mmd_runtime.registry import get_runtime, runtime_names
 
 if TYPE_CHECKING:
     from mmd_export.checkpoint import Checkpoint
 
 
-def inspect(
-    source: str,
-    steps: int | None,
-    sampler: str | None,
-    eta: float | None,
-    spacing: str | None,
-    network: NetworkOptions = AS_IT_IS,
-) -> dict[str, Any]:
+def inspect(source: str, options: PlanOptions, network: NetworkOptions = AS_IT_IS) -> dict[str, Any]:
     """Facts of a bundle, run folder or model; ``plan`` is there whenever one is known."""
     if is_bundle(source):
-        return _inspect_bundle(Bundle.open(source))
+        bundle = Bundle.open(source)
+        options.require_bundle(bundle.name, len(bundle.manifest.plan["steps"]))
+        return _inspect_bundle(bundle)
     from mmd_export.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(source, network=network)
@@ -50,8 +46,8 @@ def inspect(
         "licence": checkpoint.licence,
         "warnings": list(checkpoint.warnings),
     }
-    if checkpoint.plan or steps is not None:
-        facts["plan"] = checkpoint.plan_for(steps, sampler=sampler, eta=eta, spacing=spacing).to_dict()
+    if checkpoint.plan or options.steps is not None or options.timesteps is not None:
+        facts["plan"] = checkpoint.plan_for(**options.wanted).to_dict()
     return facts
 
 
@@ -86,7 +82,7 @@ def plot_plan(facts: dict[str, Any], path: Path) -> None:
     from mmd_export.plan_picture import save_plan_picture
 
     if "plan" not in facts:
-        raise UsageError(f"{facts['name']}: no plan is known to draw; give --steps")
+        raise UsageError(f"{facts['name']}: no plan is known to draw; give --steps or --timesteps")
     save_plan_picture(StepPlan.from_dict(facts["plan"]), path)
 
 

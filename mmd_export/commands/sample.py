@@ -18,6 +18,7 @@ from mmd_export.errors import UsageError
 from mmd_export.manifest import MANIFEST_NAME
 from mmd_export.network_options import AS_IT_IS, NetworkOptions
 from mmd_export.noise import sampler_noise
+from mmd_export.plan_options import PlanOptions
 from mmd_export.runtime import RunOptions
 from mmd_runtime.chunks import run_in_batches
 
@@ -25,8 +26,8 @@ TORCH_BATCH = 256
 
 
 @dataclass(frozen=True)
-class SampleOptions:
-    """``source``: BUNDLE, RUN or MODEL; ``steps``, ``sampler``, ``eta``, ``spacing``, ``network`` are for a MODEL only.
+class SampleOptions(PlanOptions):
+    """``source``: BUNDLE, RUN or MODEL; the options of the plan and ``network`` are for a MODEL only.
 
     ``conditions``: ``name=FILE`` for what the network is told besides class labels.
     """
@@ -37,10 +38,6 @@ class SampleOptions:
     runtime: str | None = None
     checkpoint: str | None = None
     class_label: int | None = None
-    steps: int | None = None
-    sampler: str | None = None
-    eta: float | None = None
-    spacing: str | None = None
     network: NetworkOptions = AS_IT_IS
     conditions: tuple[str, ...] = ()
 
@@ -61,9 +58,7 @@ def _from_bundle(options: SampleOptions) -> NDArray[Any]:
     bundle = Bundle.open(options.source)
     if bundle.gives_latents:
         raise UsageError(f"bundle {bundle.name} gives latents, no picture; build it with --decode")
-    steps = len(bundle.manifest.plan["steps"])
-    if options.steps not in (None, steps):
-        raise UsageError(f"bundle {bundle.name} takes {steps} steps, --steps is {options.steps}; leave it out")
+    options.require_bundle(bundle.name, len(bundle.manifest.plan["steps"]))
     session = usable_runtime(bundle, options.runtime).open(bundle, RunOptions(checkpoint=options.checkpoint))
     if options.network != AS_IT_IS:
         raise UsageError(f"bundle {bundle.name} has guidance and text length built in; leave their options out")
@@ -89,7 +84,7 @@ def _from_model(options: SampleOptions) -> NDArray[Any]:
     checkpoint = load_checkpoint(options.source, network=options.network)
     if checkpoint.latent and checkpoint.decoder is None:
         raise UsageError(f"{checkpoint.name} makes latents, no picture: {checkpoint.no_decoder}")
-    plan = checkpoint.plan_for(options.steps, sampler=options.sampler, eta=options.eta, spacing=options.spacing)
+    plan = checkpoint.plan_for(**options.wanted)
     sampler = sampler_of(checkpoint, plan)
     told = _told(options, checkpoint.conditions, checkpoint.name)
     parts = []

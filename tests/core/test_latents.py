@@ -20,6 +20,7 @@ from mmd_export.commands.sample import SampleOptions, sample
 from mmd_export.commands.verify import verify
 from mmd_export.errors import UsageError
 from mmd_export.parity import artefact_rung
+from mmd_export.plan_options import PlanOptions
 from mmd_export.reference import run_chain, sampler_of, to_uint8
 from mmd_export.runtime import RunOptions
 from mmd_export.step_session import per_step_session
@@ -52,19 +53,19 @@ def checkpoint(folder: Path) -> Checkpoint:
 def decoded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Any batch from 1 to 3, decoded."""
     out = tmp_path_factory.mktemp("bundles") / "decoded"
-    return build(BuildOptions(str(folder), "onnx", out, STEPS, batch="1..3", decode=True))
+    return build(BuildOptions(str(folder), "onnx", out, steps=STEPS, batch="1..3", decode=True))
 
 
 @pytest.fixture(scope="module")
 def looped(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The same in the form of a Loop."""
     out = tmp_path_factory.mktemp("bundles") / "looped"
-    return build(BuildOptions(str(folder), "onnx", out, STEPS, batch="1..3", decode=True, form="loop"))
+    return build(BuildOptions(str(folder), "onnx", out, steps=STEPS, batch="1..3", decode=True, form="loop"))
 
 
 @pytest.fixture(scope="module")
 def undecoded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return build(BuildOptions(str(folder), "onnx", tmp_path_factory.mktemp("bundles") / "latents", STEPS))
+    return build(BuildOptions(str(folder), "onnx", tmp_path_factory.mktemp("bundles") / "latents", steps=STEPS))
 
 
 def as_diffusers(folder: Path, latents: np.ndarray[Any, Any], dtype: torch.dtype) -> np.ndarray[Any, Any]:
@@ -96,7 +97,7 @@ def test_the_reference_decodes_as_diffusers(kind: str, dtype: torch.dtype, exact
 @pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_every_autoencoder_in_the_graph(kind: str, tmp_path: Path) -> None:
     folder = save_latent_model(tmp_path / "model", kind)
-    bundle = build(BuildOptions(str(folder), "onnx", tmp_path / "bundle", STEPS, decode=True))
+    bundle = build(BuildOptions(str(folder), "onnx", tmp_path / "bundle", steps=STEPS, decode=True))
     golden = bundle.golden()
     assert bundle.manifest.decoder is not None
     assert bundle.manifest.decoder.autoencoder == kind
@@ -181,7 +182,9 @@ class _Elsewhere(Bundle):
 
 
 def test_bytes_of_the_image(folder: Path, tmp_path: Path) -> None:
-    options = BuildOptions(str(folder), "onnx", tmp_path / "bundle", STEPS, output="uint8", batch="2", decode=True)
+    options = BuildOptions(
+        str(folder), "onnx", tmp_path / "bundle", steps=STEPS, output="uint8", batch="2", decode=True
+    )
     bundle = build(options)
     golden = bundle.golden()
     assert bundle.manifest.spec("sample").shape == (2, 16, 16, 3)
@@ -253,7 +256,7 @@ def test_channels_of_no_picture_are_a_warning(tmp_path: Path, folder: Path) -> N
 
 
 def test_inspect_says_what_the_decoder_is(folder: Path, decoded: Bundle) -> None:
-    model, bundle = (inspect(str(source), None, None, None, None) for source in (folder, decoded.folder))
+    model, bundle = (inspect(str(source), PlanOptions()) for source in (folder, decoded.folder))
     assert model["decoder"]["autoencoder"] == bundle["decoder"]["autoencoder"] == "AutoencoderKL"
     stored = [tensor for name, tensor in weights_of(folder / "vae").items() if name.startswith(("decoder", "post"))]
     assert model["decoder"]["parameters"] == sum(tensor.numel() for tensor in stored)
@@ -280,7 +283,7 @@ def test_attention_under_its_old_names(folder: Path, tmp_path: Path, checkpoint:
 def test_what_cannot_be_decoded_still_gives_latents(tmp_path: Path) -> None:
     folder = save_latent_model(tmp_path / "kl")
     config = folder / "vae" / "config.json"
-    decode = BuildOptions(str(folder), "onnx", tmp_path / "out", STEPS, decode=True)
+    decode = BuildOptions(str(folder), "onnx", tmp_path / "out", steps=STEPS, decode=True)
     for reason, changes in (
         ("autoencoder class 'AutoencoderOobleck' cannot be decoded here", {"_class_name": "AutoencoderOobleck"}),
         ("latents_mean and latents_std", {"_class_name": "AutoencoderKL", "latents_mean": [0.0] * 4}),
@@ -299,9 +302,9 @@ def test_what_cannot_be_decoded_still_gives_latents(tmp_path: Path) -> None:
 
 def test_what_is_refused(folder: Path, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"tiny: --decode needs a decoder: it has no autoencoder"):
-        build(BuildOptions(str(tiny), "onnx", tmp_path / "out", STEPS, decode=True))
+        build(BuildOptions(str(tiny), "onnx", tmp_path / "out", steps=STEPS, decode=True))
     with pytest.raises(UsageError, match=r"kl makes latents, --output uint8 is for images; add --decode"):
-        build(BuildOptions(str(folder), "onnx", tmp_path / "out", STEPS, output="uint8"))
+        build(BuildOptions(str(folder), "onnx", tmp_path / "out", steps=STEPS, output="uint8"))
     with pytest.raises(UsageError, match="model kl makes latents; only models of pixels are tuned"):
         prepare(make_settings({"model": str(folder), "steps": STEPS, "out": tmp_path / "run"}))
     assert not list(tmp_path.iterdir())

@@ -27,7 +27,9 @@ OPTIONS = RunOptions(threads=1)
 
 
 def build_form(model: Path, out: Path, form: str, steps: int, sampler: str = "ddim", batch: str = "2") -> Bundle:
-    return build(BuildOptions(str(model), "onnx", out, steps, sampler, form=form, batch=batch, verify=False))
+    return build(
+        BuildOptions(str(model), "onnx", out, steps=steps, sampler=sampler, form=form, batch=batch, verify=False)
+    )
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

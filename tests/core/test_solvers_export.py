@@ -14,6 +14,7 @@ from mmd_export.commands.inspect import inspect, plan_rows, plot_plan
 from mmd_export.errors import UsageError
 from mmd_export.parity import artefact_rung
 from mmd_export.plan import StepPlan
+from mmd_export.plan_options import PlanOptions
 from mmd_export.plan_picture import weight_series
 from mmd_export.runtime import RunOptions
 from mmd_export.schedule import SchedulerConfig
@@ -63,7 +64,7 @@ def test_a_forced_step_reads_the_states_that_it_is_given(bundle: Bundle, runtime
 
 
 def test_inspect_shows_and_draws_the_plan(tiny: Path, tmp_path: Path) -> None:
-    facts = inspect(str(tiny), STEPS, "heun", None, None)
+    facts = inspect(str(tiny), PlanOptions(steps=STEPS, sampler="heun"))
     rows = plan_rows(StepPlan.from_dict(facts["plan"]))
     assert len(rows) == 2 * STEPS - 1
     assert "sees" in rows[0][1]
@@ -78,7 +79,7 @@ def test_inspect_shows_and_draws_the_plan(tiny: Path, tmp_path: Path) -> None:
 
 def test_no_plan_no_picture(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no plan is known to draw; give --steps"):
-        plot_plan(inspect(str(tiny), None, None, None, None), tmp_path / "plan.png")
+        plot_plan(inspect(str(tiny), PlanOptions()), tmp_path / "plan.png")
 
 
 def test_the_series_of_the_picture() -> None:

@@ -15,6 +15,7 @@ from mmd_export.bundle import Bundle, update_card
 from mmd_export.commands.inspect import inspect
 from mmd_export.commands.verify import verify
 from mmd_export.errors import BundleError, NotAvailableError
+from mmd_export.plan_options import PlanOptions
 from mmd_export.runtime import RunOptions
 from mmd_export.targets import get_target
 from mmd_export.targets.onnx import LARGEST_FILE, OnnxTarget, file_size, save
@@ -44,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(small_files: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     out = tmp_path_factory.mktemp("bundles") / "large"
-    return build(BuildOptions(str(model), "onnx", out, STEPS, batch="1..3"))
+    return build(BuildOptions(str(model), "onnx", out, steps=STEPS, batch="1..3"))
 
 
 def copied(bundle: Bundle, to: Path) -> Path:
@@ -65,7 +66,7 @@ def test_the_weights_lie_beside_the_graph(bundle: Bundle) -> None:
     weights = bundle.manifest.graph.unique_weight_bytes
     assert 0.8 * weights < entries[DATA].size <= weights
     assert bundle.artefact_bytes == entries["model.onnx"].size + entries[DATA].size
-    assert inspect(str(bundle.folder), None, None, None, None)["bytes"] > bundle.artefact_bytes
+    assert inspect(str(bundle.folder), PlanOptions())["bytes"] > bundle.artefact_bytes
     proto = onnx.load(bundle.artefact_path, load_external_data=False)
     external = [tensor for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
     assert {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"} == {DATA}
@@ -81,7 +82,7 @@ def test_every_state_is_right(bundle: Bundle, model: Path) -> None:
 
 
 def test_a_loop(small_files: None, model: Path, tmp_path: Path) -> None:
-    made = build(BuildOptions(str(model), "onnx", tmp_path / "loop", STEPS, batch="1..3", form="loop"))
+    made = build(BuildOptions(str(model), "onnx", tmp_path / "loop", steps=STEPS, batch="1..3", form="loop"))
     assert made.manifest.graph.form == "loop"
     assert DATA in contents(made.folder)
     verify(made).require()
@@ -91,7 +92,7 @@ def test_it_is_the_graph_of_one_file(
     bundle: Bundle, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(get_target("onnx"), "largest_file", LARGEST_FILE)
-    whole = build(BuildOptions(str(model), "onnx", tmp_path / "whole", STEPS, batch="1..3"))
+    whole = build(BuildOptions(str(model), "onnx", tmp_path / "whole", steps=STEPS, batch="1..3"))
     assert DATA not in contents(whole.folder)
     assert onnx.load(whole.artefact_path).graph == _inlined(bundle).graph
 
@@ -106,7 +107,7 @@ def _inlined(bundle: Bundle) -> onnx.ModelProto:
 
 
 def test_the_same_bytes_twice(bundle: Bundle, model: Path, tmp_path: Path) -> None:
-    again = build(BuildOptions(str(model), "onnx", tmp_path / "again", STEPS, batch="1..3"))
+    again = build(BuildOptions(str(model), "onnx", tmp_path / "again", steps=STEPS, batch="1..3"))
     assert contents(again.folder) == contents(bundle.folder)
     for data in contents(bundle.folder).values():
         assert str(tmp_path.parent).encode() not in data

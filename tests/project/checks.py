@@ -35,7 +35,13 @@ HELP_SECONDS = 0.7
 HELP_RUNS = 5
 HEAVY = ("coremltools", "diffusers", "matplotlib", "onnx", "onnxruntime", "onnxscript", "scipy", "sklearn", "torch")
 
-STANDARD_LIBRARY_ONLY = ("mmd_export.errors", "mmd_export.plan", "mmd_export.schedule", "mmd_export.solvers")
+STANDARD_LIBRARY_ONLY = (
+    "mmd_export.errors",
+    "mmd_export.plan",
+    "mmd_export.plan_options",
+    "mmd_export.schedule",
+    "mmd_export.solvers",
+)
 
 
 def build_wheel(folder: Path) -> Path:

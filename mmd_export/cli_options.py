@@ -1,0 +1,102 @@
+"""The arguments and options that several commands share, as annotated types, and what their text means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlencode
+
+import typer
+
+from mmd_export.errors import UsageError
+from mmd_export.plan_options import parse_timesteps
+
+WITH_AVERAGES = ("ddim", "guided")
+_MODEL = (
+    "digits, a diffusers folder, a run folder, a hub id owner/name, ddim:FILE, guided:FILE or "
+    "python:package.module:attribute; docs/checkpoints.md"
+)
+
+Model = Annotated[str, typer.Argument(help=_MODEL, show_default=False)]
+TunedModel = Annotated[
+    str | None,
+    typer.Argument(
+        help="digits, a diffusers folder, a hub id owner/name, ddim:FILE or guided:FILE", show_default=False
+    ),
+]
+Source = Annotated[str, typer.Argument(help=f"a bundle, or a model: {_MODEL}", show_default=False)]
+BundleFolder = Annotated[Path, typer.Argument(help="a bundle folder", show_default=False)]
+Steps = Annotated[int | None, typer.Option(help="network calls K; a run folder knows its own", show_default=False)]
+Sampler = Annotated[
+    str | None,
+    typer.Option(
+        help="ddim, ddpm, euler, dpmsolver, unipc, lcm, ...: all are in docs/schedulers.md; default: the class in "
+        "scheduler_config.json",
+        show_default=False,
+    ),
+]
+Eta = Annotated[
+    float | None,
+    typer.Option(help="DDIM: 0 deterministic (default), 1 as noisy as DDPM; TCD: its gamma", show_default=False),
+]
+Spacing = Annotated[
+    str | None,
+    typer.Option(
+        help="leading, trailing, linspace or mmd-ddm (MMD-DDM's own grid); default: as in scheduler_config.json",
+        show_default=False,
+    ),
+]
+Timesteps = Annotated[
+    str | None,
+    typer.Option(
+        help="the timestep of every call, descending, as in 999,749,499,249; instead of --steps and --spacing",
+        show_default=False,
+    ),
+]
+Ema = Annotated[
+    str | None,
+    typer.Option(
+        help="of a ddim: or guided: file: true the average (default), false the plain weights, or the entry's name",
+        show_default=False,
+    ),
+]
+RuntimeName = Annotated[
+    str | None,
+    typer.Option("--runtime", help="default: the first that fits; torch is the reference", show_default=False),
+]
+CheckpointOption = Annotated[
+    str | None, typer.Option("--checkpoint", help="the model or run folder a bundle was built from", show_default=False)
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="also write the numbers to this file (- for stdout)", show_default=False)
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what stands at --out")]
+
+
+def listed(timesteps: str | None) -> tuple[int, ...] | None:
+    """``--timesteps``, if it was given."""
+    return None if timesteps is None else parse_timesteps(timesteps)
+
+
+def with_ema(model: str, ema: str | None) -> str:
+    """``model`` with ``--ema`` behind it, as ``ddim:FILE?ema=NAME`` says the same."""
+    if ema is None:
+        return model
+    kind, colon, place = model.partition(":")
+    if not colon or kind not in WITH_AVERAGES:
+        raise UsageError(f"--ema {ema} chooses an entry of a ddim: or guided: file; the model is {model}; leave it out")
+    query = urlencode({"ema": ema})
+    return f"{model}&{query}" if "?" in place and not Path(place).exists() else f"{model}?{query}"
+
+
+def with_ema_if_given(model: str | None, ema: str | None) -> str | None:
+    """The same where the model may stand in a TOML file instead."""
+    if model is None and ema is not None:
+        raise UsageError(f'--ema {ema} goes with a MODEL on the command line; in a file write model = "...?ema={ema}"')
+    return None if model is None else with_ema(model, ema)
+
+
+def positive(flag: str, value: int | None) -> None:
+    """Raise UsageError for a number below 1."""
+    if value is not None and value < 1:
+        raise UsageError(f"{flag} is {value}; it must be at least 1")

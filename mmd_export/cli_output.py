@@ -1,0 +1,66 @@
+"""What the commands print: results and tables on stdout, progress on stderr, JSON where ``--json`` says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from mmd_export.errors import UsageError
+
+
+def short(value: Any) -> str:
+    """One cell; shapes and dtypes of tensor specs in the short form."""
+    if isinstance(value, list):
+        return "; ".join(short(inner) for inner in value)
+    if isinstance(value, dict) and set(value) == {"name", "dtype", "shape"}:
+        return f"{value['name']} {value['dtype']} ({', '.join(map(str, value['shape']))})"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {short(inner)}" for key, inner in value.items() if inner is not None)
+    return str(value)
+
+
+def show(text: str) -> None:
+    """A result, on stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    sys.stderr.write(f"mmd-export: {text}\n")
+    sys.stderr.flush()
+
+
+def show_table(title: str, heads: tuple[str, ...], rows: Any, json: Path | None = None) -> None:
+    """A plain table on stdout, unless JSON goes there; wide enough for its text when the output is no terminal."""
+    if json == Path("-"):
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console = Console(file=sys.stdout)
+    console.print(table) if console.is_terminal else Console(file=sys.stdout, width=160).print(table)
+
+
+def write_json(path: Path | None, value: dict[str, Any]) -> None:
+    """Write ``value`` to ``path``, - for stdout, None for nowhere."""
+    import json
+
+    if path is None:
+        return
+    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+    if path == Path("-"):
+        sys.stdout.write(text)
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--json {path} cannot be written: {error.strerror or error}") from error
