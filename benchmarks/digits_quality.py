@@ -117,12 +117,15 @@ def verdict(untuned: Sequence[dict[str, Any]], tuned: Sequence[dict[str, Any]]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--untuned", type=int, nargs="+", default=UNTUNED_STEPS, help="step counts, 5 and 10 among them"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "digits_quality.json")
     arguments = parser.parse_args()
     defaults = make_settings({"out": "unused"}, CONFIG)
     ruler, base = Ruler(defaults.features[0], defaults.holdout), load_checkpoint(defaults.model)
     untuned = []
-    for steps in UNTUNED_STEPS:
+    for steps in arguments.untuned:
         untuned.append(ruler.measure(base, steps))
         print(untuned[-1], flush=True)
     tuned = []
