@@ -13,14 +13,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.common import RESULTS, ROOT, write_result
+from benchmarks.tables import EXAMPLE
 
-COMMANDS = (
-    "mmd-export finetune digits --steps 5 --out runs/digits-5",
-    "mmd-export build runs/digits-5 --target onnx --out digits-5.bundle",
-    "mmd-export verify digits-5.bundle --checkpoint runs/digits-5",
-    "mmd-export bench digits-5.bundle --checkpoint runs/digits-5",
-    "mmd-export sample digits-5.bundle --seed 7 --count 64 --out grid.png",
-)
 PICTURE = ROOT / "docs/images/digits.png"
 
 
@@ -39,7 +33,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        lines = [{"command": command, "printed": printed(command, folder)} for command in COMMANDS]
+        lines = [{"command": command, "printed": printed(command, folder)} for command in EXAMPLE]
         kinds = draw_kinds(folder / "digits-5.bundle")
         distances = {name: distance_to_real(images) for name, images in kinds.items() if len(images) == COUNT}
         PICTURE.parent.mkdir(parents=True, exist_ok=True)

@@ -126,13 +126,23 @@ def _errors(errors: dict[str, float | None] | None) -> str:
     return f"{errors['float64']:.0e}" + ("" if single is None else f" ({single:.0e})")
 
 
+EXAMPLE = (
+    "mmd-export finetune digits --steps 5 --out runs/digits-5",
+    "mmd-export build runs/digits-5 --target onnx --out digits-5.bundle",
+    "mmd-export verify digits-5.bundle --checkpoint runs/digits-5",
+    "mmd-export bench digits-5.bundle --checkpoint runs/digits-5",
+    "mmd-export sample digits-5.bundle --seed 7 --count 64 --out grid.png",
+)
+PICTURE = "![real scans, 100 steps, 5 steps before and after tuning](docs/images/digits.png)"
+
+
 def example() -> str:
-    """The commands of the worked example with what they printed."""
+    """The commands of the worked example with what they printed and the picture; the commands alone if never run."""
     result = read("example.json")
     if result is None:
-        return NOT_MEASURED
+        return "```console\n" + "\n".join(f"$ {command}" for command in EXAMPLE) + "\n```"
     parts = [f"$ {line['command']}\n{line['printed']}" for line in result["commands"]]
-    return "```console\n" + "\n\n".join(parts) + "\n```"
+    return "```console\n" + "\n\n".join(parts) + f"\n```\n\n{PICTURE}"
 
 
 def forms() -> str:
