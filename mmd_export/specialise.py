@@ -75,10 +75,12 @@ def specialise(
     (data-dependent branches).
     """
     given = dict(conditions or {})
-    module = capture(denoiser, timesteps[0], example, given, dynamic_batch=dynamic_batch)
+    # One graph serves all calls, so one type of timestep does: a cast from float is no part of a graph of integers.
+    first = next((timestep for timestep in timesteps if not float(timestep).is_integer()), timesteps[0])
+    module = capture(denoiser, first, example, given, dynamic_batch=dynamic_batch)
     check_static(module.graph)  # here too: noise in the time path would be folded into one constant draw
     split = _split(module.graph)
-    tables = [_evaluate(module, split, timestep) for timestep in timesteps]
+    tables = [_evaluate(module, split, timestep, timestep_tensor(first).dtype) for timestep in timesteps]
     tables = _store_equal_rows_once(split, tables)
     return SpecialisedDenoiser(_body(module, split, tuple(given)), tables, tuple(given))
 
@@ -179,10 +181,10 @@ class _TimeInterpreter(fx.Interpreter):
         return self.call_function(node.target, arguments, keywords)
 
 
-def _evaluate(module: fx.GraphModule, split: _Split, timestep: float) -> list[Tensor]:
+def _evaluate(module: fx.GraphModule, split: _Split, timestep: float, dtype: torch.dtype) -> list[Tensor]:
     device = next((p.device for p in module.parameters()), None)
     with torch.no_grad():
-        interpreter = _TimeInterpreter(module, split, timestep_tensor(timestep, device))
+        interpreter = _TimeInterpreter(module, split, timestep_tensor(timestep, device).to(dtype))
         return [interpreter.value(node).detach().clone() for node in split.crossing]
 
 

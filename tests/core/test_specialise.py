@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmd_export.checkpoint import load_checkpoint
+from mmd_export.checkpoints.gradient import GradientDenoiser
 from mmd_export.conditions import class_condition
 from mmd_export.denoiser import AtTimesteps, DiffusersUNet
 from mmd_export.errors import UsageError
@@ -82,6 +83,26 @@ def time_weights(denoiser: nn.Module) -> dict[str, Tensor]:
     }
     assert len(found) >= 4
     return found
+
+
+class Stepwise(nn.Module):
+    """Looks its numbers up by the whole part of the timestep; traced for integers, it holds no cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(10.0))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return x * self.get_buffer("table")[timestep.long().clamp(0, 9)]
+
+
+@pytest.mark.parametrize("timesteps", [(7.0, 2.5), (2.5, 7.0), (7.0, 2.0)])
+def test_whole_and_fractional_timesteps_in_one_plan(timesteps: tuple[float, ...]) -> None:
+    x, _ = example("plain", 2)
+    traced = GradientDenoiser(Stepwise(), (1, 8, 8), None, "stepwise")
+    plain, folded = AtTimesteps(Stepwise(), timesteps), specialise(traced, timesteps, x, dynamic_batch=True)
+    for k in range(len(timesteps)):
+        assert torch.equal(folded(x, k), plain(x, k))
 
 
 @pytest.mark.parametrize("batch", [1, 3, None])
