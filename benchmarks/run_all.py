@@ -1,4 +1,4 @@
-"""Every benchmark that needs no GPU, one after the other; about 40 minutes on 2 quiet cores."""
+"""Every benchmark that needs no GPU, one after the other; about 50 minutes on 2 quiet cores."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ SCRIPTS = (
     "benchmarks.speed",
     "benchmarks.digits_quality",
     "benchmarks.example",
+    "benchmarks.siblings",
     "benchmarks.tables",
 )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/schedulers.md", "docs/compiler.md")
+PAGES = ("README.md", "docs/schedulers.md", "docs/compiler.md", "docs/siblings.md")
 NOT_MEASURED = "not measured"
 
 
@@ -189,7 +189,27 @@ def interval(ratio: dict[str, Any]) -> str:
     return median if ratio["low"] is None else f"{median} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
+def siblings() -> str:
+    """Each example of docs/siblings.md: its plan, and the held-out distance of every kind of samples."""
+    result = read("siblings.json")
+    if result is None:
+        return NOT_MEASURED
+    rows = []
+    for name, row in result["examples"].items():
+        worst = next(rung["worst"] for rung in row["parity"] if rung["rung"] == 6)
+        calls = len(row["timesteps"])
+        cost = (f"{row['step_noises']}", f"{worst:.0e}", f"{row['seconds']:.0f}")
+        for kind, distance in row["held_out_frechet_distance"].items():
+            trained = kind == row["trained"]
+            plan = (f"{row['solver']}, {calls}", *cost) if trained else ("", "", "", "")
+            text = f"**{distance:.2f}**" if trained else f"{distance:.2f}"
+            rows.append((f"{name.replace('_', ' ')}: {kind}", text, *plan))
+    heads = ("samples", "held-out Frechet distance", "solver, calls", "step noises", "rung 6", "training, s")
+    return markdown(heads, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "siblings": siblings,
     "quality": quality,
     "artefacts": artefacts,
     "gpu": gpu,

@@ -1,0 +1,1 @@
+"""One runnable example of each sampler that docs/siblings.md describes."""
