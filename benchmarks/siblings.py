@@ -1,4 +1,4 @@
-"""The examples of docs/siblings.md in their default mode, one after the other: numbers and pictures; about 12 minutes.
+"""The examples of docs/siblings.md in their default mode, one after the other: numbers and pictures; about 7 minutes.
 
 One run each, one seed. ``seconds`` is the training alone.
 """
@@ -11,15 +11,9 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.common import RESULTS, ROOT, write_result
+from benchmarks.tables import SIBLINGS
 from docs.examples.common import COUNT, HELD_OUT
 
-NAMES = (
-    "shortcut_finetuning",
-    "one_step_generator",
-    "progressive_distillation",
-    "latent_consistency",
-    "mmd_gradient_flow",
-)
 PICTURES = ROOT / "docs" / "siblings"
 
 
@@ -27,7 +21,7 @@ def main() -> None:
     PICTURES.mkdir(exist_ok=True)
     examples = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in NAMES:
+        for name in SIBLINGS:
             out = Path(folder) / name
             examples[name] = importlib.import_module(f"docs.examples.{name}").run(out)
             shutil.copyfile(out / "samples.png", PICTURES / f"{name}.png")

@@ -189,21 +189,32 @@ def interval(ratio: dict[str, Any]) -> str:
     return median if ratio["low"] is None else f"{median} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
+SIBLINGS = {
+    "shortcut_finetuning": "shortcut",
+    "one_step_generator": "one step",
+    "progressive_distillation": "progressive",
+    "latent_consistency": "consistency",
+    "mmd_gradient_flow": "MMD flow",
+}
+
+
 def siblings() -> str:
     """Each example of docs/siblings.md: its plan, and the held-out distance of every kind of samples."""
     result = read("siblings.json")
     if result is None:
         return NOT_MEASURED
     rows = []
-    for name, row in result["examples"].items():
+    for name, title in SIBLINGS.items():
+        row = result["examples"][name]
         worst = next(rung["worst"] for rung in row["parity"] if rung["rung"] == 6)
         calls = len(row["timesteps"])
         cost = (f"{row['step_noises']}", f"{worst:.0e}", f"{row['seconds']:.0f}")
-        for kind, distance in row["held_out_frechet_distance"].items():
-            trained = kind == row["trained"]
+        distances = row["held_out_frechet_distance"]
+        for kind in sorted(distances, key=lambda kind: (kind == row["trained"], kind)):
+            trained, distance = kind == row["trained"], distances[kind]
             plan = (f"{row['solver']}, {calls}", *cost) if trained else ("", "", "", "")
             text = f"**{distance:.2f}**" if trained else f"{distance:.2f}"
-            rows.append((f"{name.replace('_', ' ')}: {kind}", text, *plan))
+            rows.append((f"{title}: {kind}", text, *plan))
     heads = ("samples", "held-out Frechet distance", "solver, calls", "step noises", "rung 6", "training, s")
     return markdown(heads, rows)
 
