@@ -153,8 +153,10 @@ def test_a_full_disk_leaves_nothing(command: Command, tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+# What is started in the background inherits an ignored SIGINT; at a terminal Ctrl-C finds Python's own handler.
 BUILD_THAT_WAITS = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from mmd_export.targets.onnx import OnnxTarget
 real = OnnxTarget.compile
 def slow(self, program, folder, options):

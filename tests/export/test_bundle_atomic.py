@@ -121,8 +121,10 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
         make(tmp_path / "file" / "digits-2")
 
 
+# The handler that Ctrl-C finds at a terminal; what is started in the background inherits an ignored SIGINT.
 CHILD = """
-import sys, time, resource
+import resource, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import tests.export.bundles as t
