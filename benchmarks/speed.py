@@ -70,7 +70,8 @@ def session(model: bytes | str, level: str = "ALL") -> Any:
 def with_layer_norm(path: Path) -> bytes:
     """InstanceNormalization over (N, groups, rest) is LayerNormalization over the last axis, without an affine part."""
     model = onnx.shape_inference.infer_shapes(onnx.load(path))
-    lengths = {value.name: value.type.tensor_type.shape.dim[-1].dim_value for value in model.graph.value_info}
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.value_info}
+    lengths = {name: dims[-1].dim_value for name, dims in shapes.items() if dims}
     nodes = [node for node in model.graph.node if node.op_type == "InstanceNormalization"]
     for length in sorted({lengths[node.input[0]] for node in nodes}):
         model.graph.initializer.append(numpy_helper.from_array(np.ones(length, np.float32), f"ones.{length}"))

@@ -40,13 +40,14 @@ def show_table(title: str, heads: tuple[str, ...], rows: Any, json: Path | None 
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in heads:
         table.add_column(head, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console = Console(file=sys.stdout)
-    console.print(table) if console.is_terminal else Console(file=sys.stdout, width=160).print(table)
+    console = console if console.is_terminal else Console(file=sys.stdout, width=160)
+    console.print(Text(title, style="italic"), table, sep="")  # a title of the table would wrap at its width
 
 
 def write_json(path: Path | None, value: dict[str, Any]) -> None:

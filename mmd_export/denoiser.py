@@ -164,6 +164,11 @@ def timestep_tensor(timestep: float, device: torch.device | None = None) -> Tens
     return torch.tensor([timestep], dtype=torch.float32, device=device)
 
 
+def typical_timestep(timesteps: Sequence[float]) -> float:
+    """The one to capture a graph with: a fractional one if there is any, so that float32 serves the whole grid."""
+    return next((timestep for timestep in timesteps if not float(timestep).is_integer()), timesteps[0])
+
+
 class AtTimesteps(nn.Module):
     """A denoiser on a fixed grid: call ``k`` instead of a timestep."""
 

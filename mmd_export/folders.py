@@ -89,7 +89,7 @@ def _publish(partial: Path, place: Path, replace: bool) -> None:
             retired.rename(place)
             raise
         shutil.rmtree(retired)
-    _sync(place.parent)
+    sync(place.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -105,11 +105,11 @@ def _exchange(one: Path, other: Path) -> bool:
 def _sync_tree(folder: Path) -> None:
     for root, _, names in os.walk(folder):
         for name in names:
-            _sync(Path(root) / name)
-        _sync(Path(root))
+            sync(Path(root) / name)
+        sync(Path(root))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Push to the disk; Windows can do that neither for folders nor for files opened to read."""
     if os.name == "nt":
         return

@@ -119,25 +119,8 @@ class Composer:
     def network(self, place: str, x: ir.Value, constants: Sequence[ir.Value]) -> ir.Value:
         """Copy the captured call, inputs (x, *conditions, *constants); names of its nodes start with ``place``."""
         given = [x, *self.conditions, *constants]
-        values: dict[ir.Value | None, ir.Value | None] = {None: None}
-        values |= dict(zip(self.call.inputs, given, strict=True))
-        for name, value in self.call.initializers.items():
-            values[value] = self.initializers.setdefault(str(name), _detached(value))
-        for index, node in enumerate(self.call):
-            copy = ir.Node(
-                node.domain,
-                node.op_type,
-                [values[value] for value in node.inputs],
-                attributes=list(node.attributes.values()),
-                num_outputs=len(node.outputs),
-                name=f"{place}/{index}.{node.op_type}",
-            )
-            for old, new in zip(node.outputs, copy.outputs, strict=True):
-                new.name, new.type, new.shape = f"{place}/{old.name}", old.type, None
-                values[old] = new
-            self.nodes.append(copy)
-        output = values[self.call.outputs[0]]
-        assert output is not None
+        nodes, output = copy_nodes(self.call, given, f"{place}/", self.initializers)
+        self.nodes += nodes
         return output
 
     def sum(self, parts: Sequence[ir.Value], name: str) -> ir.Value:
@@ -171,7 +154,7 @@ class Composer:
     def decode(self, decoder: ir.Model, shape: tuple[int, int, int]) -> None:
         """Append the decoder behind ``state.K``; what comes out, (B, *shape), stands in its place from here on."""
         last = self.known["state", self.plan.step_count]
-        nodes, image = copy_nodes(decoder.graph, [last], "decode/", self.initializers)
+        nodes, image = copy_nodes(decoder.graph, [last], "decode/", self.initializers, weights="decode/")
         self.nodes += nodes
         self.image = (self.spec.batch_dim, *shape)
         self.decoded = image
@@ -198,11 +181,6 @@ class Composer:
         batch, channels, height, width = self.image
         result.type, result.shape = bytes_.type, ir.Shape((batch, height, width, channels))
         return result
-
-
-def _detached(value: ir.Value) -> ir.Value:
-    """The same initialiser for another graph."""
-    return ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=value.const_value)
 
 
 def compose(

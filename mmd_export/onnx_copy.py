@@ -8,17 +8,17 @@ import onnx_ir as ir
 
 
 def copy_nodes(
-    graph: ir.Graph, given: Sequence[ir.Value], prefix: str, initializers: dict[str, ir.Value]
+    graph: ir.Graph, given: Sequence[ir.Value], prefix: str, initializers: dict[str, ir.Value], weights: str = ""
 ) -> tuple[list[ir.Node], ir.Value]:
-    """The nodes of ``graph`` on other inputs, and its one output; every name starts with ``prefix``.
+    """The nodes of ``graph`` on other inputs, and its one output; names of nodes and values start with ``prefix``.
 
-    Its weights join ``initializers`` under the same prefix.
+    Its weights join ``initializers``, their names behind ``weights``: all copies of one graph share them.
     """
     values: dict[ir.Value | None, ir.Value | None] = {None: None}
     values |= dict(zip(graph.inputs, given, strict=True))
     for name, value in graph.initializers.items():
-        weight = ir.Value(name=f"{prefix}{name}", type=value.type, shape=value.shape, const_value=value.const_value)
-        values[value] = initializers.setdefault(f"{prefix}{name}", weight)
+        weight = ir.Value(name=f"{weights}{name}", type=value.type, shape=value.shape, const_value=value.const_value)
+        values[value] = initializers.setdefault(f"{weights}{name}", weight)
     nodes = []
     for index, node in enumerate(graph):
         copy = ir.Node(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mmd_export.denoiser import timestep_tensor
+from mmd_export.denoiser import timestep_tensor, typical_timestep
 from mmd_export.errors import UsageError
 
 STATE, TIMESTEP = "x", "timestep"
@@ -75,8 +75,7 @@ def specialise(
     (data-dependent branches).
     """
     given = dict(conditions or {})
-    # One graph serves all calls, so one type of timestep does: a cast from float is no part of a graph of integers.
-    first = next((timestep for timestep in timesteps if not float(timestep).is_integer()), timesteps[0])
+    first = typical_timestep(timesteps)  # one graph serves all calls, so one type of timestep does
     module = capture(denoiser, first, example, given, dynamic_batch=dynamic_batch)
     check_static(module.graph)  # here too: noise in the time path would be folded into one constant draw
     split = _split(module.graph)

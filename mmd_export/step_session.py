@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mmd_export.checkpoint import Checkpoint
-from mmd_export.denoiser import timestep_tensor
+from mmd_export.denoiser import timestep_tensor, typical_timestep
 from mmd_export.plan import StepPlan, Term
 from mmd_export.specialise import capture
 
@@ -25,8 +25,7 @@ def per_step_session(
 
     The graph takes (x, timestep [, conditions]) as optimum-onnx exports it, with a static batch, which is faster.
     """
-    # Grids of sigmas have a whole number here and there: float32 for all if it is for one.
-    example = next((t for t in plan.timesteps if not float(t).is_integer()), plan.timesteps[0])
+    example = typical_timestep(plan.timesteps)
     session = _one_step_session(checkpoint, example, batch, threads)
     decode = None if checkpoint.decoder is None else _decoder_session(checkpoint, batch, threads)
     timesteps = [np.array([timestep], dtype=timestep_tensor(example).numpy().dtype) for timestep in plan.timesteps]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmd_export.errors import MmdExportError
+from mmd_export.folders import sync
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -24,7 +25,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -44,17 +45,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power failure; Windows cannot and need not."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from mmd_export.checkpoint import PLAN_FILE, SAFETENSORS
 from mmd_export.errors import UsageError
+from mmd_export.folders import sync
 from mmd_finetune.card import model_card
 from mmd_finetune.curve import draw_curve
-from mmd_finetune.files import append_json_line, read_json_lines, sync_folder, write_atomically, write_json
+from mmd_finetune.files import append_json_line, read_json_lines, write_atomically, write_json
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import REPORT_SEED, Task
 
@@ -145,7 +146,7 @@ class RunFolder:
             if goal.is_dir():
                 shutil.rmtree(goal)  # left by a kill in the middle of an earlier _publish
             entry.replace(goal)
-        sync_folder(self.place)
+        sync(self.place)
         self.drop_state()
 
     def drop_state(self) -> None:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from mmd_export.program import SamplerProgram
 
-# Provisional, from one trial on a loaded machine: loading 20 unrolled steps took 2.1 CPU s, a loop 0.08. To be set by
-# benchmarks/forms.py on a quiet one.
+# A judgement between two costs in benchmarks/results/forms.json: loading 10, 20, 50 unrolled steps takes 1, 2, 9 CPU s,
+# a loop 0.1 at any; a run of the loop takes 1.2 to 1.3 times as long.
 LOOP_ABOVE = 20
 PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir")
 # A protobuf message holds less than 2 GiB (https://protobuf.dev/programming-guides/proto-limits): above this weights

@@ -139,7 +139,7 @@ def test_a_kill_while_the_run_is_published_is_made_good(
 def test_a_kill_between_the_weights_and_the_end_is_made_good(
     tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_folder, "sync_folder", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(run_folder, "sync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         tune(tiny_settings)
     monkeypatch.undo()
