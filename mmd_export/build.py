@@ -23,11 +23,12 @@ from mmd_export.card import model_card
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.network_options import AS_IT_IS, NetworkOptions
-from mmd_export.parity import ParityReport, artefact_rung
+from mmd_export.parity import ParityReport, check_artefact
 from mmd_export.plan_options import PlanOptions
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.reference import golden_arrays
 from mmd_export.runtime import RunOptions, Runtime
+from mmd_export.target_options import DEFAULTS, TargetOptions
 from mmd_export.targets import Compiled, CompileOptions, Target, get_target
 from mmd_export.tolerance import artefact_tolerance
 from mmd_runtime.registry import runtime_for
@@ -50,6 +51,7 @@ class BuildOptions(PlanOptions):
     form: str = "auto"
     decode: bool = False
     network: NetworkOptions = AS_IT_IS
+    of_target: TargetOptions = DEFAULTS
 
 
 def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None) -> Bundle:
@@ -59,6 +61,7 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
     """
     require_free(options.out, options.overwrite)
     batch, target = BatchSpec.parse(options.batch), usable_target(options)
+    require_batches(target, batch)
     notify("reading the checkpoint")
     checkpoint = load_checkpoint(options.model, network=options.network).ending_in(image=options.decode)
     _require_picture(options, checkpoint)
@@ -76,8 +79,10 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
 
     def compile_into(folder: Path) -> ManifestDraft:
         notify(f"compiling for {target.name}")
-        compiled = target.compile(program, folder, CompileOptions(options.precision, options.output, options.form))
-        return _with_facts(draft, compiled)
+        chosen = CompileOptions(
+            options.precision, options.output, options.form, batch, options.of_target, notify=notify
+        )
+        return _with_facts(draft, target.compile(program, folder, chosen))
 
     def measure(bundle: Bundle) -> Measured:
         notify("verifying the artefact")
@@ -99,9 +104,18 @@ def usable_target(options: BuildOptions) -> Target:
     ):
         if value not in known:
             raise NotAvailableError(f"target {target.name} has no {flag} {value}; it has {', '.join(known)}")
+    options.of_target.require_known(target.name, target.options)
     if not (found := target.availability()).available:
         raise NotAvailableError(f"target {target.name} cannot build here: {found.detail}; {found.install}")
     return target
+
+
+def require_batches(target: Target, batch: BatchSpec) -> None:
+    """Raise NotAvailableError if one artefact of the target cannot take all these sizes."""
+    if not batch.is_static and not target.several_batches:
+        raise NotAvailableError(
+            f"target {target.name} takes one batch size an artefact, --batch is {batch}; build once for each size"
+        )
 
 
 def _require_picture(options: BuildOptions, checkpoint: Checkpoint) -> None:
@@ -176,11 +190,12 @@ def _measured(bundle: Bundle, runtime: Runtime) -> Measured:
     """Rung 6 on the finished bundle; raises ParityError, and says in the card if there is nothing to run it on."""
     if not (found := runtime.availability()).available:
         return Measured(model_card(bundle.manifest, f"not verified: runtime {runtime.name}: {found.detail}"))
-    rung = artefact_rung(bundle, runtime.open(bundle, RunOptions()), runtime.open_chain(bundle, RunOptions()))
+    rung = check_artefact(bundle, runtime, RunOptions())
     ParityReport(bundle.name, runtime.name, (rung,)).require()
     parity = {comparison.name: rounded_up(comparison.max_abs) for comparison in rung.comparisons}
     draft = bundle.manifest.model_copy(update={"parity": parity})
-    return Measured(model_card(draft, f"runtime {runtime.name}, {found.detail}"), parity)
+    unseen = f"; states not seen: {rung.unseen}" if rung.unseen else ""
+    return Measured(model_card(draft, f"runtime {runtime.name}, {found.detail}{unseen}"), parity)
 
 
 def rounded_up(error: float) -> float:

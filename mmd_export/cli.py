@@ -31,9 +31,24 @@ from mmd_export.cli_options import (
     with_ema_if_given,
 )  # fmt: skip
 from mmd_export.cli_output import say, short, show, show_table, write_json
+from mmd_export.cli_targets import (
+    CacheFolder,
+    Calibration,
+    ComputeCapability,
+    ComputeUnits,
+    DeploymentTarget,
+    Device,
+    HardwareCompat,
+    MemoryLimit,
+    Refit,
+    StripWeights,
+    VersionCompat,
+    Workspace,
+)  # fmt: skip
 from mmd_export.errors import MmdExportError
 from mmd_export.network_options import NetworkOptions
 from mmd_export.plan_options import PlanOptions
+from mmd_export.target_options import TargetOptions
 
 INTERRUPTED = 130
 
@@ -129,7 +144,7 @@ def build(
     spacing: Spacing = None,
     timesteps: Timesteps = None,
     ema: Ema = None,
-    precision: Annotated[str, typer.Option(help="fp32")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, or what else the target has; see mmd-export doctor")] = "fp32",
     batch: Annotated[str, typer.Option(help="a size (1), a list (1,4,8) or a range (1..8)")] = "1",
     output: Annotated[str, typer.Option(help="float32 (B,C,H,W) in [-1,1] or uint8 (B,H,W,C)")] = "float32",
     form: Annotated[
@@ -149,14 +164,30 @@ def build(
     guidance_form: GuidanceForm = "auto",
     null_label: NullLabel = None,
     text_length: TextLength = None,
+    workspace: Workspace = None,
+    memory_limit: MemoryLimit = None,
+    hardware_compat: HardwareCompat = None,
+    version_compat: VersionCompat = None,
+    refit: Refit = None,
+    strip_weights: StripWeights = None,
+    compute_capability: ComputeCapability = None,
+    cache: CacheFolder = None,
+    deployment_target: DeploymentTarget = None,
+    compute_units: ComputeUnits = None,
+    calibration: Calibration = None,
+    device: Device = None,
 ) -> None:
     """Unroll the sampler into one graph, compile it, and pack a verified bundle."""
     from mmd_export.build import BuildOptions
     from mmd_export.build import build as make
 
+    of_target = TargetOptions(
+        workspace, memory_limit, hardware_compat, version_compat, refit, strip_weights, compute_capability, cache,
+        deployment_target, compute_units, calibration, device,
+    )  # fmt: skip
     options = BuildOptions(
         with_ema(model, ema), target, out, precision, batch, output, overwrite, not skip_verify, form, decode,
-        NetworkOptions(guidance_scale, guidance_form, null_label, text_length),
+        NetworkOptions(guidance_scale, guidance_form, null_label, text_length), of_target,
         steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps),
     )  # fmt: skip
     bundle = make(options, say)
@@ -184,6 +215,8 @@ def verify(
     show_table(f"Parity of {report.bundle} in {report.runtime}", heads, rows, json)
     for reason in sorted({rung.skipped for rung in report.rungs if rung.skipped}):
         say(f"not checked: {reason}")
+    for reason in (rung.unseen for rung in report.rungs if rung.unseen):
+        say(f"the sample alone was compared, not the states before it: {reason}")
     write_json(json, report.to_dict())
     report.require()
 

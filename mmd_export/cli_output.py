@@ -40,7 +40,7 @@ def show_table(title: str, heads: tuple[str, ...], rows: Any, json: Path | None 
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(heads))
     for head in heads:
         table.add_column(head, overflow="fold")
     for row in rows:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mmd_export.bundle import Bundle, batch_axis
 from mmd_export.errors import ParityError
-from mmd_export.runtime import ChainSession, Session
+from mmd_export.runtime import ChainSession, RunOptions, Runtime, Session
 from mmd_export.tolerance import UINT8_LEVELS
 
 RUNGS = {
@@ -79,13 +79,17 @@ def compare(name: str, actual: NDArray[Any], expected: NDArray[Any], *, image: b
 
 @dataclass(frozen=True)
 class Rung:
-    """One stage of the ladder against the stage before it. ``skipped`` says why nothing was compared."""
+    """One stage of the ladder against the stage before it.
+
+    ``skipped`` says why nothing was compared, ``unseen`` why the states inside an artefact were not.
+    """
 
     number: int
     comparisons: tuple[Comparison, ...] = ()
     atol: float = 0.0
     skipped: str = ""
     sample_atol: float | None = None  # where the output is not of the states' scale (uint8)
+    unseen: str = ""
 
     @property
     def title(self) -> str:
@@ -120,7 +124,7 @@ class Rung:
     def to_dict(self) -> dict[str, Any]:
         return {
             "rung": self.number, "title": self.title, "verdict": self.verdict, "atol": self.atol,
-            "worst": self.worst if np.isfinite(self.worst) else None, "skipped": self.skipped,
+            "worst": self.worst if np.isfinite(self.worst) else None, "skipped": self.skipped, "unseen": self.unseen,
             "comparisons": [c.to_dict() for c in self.comparisons],
         }  # fmt: skip
 
@@ -184,8 +188,17 @@ def take(name: str, array: NDArray[Any], rows: slice) -> NDArray[Any]:
     return np.ascontiguousarray(array[:, rows] if batch_axis(name) else array[rows])
 
 
-def artefact_rung(bundle: Bundle, session: Session, chain: ChainSession | None) -> Rung:
-    """Rung 6: the sample, then every state free-running and teacher-forced, on all golden noises."""
+def check_artefact(bundle: Bundle, runtime: Runtime, options: RunOptions) -> Rung:
+    """Rung 6 of a bundle in ``runtime``, which must work here."""
+    chain = None if runtime.unseen else runtime.open_chain(bundle, options)
+    return artefact_rung(bundle, runtime.open(bundle, options), chain, runtime.unseen)
+
+
+def artefact_rung(bundle: Bundle, session: Session, chain: ChainSession | None, unseen: str = "") -> Rung:
+    """Rung 6: the sample, then every state free-running and teacher-forced, on all golden noises.
+
+    Without a ``chain`` the sample alone, and ``unseen`` says why.
+    """
     golden = bundle.golden()
     parts = list(chunks(bundle))
     sample = np.concatenate([session.run(inputs)["sample"] for inputs, _ in parts])
@@ -198,7 +211,7 @@ def artefact_rung(bundle: Bundle, session: Session, chain: ChainSession | None) 
             forced = [chain.run_step(k, _known(inputs, golden.states, k, rows)) for inputs, rows in parts]
             found.append(compare(f"state.{k} teacher-forced", np.concatenate(forced), expected))
     uint8 = golden.sample.dtype == np.uint8
-    return Rung(6, tuple(found), bundle.manifest.tolerance.atol, "", UINT8_LEVELS if uint8 else None)
+    return Rung(6, tuple(found), bundle.manifest.tolerance.atol, "", UINT8_LEVELS if uint8 else None, unseen)
 
 
 def _joined(results: Sequence[dict[str, NDArray[Any]]], name: str) -> NDArray[Any]:

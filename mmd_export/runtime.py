@@ -56,10 +56,14 @@ class ChainSession(Protocol):
 
 @runtime_checkable
 class Runtime(Protocol):
-    """One way of running artefacts of certain formats."""
+    """One way of running artefacts of certain formats.
+
+    ``unseen`` says why the states inside its artefacts cannot be seen, and is empty where they can.
+    """
 
     name: str
     formats: tuple[str, ...]
+    unseen: str
 
     def availability(self) -> Availability:
         """Look without importing anything heavy."""
@@ -70,7 +74,7 @@ class Runtime(Protocol):
         ...
 
     def open_chain(self, bundle: Bundle, options: RunOptions) -> ChainSession:
-        """Load the artefact with every state as an output."""
+        """Load the artefact with every state as an output; ``NotAvailableError`` where ``unseen`` says why."""
         ...
 
 

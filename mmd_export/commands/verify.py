@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from mmd_export.bundle import Bundle
 from mmd_export.errors import NotAvailableError, UsageError
-from mmd_export.parity import ParityReport, Rung, artefact_rung
+from mmd_export.parity import ParityReport, Rung, check_artefact
 from mmd_export.runtime import RunOptions, Runtime
 from mmd_runtime.registry import get_runtime, runtime_for
 
@@ -37,8 +37,7 @@ def verify(
     stages = stage_rungs(bundle, checkpoint, notify)
     notify(f"rung 6: the artefact in {runtime.name}")
     options = RunOptions(checkpoint=checkpoint)
-    artefact = artefact_rung(bundle, runtime.open(bundle, options), runtime.open_chain(bundle, options))
-    return ParityReport(bundle.name, runtime.name, (*stages, artefact))
+    return ParityReport(bundle.name, runtime.name, (*stages, check_artefact(bundle, runtime, options)))
 
 
 def stage_rungs(bundle: Bundle, model: str | None, notify: Callable[[str], None]) -> tuple[Rung, ...]:

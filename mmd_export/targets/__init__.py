@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from mmd_export.errors import UsageError
+from mmd_export.manifest import BatchSpec
 from mmd_export.runtime import Availability
+from mmd_export.target_options import DEFAULTS, TargetOptions
 
 if TYPE_CHECKING:
     from mmd_export.program import SamplerProgram
 
+ONE = BatchSpec(sizes=(1,))
+
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What the user may choose; ``form`` is unrolled, loop, or auto, which is one of the two."""
+    """What the user may choose; ``form`` is unrolled, loop, or auto, which is one of the two.
+
+    ``batch``: the sizes that the artefact must take; the program is static where that is one. ``notify`` hears what a
+    long compilation is doing.
+    """
 
     precision: str = "fp32"
     output: str = "float32"
     form: str = "auto"
+    batch: BatchSpec = ONE
+    target: TargetOptions = DEFAULTS
+    notify: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,11 @@ class Compiled:
 
 @runtime_checkable
 class Target(Protocol):
-    """Compiles a program to one artefact format."""
+    """Compiles a program to one artefact format.
+
+    ``options``: the fields of TargetOptions that it takes. ``several_batches``: whether one artefact can take more than
+    one batch size.
+    """
 
     name: str
     format: str
@@ -44,6 +59,8 @@ class Target(Protocol):
     precisions: tuple[str, ...]
     outputs: tuple[str, ...]
     forms: tuple[str, ...]
+    options: tuple[str, ...]
+    several_batches: bool
     extra: str
 
     def availability(self) -> Availability:
@@ -56,14 +73,14 @@ class Target(Protocol):
 
 
 def target_names() -> list[str]:
-    """Every target, by file name."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """Every target, by file name; an underscore there is a hyphen in the name."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
 
 
 def get_target(name: str) -> Target:
     """The target called ``name``; raises UsageError that lists the known ones."""
     if name not in target_names():
         raise UsageError(f"--target {name!r} is unknown; known: {', '.join(target_names())}")
-    target = importlib.import_module(f"{__name__}.{name}").TARGET
+    target = importlib.import_module(f"{__name__}.{name.replace('-', '_')}").TARGET
     assert isinstance(target, Target)
     return target

@@ -37,6 +37,8 @@ class OnnxTarget:
     precisions: tuple[str, ...] = ("fp32",)
     outputs: tuple[str, ...] = ("float32", "uint8")
     forms: tuple[str, ...] = ("unrolled", "loop")
+    options: tuple[str, ...] = ()
+    several_batches = True
     extra = "onnx"
 
     def __init__(self, largest_file: int = LARGEST_FILE) -> None:

@@ -27,6 +27,7 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     formats: tuple[str, ...] = ("onnx",)
+    unseen = ""
 
     def availability(self) -> Availability:
         """Whether the onnxruntime package is installed."""

@@ -40,7 +40,8 @@ def _runtimes() -> dict[str, Runtime]:
         runtime = getattr(importlib.import_module(f"mmd_runtime.{module.name}"), "RUNTIME", None)
         if runtime is None:
             continue
-        if not isinstance(runtime, Runtime) or runtime.name != module.name:
-            raise TypeError(f"mmd_runtime.{module.name}.RUNTIME is no Runtime of the name {module.name!r}")
-        found[module.name] = runtime
+        name = module.name.replace("_", "-")
+        if not isinstance(runtime, Runtime) or runtime.name != name:
+            raise TypeError(f"mmd_runtime.{module.name}.RUNTIME is no Runtime of the name {name!r}")
+        found[name] = runtime
     return found

@@ -24,6 +24,7 @@ class TorchRuntime:
 
     name = "torch"
     formats: tuple[str, ...] = ()
+    unseen = ""
 
     def availability(self) -> Availability:
         missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]

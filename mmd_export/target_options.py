@@ -1,0 +1,65 @@
+"""What only some targets let the user choose. No torch.
+
+A field that is None was not given: the target's own default holds. A target names the fields that it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from mmd_export.errors import NotAvailableError
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """Every option of every target, named as on the command line.
+
+    Args:
+        workspace: scratch memory that the builder may plan with, MiB.
+        memory_limit: address space of the builder's process, MiB.
+        hardware_compat: ``ampere+`` or ``same-compute-capability``: engines for more GPUs than the one at hand.
+        version_compat: engines that newer releases of the library load too.
+        refit: engines whose weights can be replaced.
+        strip_weights: engines without weights, to be refitted from the ONNX file beside them.
+        compute_capability: GPUs to compile for without one at hand, such as ``8.9,12.0``.
+        cache: folder of timing caches and finished engines.
+        deployment_target: oldest system that shall run it, such as ``iOS17`` or ``macOS14``.
+        compute_units: where it shall run there: ``all``, ``cpu``, ``cpu-gpu`` or ``cpu-ane``.
+        calibration: images whose trajectories set the ranges of quantised values.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    workspace: int | None = None
+    memory_limit: int | None = None
+    hardware_compat: str | None = None
+    version_compat: bool | None = None
+    refit: bool | None = None
+    strip_weights: bool | None = None
+    compute_capability: str | None = None
+    cache: Path | None = None
+    deployment_target: str | None = None
+    compute_units: str | None = None
+    calibration: int | None = None
+    device: str | None = None
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The names of the fields that were given."""
+        return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
+
+    def require_known(self, target: str, known: Sequence[str]) -> None:
+        """Raise NotAvailableError for the first field that is given and that the target does not take."""
+        for name in self.given:
+            if name not in known:
+                has = ", ".join(map(flag, known)) or "no options of its own"
+                raise NotAvailableError(f"target {target} has no {flag(name)}; it has {has}")
+
+
+DEFAULTS = TargetOptions()
+
+
+def flag(name: str) -> str:
+    """A field as it is written on the command line."""
+    return "--" + name.replace("_", "-")
