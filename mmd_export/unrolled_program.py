@@ -53,7 +53,7 @@ def unroll(program: SamplerProgram, output: str = "float32", *, states: bool = F
     for condition in program.conditions:
         inputs[condition.name] = torch.from_numpy(condition.examples(0, rows))
         shapes[condition.name] = {0: free}
-    module = _with_named_inputs(WholeSampler(program, output, states=states), tuple(inputs)).eval()
+    module = _with_named_inputs(WholeSampler(program, output, states=states), tuple(inputs))
     with torch.no_grad():
         return torch.export.export(
             module, tuple(inputs.values()), dynamic_shapes=shapes if free else None, strict=False
@@ -63,7 +63,7 @@ def unroll(program: SamplerProgram, output: str = "float32", *, states: bool = F
 def _with_named_inputs(sampler: WholeSampler, names: tuple[str, ...]) -> fx.GraphModule:
     """``forward`` with the inputs by name and place: what comes through ``**`` has no names in a program."""
     graph = fx.Graph()
-    given = {name: graph.placeholder(name) for name in names}
+    given: dict[str, fx.node.Argument] = {name: graph.placeholder(name) for name in names}
     graph.output(graph.call_module("sampler", kwargs=given))
     root = nn.Module()
     root.sampler = sampler

@@ -30,8 +30,7 @@ def tensors(checkpoint: Checkpoint, rows: int, noises: int) -> dict[str, torch.T
     return found
 
 
-@pytest.mark.parametrize("batch", [2, None])
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmsolver"])
+@pytest.mark.parametrize(("sampler", "batch"), [("ddpm", None), ("dpmsolver", 2)])
 def test_it_is_the_sampler(conditional: Checkpoint, sampler: str, batch: int | None) -> None:
     checkpoint = conditional
     plan = checkpoint.plan_for(STEPS, sampler=sampler)
@@ -41,7 +40,7 @@ def test_it_is_the_sampler(conditional: Checkpoint, sampler: str, batch: int | N
         inputs = tensors(checkpoint, rows, plan.noisy_steps)
         expected = run_chain(sampler_of(checkpoint, plan), {name: value.numpy() for name, value in inputs.items()})
         with torch.no_grad():
-            sample, *states = captured.module(check_guards=False)(**inputs)
+            sample, *states = captured.module(check_guards=False)(*inputs.values())
         torch.testing.assert_close(sample.numpy(), expected["sample"], rtol=0, atol=1e-5)
         for k, state in enumerate(states, start=1):
             torch.testing.assert_close(state.numpy(), expected[f"state.{k}"], rtol=0, atol=1e-5)
@@ -65,7 +64,7 @@ def test_bytes_are_rounded_as_the_reference_does(conditional: Checkpoint) -> Non
     program = export_program(checkpoint.denoiser, checkpoint.plan_for(2), checkpoint.shape, 2, checkpoint.conditions)
     inputs = tensors(checkpoint, 2, 0)
     with torch.no_grad():
-        image = unroll(program).module(check_guards=False)(**inputs)
-        levels = unroll(program, "uint8").module(check_guards=False)(**inputs)
+        image = unroll(program).module(check_guards=False)(*inputs.values())
+        levels = unroll(program, "uint8").module(check_guards=False)(*inputs.values())
     assert levels.dtype == torch.uint8
     torch.testing.assert_close(levels.numpy(), to_uint8(image.numpy()), rtol=0, atol=0)
