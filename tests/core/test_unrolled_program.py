@@ -61,8 +61,9 @@ def test_weights_are_there_once_and_inputs_have_their_names(conditional: Checkpo
 
 def test_bytes_are_rounded_as_the_reference_does(conditional: Checkpoint) -> None:
     checkpoint = conditional
-    program = export_program(checkpoint.denoiser, checkpoint.plan_for(2), checkpoint.shape, 2, checkpoint.conditions)
-    inputs = tensors(checkpoint, 2, 0)
+    plan = checkpoint.plan_for(2)
+    program = export_program(checkpoint.denoiser, plan, checkpoint.shape, 2, checkpoint.conditions)
+    inputs = tensors(checkpoint, 2, plan.noisy_steps)
     with torch.no_grad():
         image = unroll(program).module(check_guards=False)(*inputs.values())
         levels = unroll(program, "uint8").module(check_guards=False)(*inputs.values())
