@@ -31,6 +31,8 @@ def copy_nodes(
         )
         for old, new in zip(node.outputs, copy.outputs, strict=True):
             new.name, new.type = f"{prefix}{old.name}", old.type
+            if old.shape is not None and old.shape.is_static():  # the checker and the report need not infer it again
+                new.shape = old.shape
             values[old] = new
         nodes.append(copy)
     output = values[graph.outputs[0]]

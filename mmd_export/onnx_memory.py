@@ -16,9 +16,10 @@ def peak_activation_bytes(model: ir.Model, batch: int = 1) -> int:
     """
     from onnx_ir.passes.common import ShapeInferencePass
 
-    copy = model.clone()
-    ShapeInferencePass(strict_mode=False)(copy)
-    return _peak(copy.graph, batch)
+    if any(value.shape is None for node in model.graph.all_nodes() for value in node.outputs):
+        model = model.clone()
+        ShapeInferencePass(strict_mode=False)(model)
+    return _peak(model.graph, batch)
 
 
 def _peak(graph: ir.Graph, batch: int) -> int:
