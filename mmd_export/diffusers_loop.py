@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.quiet_diffusers import import_diffusers
 from mmd_export.schedule import SchedulerConfig, betas, timestep_grid
 
 Draw = Callable[[Any], Tensor]
@@ -103,8 +104,7 @@ def in_float64(module: ModuleType, draw: Draw) -> Iterator[None]:
 
 def scheduler_class(name: str) -> Any:
     """The class in diffusers' own module; raises NotAvailableError if diffusers lacks it."""
-    import diffusers
-
+    diffusers = import_diffusers()
     found = getattr(diffusers, name, None)
     module_name = getattr(found, "__module__", "")
     if module_name.startswith("diffusers.schedulers."):

@@ -13,6 +13,7 @@ from mmd_export.checkpoints.agreement import require_latents
 from mmd_export.checkpoints.weights import hash_weights, load_strictly, read_json, read_weights
 from mmd_export.decoder import LatentDecoder
 from mmd_export.errors import UsageError
+from mmd_export.quiet_diffusers import import_diffusers
 
 FOLDERS = ("vae", "vqvae")
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
@@ -60,8 +61,7 @@ def read_autoencoder(pipeline: Path, network: Mapping[str, Any]) -> Autoencoder 
 
 def new_autoencoder(config: dict[str, Any], where: str) -> Any:
     """An untrained autoencoder of one of ``CLASSES``; raises UsageError for a config that diffusers refuses."""
-    import diffusers
-
+    diffusers = import_diffusers()
     try:
         autoencoder: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
     except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:

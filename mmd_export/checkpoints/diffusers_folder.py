@@ -35,6 +35,7 @@ from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.guidance import guidance_embedding
 from mmd_export.network_options import AS_IT_IS, Choice, NetworkOptions
 from mmd_export.plan import StepPlan
+from mmd_export.quiet_diffusers import import_diffusers
 from mmd_export.schedule import SchedulerConfig
 
 PLAN_FILE = "plan.json"
@@ -173,8 +174,7 @@ def new_unet(config: dict[str, Any], where: str) -> nn.Module:
 
 def new_network(config: dict[str, Any], where: str) -> Any:
     """An untrained network of the config's class; raises UsageError for a config that diffusers refuses."""
-    import diffusers
-
+    diffusers = import_diffusers()
     try:
         return getattr(diffusers, config["_class_name"]).from_config(config)
     except (TypeError, ValueError, IndexError, AttributeError, NotImplementedError) as error:
