@@ -3,6 +3,8 @@
 PY ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip -qq --disable-pip-version-check install --constraint constraints.txt
+# make test: so many processes, one thread each
+JOBS ?= 2
 # make gpu
 PYTHON ?= python3
 OUT ?= benchmarks/results
@@ -31,8 +33,8 @@ demo: setup  ## the main job on the built-in digits, into demo/
 
 test: lint pytest  ## everything that CI checks
 
-pytest: setup  ## the tests alone; ARGS="-k plan" chooses
-	$(BIN)/python -m pytest $(ARGS)
+pytest: setup  ## the tests alone; ARGS="-k plan" chooses, JOBS=0 runs them in one process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: setup  ## style, types, import contracts, wheel, start-up time, tables
 	$(BIN)/ruff check .
