@@ -11,6 +11,7 @@ SCRIPTS = (
     "benchmarks.artefacts",
     "benchmarks.forms",
     "benchmarks.speed",
+    "benchmarks.targets",
     "benchmarks.digits_quality",
     "benchmarks.example",
     "benchmarks.siblings",

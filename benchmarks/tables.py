@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.target_tables import target_rows
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/schedulers.md", "docs/compiler.md", "docs/siblings.md")
+PAGES = ("README.md", "docs/schedulers.md", "docs/compiler.md", "docs/siblings.md", "docs/targets.md")
 NOT_MEASURED = "not measured"
 
 
@@ -219,7 +221,14 @@ def siblings() -> str:
     return markdown(heads, rows)
 
 
+def targets() -> str:
+    """Every target and precision on three models."""
+    result = read("targets.json")
+    return NOT_MEASURED if result is None else markdown(*target_rows(result["cells"]))
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "targets": targets,
     "siblings": siblings,
     "quality": quality,
     "artefacts": artefacts,
