@@ -5,21 +5,20 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 from mmd_export.bundle import Bundle
 from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, UsageError
 from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session
-from mmd_runtime.chunks import check_array, check_inputs
+from mmd_runtime.chunks import check_inputs
+from mmd_runtime.cut_chain import Call, CutChain
 from mmd_runtime.onnx_cut import cut_step, with_states
 from mmd_runtime.onnx_loop import LoopStep, body_model, find_loop, split_states, with_loop_states
 
 INSTALL = "pip install 'mmd-export[onnx]'"
 PROVIDERS = ["CPUExecutionProvider"]
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(uint8)": "uint8"}
-_STEP_SESSIONS_BYTES = 2**28
 
 
 class OnnxRuntime:
@@ -67,61 +66,24 @@ class _Session:
         return _run(self._bundle, self._session, inputs)
 
 
-class _ChainSession:
+class _ChainSession(CutChain):
     """The shipped graph with its states as outputs, or cut between two states."""
 
     def __init__(self, bundle: Bundle, options: RunOptions, model: Any) -> None:
-        self._bundle, self._options, self._model = bundle, options, model
-        self._steps = bundle.golden().steps
-        self._whole: Any = None
-        self._cuts: OrderedDict[tuple[int, tuple[tuple[str, tuple[int, ...]], ...]], Any] = OrderedDict()
+        super().__init__(bundle)
+        self._options, self._model = options, model
 
-    def run_chain(self, inputs: Arrays) -> dict[str, Array]:
-        """``state.1`` ... ``state.K`` and the outputs, from one pass."""
-        check_inputs(self._bundle, inputs)
-        if self._whole is None:
-            self._whole = _inference_session(self._bundle, self._opened().SerializeToString(), self._options)
-        return _run(self._bundle, self._whole, inputs)
+    def _open_whole(self) -> Call:
+        return self._call(with_states(self._model, self._bundle, self._steps))
 
-    def _opened(self) -> Any:
-        """The model with its states as outputs."""
-        return with_states(self._model, self._bundle, self._steps)
+    def _open_step(self, step: int, known: Arrays) -> Call:
+        return self._call(cut_step(self._model, self._bundle, step, known))
 
-    def run_step(self, step: int, known: Arrays) -> Array:
-        """``state.<step>`` from ``state.<step - 1>`` (``noise`` for step 1) and what else that step reads."""
-        if not 1 <= step <= self._steps:
-            raise UsageError(f"bundle {self._bundle.name}: step {step} is asked for; it has steps 1 to {self._steps}")
-        before = "noise" if step == 1 else f"state.{step - 1}"
-        if before not in known:
-            raise UsageError(f"bundle {self._bundle.name}: step {step} starts from '{before}', given: {sorted(known)}")
-        for name, array in known.items():
-            self._check_known(name, array)
-        self._whole = None  # its copy of the weights; made again if it is asked for
-        return self._forced(step, known)
-
-    def _forced(self, step: int, known: Arrays) -> Array:
-        session = self._cut(step, known)
-        feeds = {value.name: known[value.name] for value in session.get_inputs()}
-        return _run(self._bundle, session, feeds)[f"state.{step}"]
-
-    def _check_known(self, name: str, array: Array) -> None:
-        specs = {spec.name: spec for spec in self._bundle.manifest.inputs}
-        if name.startswith("state."):
-            specs[name] = specs["noise"].model_copy(update={"name": name})
-        if name in specs:
-            check_array(self._bundle, array, specs[name])
-
-    def _cut(self, step: int, known: Arrays) -> Any:
-        """The session of one step; so many are kept as have their weights in 1 GiB."""
-        key = step, tuple(sorted((name, tuple(array.shape)) for name, array in known.items()))
-        if key not in self._cuts:
-            keep = max(1, _STEP_SESSIONS_BYTES // max(1, self._bundle.manifest.graph.unique_weight_bytes))
-            while len(self._cuts) >= keep:
-                self._cuts.popitem(last=False)
-            part = cut_step(self._model, self._bundle, step, known)
-            self._cuts[key] = _inference_session(self._bundle, part.SerializeToString(), self._options)
-        self._cuts.move_to_end(key)
-        return self._cuts[key]
+    def _call(self, model: Any) -> Call:
+        """A session of ``model`` that takes what it needs."""
+        session = _inference_session(self._bundle, model.SerializeToString(), self._options)
+        names = [value.name for value in session.get_inputs()]
+        return lambda arrays: _run(self._bundle, session, {name: arrays[name] for name in names})
 
 
 class _LoopChainSession(_ChainSession):
@@ -134,8 +96,8 @@ class _LoopChainSession(_ChainSession):
     def run_chain(self, inputs: Arrays) -> dict[str, Array]:
         return split_states(super().run_chain(inputs), self._steps)
 
-    def _opened(self) -> Any:
-        return with_loop_states(self._model, self._bundle, self._steps)
+    def _open_whole(self) -> Call:
+        return self._call(with_loop_states(self._model, self._bundle, self._steps))
 
     def _forced(self, step: int, known: Arrays) -> Array:
         for k in range(1, step):
@@ -144,9 +106,9 @@ class _LoopChainSession(_ChainSession):
                 raise UsageError(f"bundle {name}: step {step} reads 'state.{k}', given: {sorted(known)}; add it")
         if self._body is None:
             body = body_model(self._model)
-            session = _inference_session(self._bundle, body.SerializeToString(), self._options)
+            call = self._call(body)
             scale = float(self._bundle.manifest.plan["initial_scale"])
-            self._body = LoopStep(body, scale, lambda feeds: list(_run(self._bundle, session, feeds).values()))
+            self._body = LoopStep(body, scale, lambda feeds: list(call(feeds).values()))
         return self._body.state_after(step, known)
 
 
