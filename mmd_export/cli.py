@@ -217,6 +217,8 @@ def verify(
         say(f"not checked: {reason}")
     for reason in (rung.unseen for rung in report.rungs if rung.unseen):
         say(f"the sample alone was compared, not the states before it: {reason}")
+    for placement in (rung.placement for rung in report.rungs if rung.placement):
+        say(placement.summary)
     write_json(json, report.to_dict())
     report.require()
 
@@ -225,7 +227,7 @@ def verify(
 def bench(
     bundles: Annotated[list[Path], typer.Argument(help="bundle folders", show_default=False)],
     against: Annotated[
-        list[str] | None, typer.Option(help="torch, per-step or a bundle; repeatable", show_default=False)
+        list[str] | None, typer.Option(help="torch, per-step, a runtime or a bundle; repeatable", show_default=False)
     ] = None,
     runtime: RuntimeName = None,
     checkpoint: CheckpointOption = None,
@@ -234,6 +236,9 @@ def bench(
     ] = None,
     seconds: Annotated[float, typer.Option(help="time to spend when --rounds is not given")] = 30.0,
     threads: Annotated[int, typer.Option(help="CPU threads a run; 0: each library's choice")] = 0,
+    bound: Annotated[
+        bool, typer.Option("--bound", help="keep inputs and outputs on the device, where the runtime can")
+    ] = False,
     gate: Annotated[
         Path | None, typer.Option(help="JSON file with limits; exit 6 when one is broken", show_default=False)
     ] = None,
@@ -246,12 +251,16 @@ def bench(
     from mmd_export.commands import bench as command
 
     positive("--rounds", rounds)
-    options = command.BenchOptions(tuple(bundles), tuple(against or ()), runtime, checkpoint, rounds, seconds, threads)
+    options = command.BenchOptions(
+        tuple(bundles), tuple(against or ()), runtime, checkpoint, rounds, seconds, threads, bound
+    )
     report = command.bench(options, say)
     heads = ("", "median ms", "p90", "p99", f"times {report.candidates[0]} [95 %]")
     show_table(
         f"Latency, batch {report.batch}, {report.latency.rounds} rounds", heads, command.summary_rows(report), json
     )
+    for name, placement in report.placements.items():
+        say(f"{name}: {placement.summary}")
     for note in report.latency.notes:
         say(note)
     write_json(json, report.to_dict())
@@ -383,14 +392,12 @@ def inspect(
 def doctor(json: JsonFile = None) -> None:
     """What can be built and run on this machine, and the pip line for the rest."""
     from mmd_export.commands.inspect import doctor as look
+    from mmd_export.commands.inspect import doctor_rows
 
     facts = look()
-    rows = [
-        (part["kind"], part["name"], "yes" if part["available"] else "no", part["detail"], part["install"])
-        for part in facts["parts"]
-    ]
     title = f"mmd-export {facts['mmd_export']} on {facts['machine']}"
-    show_table(title, ("", "name", "works", "detail", "install"), rows, json)
+    heads = ("", "name", "builds here", "runs here", "detail", "install")
+    show_table(title, heads, doctor_rows(facts), json)
     write_json(json, facts)
 
 

@@ -62,7 +62,7 @@ Ema = Annotated[
 ]
 RuntimeName = Annotated[
     str | None,
-    typer.Option("--runtime", help="default: the first that fits; torch is the reference", show_default=False),
+    typer.Option("--runtime", help="NAME or onnxruntime:PROVIDER; default: the first that fits", show_default=False),
 ]
 CheckpointOption = Annotated[
     str | None, typer.Option("--checkpoint", help="the model or run folder a bundle was built from", show_default=False)
