@@ -23,8 +23,8 @@ def openvino() -> Any:
     imported it takes its own stub instead, so that package is hidden meanwhile. To delete once an import reports
     nothing. A process that imported openvino before us has made its own choice.
     """
-    if _PACKAGE in sys.modules:
-        return sys.modules[_PACKAGE]
+    if (loaded := sys.modules.get(_PACKAGE)) is not None:
+        return loaded
     before = sys.modules.get(_TELEMETRY)
     sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # None is how an import is blocked
     try:

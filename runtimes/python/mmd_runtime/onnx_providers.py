@@ -177,7 +177,7 @@ def _register(ort: Any, provider: Provider) -> None:
     try:
         library = importlib.import_module(provider.plugin).get_library_path()
         ort.register_execution_provider_library(provider.full_name, library)
-    except (ImportError, OSError) as error:
+    except (ImportError, AttributeError, OSError) as error:
         raise ProviderMissingError(provider, line(error)) from error
     except failed as error:
         if "already registered" not in str(error):
