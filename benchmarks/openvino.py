@@ -1,7 +1,8 @@
 """OpenVINO against torch eager and onnxruntime, batch 1, 5 steps, CPU -> benchmarks/results/openvino.json.
 
-Built-in digits and the ddpm-cifar10 architecture (random weights), one interleaved run each with the same threads. Sizes,
-CPU seconds of building (export included) and of loading, and the worst error of rung 6 stand beside. About 4 minutes.
+Built-in digits and the ddpm-cifar10 architecture (random weights), one interleaved run each with the same threads.
+Sizes, CPU seconds of building (export included) and of loading, and the worst error of rung 6 stand beside. About 4
+minutes.
 """
 
 from __future__ import annotations
@@ -78,19 +79,15 @@ def measure_model(model: str, rounds: int, scratch: Path) -> dict[str, Any]:
     made = {name: candidate(model, name, scratch / name.replace(" ", "-"), inputs) for name in CANDIDATES}
     calls = {EAGER: eager(checkpoint, noise)} | {name: call for name, (_, call) in made.items()}
     report = measure(calls, rounds, warmup=10)
-    result = {
+    faster = {name: report.ratio(EAGER, name) for name in CANDIDATES}
+    print(model, {name: round(ratio.median, 3) for name, ratio in faster.items()}, flush=True)
+    return {
         "rounds": rounds,
         "median_seconds": {name: report.summary(name).median for name in calls},
-        "times_faster_than_eager": {name: vars(report.ratio(EAGER, name)) for name in CANDIDATES},
+        "times_faster_than_eager": {name: vars(ratio) for name, ratio in faster.items()},
         "openvino_takes_of_onnxruntime": vars(report.ratio("openvino", "onnxruntime")),
         "artefacts": {name: facts for name, (facts, _) in made.items()},
     }
-    print(
-        model,
-        {name: round(ratio["median"], 3) for name, ratio in result["times_faster_than_eager"].items()},
-        flush=True,
-    )
-    return result
 
 
 def main() -> None:

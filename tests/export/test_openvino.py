@@ -256,7 +256,5 @@ def test_a_missing_package_is_named_with_its_pip_line(bundle: Bundle, monkeypatc
     assert not RUNTIME.availability().available
     assert RUNTIME.availability().install == "pip install 'mmd-export[openvino]'"
     assert not get_target("openvino").availability().available
-    with pytest.raises(
-        NotAvailableError, match=r"openvino is not available here .*pip install 'mmd-export\[openvino\]'"
-    ):
+    with pytest.raises(NotAvailableError, match=r"openvino is not available .*pip install 'mmd-export\[openvino\]'"):
         RUNTIME.open(bundle, OPTIONS)
