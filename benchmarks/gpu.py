@@ -27,6 +27,7 @@ from mmd_export.program import export_program  # noqa: E402
 from mmd_export.reference import golden_inputs, run_chain, sampler_of  # noqa: E402
 from mmd_export.targets import CompileOptions, get_target  # noqa: E402
 from mmd_export.unroll import UnrolledSampler  # noqa: E402
+from mmd_runtime.onnx_providers import get_provider, open_session, placement, record_placement  # noqa: E402
 
 STEPS = 5
 BATCHES = (1, 64)
@@ -143,12 +144,10 @@ def onnx_cuda(folder: Path, noise: torch.Tensor, *, graph: bool) -> Call:
     """The shipped graph in ONNX Runtime's CUDA provider, input and output on the device."""
     import onnxruntime as ort
 
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise RuntimeError(f"onnxruntime {ort.__version__} has only {', '.join(ort.get_available_providers())}")
-    providers = [("CUDAExecutionProvider", {"enable_cuda_graph": "1" if graph else "0", "use_tf32": "0"})]
-    session = ort.InferenceSession(str(folder / get_target("onnx").artefact), providers=providers)
-    if session.get_providers()[0] != "CUDAExecutionProvider":
-        raise RuntimeError(f"fell back to {session.get_providers()[0]}")
+    provider, settings = get_provider("cuda"), ort.SessionOptions()
+    record_placement(settings)
+    session = open_session(ort, provider, str(folder / get_target("onnx").artefact), settings, graph=graph)
+    print(placement(provider, session).summary, flush=True)
     binding, sample = session.io_binding(), torch.empty_like(noise)
     for bind, name, tensor in ((binding.bind_input, "noise", noise), (binding.bind_output, "sample", sample)):
         bind(name, "cuda", 0, "float32", tuple(tensor.shape), tensor.data_ptr())

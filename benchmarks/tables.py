@@ -17,7 +17,14 @@ from benchmarks.target_tables import target_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/schedulers.md", "docs/compiler.md", "docs/siblings.md", "docs/targets.md")
+PAGES = (
+    "README.md",
+    "docs/schedulers.md",
+    "docs/compiler.md",
+    "docs/runtimes.md",
+    "docs/siblings.md",
+    "docs/targets.md",
+)
 NOT_MEASURED = "not measured"
 
 
@@ -185,6 +192,28 @@ def speed() -> str:
     return markdown(("takes, times the one graph", *result["models"]), rows)
 
 
+def openvino() -> str:
+    """Size, load, parity and speed of OpenVINO IR and of the ONNX graph, for each model."""
+    result = read("openvino.json")
+    if result is None:
+        return NOT_MEASURED
+    rows = [
+        (
+            f"{model}, {name}",
+            f"{facts['bytes'] / 1e6:.2f}",
+            f"{facts['nodes']:,}",
+            f"{facts['build_cpu_seconds']:.0f}",
+            f"{facts['load_cpu_seconds']:.1f}",
+            f"{facts['worst_error']:.0e}",
+            interval(values["times_faster_than_eager"][name]),
+        )
+        for model, values in result["models"].items()
+        for name, facts in values["artefacts"].items()
+    ]
+    heads = ("", "MB", "nodes", "build, CPU s", "load, CPU s", "worst error", "times faster than eager")
+    return markdown(heads, rows)
+
+
 def interval(ratio: dict[str, Any]) -> str:
     """Median with its 95 % interval, if there were rounds enough for one."""
     median = f"{ratio['median']:.2f}"
@@ -237,6 +266,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "example": example,
     "forms": forms,
     "speed": speed,
+    "openvino": openvino,
 }
 
 

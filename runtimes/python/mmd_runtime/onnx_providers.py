@@ -7,8 +7,10 @@ provider cannot be loaded; nothing here does.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,6 +101,7 @@ def open_session(ort: Any, provider: Provider, model: str | bytes, settings: Any
     """
     wanted = {**provider.options, **({provider.graph_option: "1"} if graph else {})}
     if provider.full_name in ort.get_available_providers():
+        _load_cuda(ort, provider)
         order = [(provider.full_name, wanted)] + ([] if provider is CPU else [CPU.full_name])
         opened = ort.InferenceSession(model, settings, providers=order, enable_fallback=0)
     else:
@@ -149,6 +152,13 @@ def failures() -> tuple[type[Exception], ...]:
 def line(error: Exception) -> str:
     """The message in one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _load_cuda(ort: Any, provider: Provider) -> None:
+    """Load CUDA's libraries from their wheels, if they came so; what onnxruntime prints meanwhile is no result."""
+    if provider.device == "cuda" and hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(sys.stderr):
+            ort.preload_dlls()
 
 
 def _plugin_devices(ort: Any, provider: Provider) -> list[Any]:
