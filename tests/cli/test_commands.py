@@ -115,7 +115,8 @@ def test_doctor_says_what_runs_what(command: Command) -> None:
     assert {"onnxruntime", "onnxruntime:cpu"} <= set(targets["onnx"]["runs_in"])
     for part in parts:
         assert part["detail"]
-        assert part["available"] or "pip install" in part["install"]
+        by_pip = part["kind"] == "target" or part["name"].startswith("onnxruntime")  # a GPU or a Mac does not come so
+        assert part["available"] or not by_pip or "pip install" in part["install"]
     code, out, _ = command("doctor")
     assert code == 0
     assert "builds here" in out
