@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from mmd_export.errors import UsageError
-from mmd_export.manifest import BatchSpec
+from mmd_export.manifest import BatchSpec, TensorSpec
 from mmd_export.runtime import Availability
 from mmd_export.target_options import DEFAULTS, TargetOptions
 
@@ -25,7 +25,7 @@ class CompileOptions:
     """What the user may choose; ``form`` is unrolled, loop, or auto, which is one of the two.
 
     ``batch``: the sizes that the artefact must take; the program is static where that is one. ``notify`` hears what a
-    long compilation is doing.
+    long compilation is doing; ``log`` is where a compiler's own log goes when it fails.
     """
 
     precision: str = "fp32"
@@ -34,6 +34,7 @@ class CompileOptions:
     batch: BatchSpec = ONE
     target: TargetOptions = DEFAULTS
     notify: Callable[[str], None] = lambda _: None
+    log: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,17 @@ class Target(Protocol):
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
         """Write the artefact into ``folder``; deterministic where the compiler is."""
+        ...
+
+
+@runtime_checkable
+class DeferrableTarget(Target, Protocol):
+    """One that compiles an ONNX file, and so can do it later, on the machine where the result will run."""
+
+    def compile_onnx(
+        self, model: Path, inputs: Sequence[TensorSpec], folder: Path, options: CompileOptions
+    ) -> Mapping[str, str]:
+        """Write the artefact of the graph ``model`` into ``folder``; returns what it is locked to."""
         ...
 
 
