@@ -12,6 +12,7 @@ from mmd_export.bundle import (
     Bundle,
     CheckpointRef,
     DecoderInfo,
+    DeferredInfo,
     GraphInfo,
     ManifestDraft,
     Measured,
@@ -29,10 +30,11 @@ from mmd_export.program import SamplerProgram, export_program
 from mmd_export.reference import golden_arrays
 from mmd_export.runtime import RunOptions, Runtime
 from mmd_export.target_options import DEFAULTS, TargetOptions
-from mmd_export.targets import Compiled, CompileOptions, Target, get_target
+from mmd_export.targets import Compiled, CompileOptions, DeferrableTarget, Target, get_target, onnx
 from mmd_export.tolerance import artefact_tolerance
 from mmd_runtime.registry import runtime_for
 
+GRAPH = onnx.TARGET  # what a deferred bundle holds
 MIN_GOLDEN = 4  # parity is measured on several noises
 
 
@@ -52,6 +54,7 @@ class BuildOptions(PlanOptions):
     decode: bool = False
     network: NetworkOptions = AS_IT_IS
     of_target: TargetOptions = DEFAULTS
+    defer: bool = False
 
 
 def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None) -> Bundle:
@@ -78,20 +81,25 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
     draft = _draft(options, checkpoint, program, batch, target)
 
     def compile_into(folder: Path) -> ManifestDraft:
-        notify(f"compiling for {target.name}")
+        notify(f"compiling for {draft.format}, to be finalized for {target.name}" if options.defer
+               else f"compiling for {target.name}")  # fmt: skip
         chosen = CompileOptions(
-            options.precision, options.output, options.form, batch, options.of_target, notify=notify
+            options.precision, options.output, options.form, batch, options.of_target, notify, log_beside(options.out)
         )
-        return _with_facts(draft, target.compile(program, folder, chosen))
+        return _with_facts(draft, (GRAPH if options.defer else target).compile(program, folder, chosen))
 
     def measure(bundle: Bundle) -> Measured:
+        if not options.verify:
+            return Measured(model_card(bundle.manifest))
         notify("verifying the artefact")
-        return _measured(bundle, runtime_for(target.format))
+        return measured(bundle, runtime_for(draft.format))
 
-    card = model_card(draft)
-    return write_bundle(
-        options.out, draft, compile_into, golden, card, options.overwrite, measure if options.verify else None
-    )
+    return write_bundle(options.out, draft, compile_into, golden, model_card(draft), options.overwrite, measure)
+
+
+def log_beside(out: Path) -> Path:
+    """Where a compiler's log goes when it fails."""
+    return out.with_name(f"{out.name}.log")
 
 
 def usable_target(options: BuildOptions) -> Target:
@@ -105,8 +113,12 @@ def usable_target(options: BuildOptions) -> Target:
         if value not in known:
             raise NotAvailableError(f"target {target.name} has no {flag} {value}; it has {', '.join(known)}")
     options.of_target.require_known(target.name, target.options)
-    if not (found := target.availability()).available:
-        raise NotAvailableError(f"target {target.name} cannot build here: {found.detail}; {found.install}")
+    deferrable = isinstance(target, DeferrableTarget)
+    if options.defer and not deferrable:
+        raise NotAvailableError(f"target {target.name} has no --defer: what it builds runs anywhere; leave it out")
+    if not (found := (GRAPH if options.defer else target).availability()).available:
+        later = "; or add --defer and finalize the bundle where it will run" if deferrable and not options.defer else ""
+        raise NotAvailableError(f"target {target.name} cannot build here: {found.detail}; {found.install}{later}")
     return target
 
 
@@ -148,11 +160,13 @@ def _draft(
     uint8, decoder = options.output == "uint8", checkpoint.decoder
     channels, height, width = checkpoint.shape if program.decoder is None else program.decoder.shape
     sample = (rows, height, width, channels) if uint8 else (rows, channels, height, width)
+    made = GRAPH if options.defer else target
+    recipe = DeferredInfo(format=target.format, artefact=target.artefact, options=options.of_target.recipe())
     return ManifestDraft(
         name=f"{checkpoint.name}-{program.plan.step_count}",
         target=target.name,
-        format=target.format,
-        artefact=target.artefact,
+        format=made.format,
+        artefact=made.artefact,
         precision=options.precision,
         plan=program.plan.to_dict(),
         inputs=tuple(inputs),
@@ -163,6 +177,7 @@ def _draft(
         toolchain={},
         tolerance=artefact_tolerance(target.name, options.precision),
         graph=GraphInfo(nodes=0, unique_weight_bytes=0, op_counts={}),
+        deferred=recipe if options.defer else None,
     )
 
 
@@ -186,7 +201,7 @@ def _with_facts(draft: ManifestDraft, compiled: Compiled) -> ManifestDraft:
     return draft.model_copy(update=facts)
 
 
-def _measured(bundle: Bundle, runtime: Runtime) -> Measured:
+def measured(bundle: Bundle, runtime: Runtime) -> Measured:
     """Rung 6 on the finished bundle; raises ParityError, and says in the card if there is nothing to run it on."""
     if not (found := runtime.availability()).available:
         return Measured(model_card(bundle.manifest, f"not verified: runtime {runtime.name}: {found.detail}"))

@@ -20,6 +20,7 @@ from mmd_export.cli_options import (
     Overwrite,
     RuntimeName,
     Sampler,
+    SkipVerify,
     Source,
     Spacing,
     Steps,
@@ -30,7 +31,7 @@ from mmd_export.cli_options import (
     with_ema,
     with_ema_if_given,
 )  # fmt: skip
-from mmd_export.cli_output import say, short, show, show_table, write_json
+from mmd_export.cli_output import built, say, short, show, show_table, write_json
 from mmd_export.cli_targets import (
     CacheFolder,
     Calibration,
@@ -156,10 +157,11 @@ def build(
             "--decode", help="latent models: put the autoencoder's decoder into the graph; else it gives latents"
         ),
     ] = False,
-    overwrite: Overwrite = False,
-    skip_verify: Annotated[
-        bool, typer.Option("--skip-verify", help="write the bundle without measuring parity")
+    defer: Annotated[
+        bool, typer.Option("--defer", help="TensorRT: pack the graph; finalize compiles it where it will run")
     ] = False,
+    overwrite: Overwrite = False,
+    skip_verify: SkipVerify = False,
     guidance_scale: GuidanceScale = None,
     guidance_form: GuidanceForm = "auto",
     null_label: NullLabel = None,
@@ -187,15 +189,29 @@ def build(
     )  # fmt: skip
     options = BuildOptions(
         with_ema(model, ema), target, out, precision, batch, output, overwrite, not skip_verify, form, decode,
-        NetworkOptions(guidance_scale, guidance_form, null_label, text_length), of_target,
+        NetworkOptions(guidance_scale, guidance_form, null_label, text_length), of_target, defer,
         steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps),
     )  # fmt: skip
-    bundle = make(options, say)
-    manifest = bundle.manifest
-    size = bundle.artefact_bytes / 1e6
-    parity = "parity not measured" if manifest.parity is None else f"worst error {max(manifest.parity.values()):.0e}"
-    show(f"{out}: {manifest.artefact} {size:.2f} MB, {manifest.graph.nodes:,} nodes, {parity} "
-           f"(tolerance {manifest.tolerance.atol:g})")  # fmt: skip
+    show(built(out, make(options, say)))
+
+
+@app.command(epilog="Example: mmd-export finalize digits-5.bundle --out digits-5.engine")
+def finalize(
+    bundle: BundleFolder,
+    out: Annotated[
+        Path | None, typer.Option(help="bundle folder to make; default: in the place of BUNDLE", show_default=False)
+    ] = None,
+    overwrite: Overwrite = False,
+    skip_verify: SkipVerify = False,
+    memory_limit: MemoryLimit = None,
+    cache: CacheFolder = None,
+) -> None:
+    """Compile a bundle built with --defer, on the machine where it will run, and verify it there."""
+    from mmd_export.commands.finalize import FinalizeOptions
+    from mmd_export.commands.finalize import finalize as make
+
+    options = FinalizeOptions(bundle, out, overwrite, not skip_verify, memory_limit, cache)
+    show(built(out or bundle, make(options, say)))
 
 
 @app.command(epilog="Example: mmd-export verify digits-5.bundle --json parity.json")

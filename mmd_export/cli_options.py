@@ -71,6 +71,7 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", help="also write the numbers to this file (- for stdout)", show_default=False)
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what stands at --out")]
+SkipVerify = Annotated[bool, typer.Option("--skip-verify", help="write the bundle without measuring parity")]
 
 
 def listed(timesteps: str | None) -> tuple[int, ...] | None:

@@ -65,7 +65,9 @@ class TargetOptions:
         return {name: getattr(self, name) for name in self.given if name not in _OF_THE_MACHINE}
 
     @classmethod
-    def from_recipe(cls, recipe: Mapping[str, int | str], cache: Path | None, memory_limit: int | None) -> TargetOptions:
+    def from_recipe(
+        cls, recipe: Mapping[str, int | str], cache: Path | None, memory_limit: int | None
+    ) -> TargetOptions:
         """The options of a recipe on a machine; raises UsageError for one that is not known."""
         known = [field.name for field in fields(cls) if field.name not in _OF_THE_MACHINE]
         for name in recipe:

@@ -17,6 +17,14 @@ _ARTEFACT = {
         reason="float32 rounding through the chain; measured at most 4e-6 on digits and 2e-5 on the ddpm-cifar10 "
         "architecture, 5 steps, every state (benchmarks/results/artefacts.json)",
     ),
+    **{
+        (target, "fp32"): Tolerance(
+            atol=1e-4,
+            reason="float32 rounding through the chain, TF32 off; the same graph was measured in ONNX Runtime, at most "
+            "2e-5; not on a GPU yet",
+        )
+        for target in ("tensorrt", "tensorrt-rtx")
+    },
 }
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from mmd_export.errors import UsageError
-from mmd_export.manifest import BatchSpec, TensorSpec
+from mmd_export.manifest import BatchSpec
 from mmd_export.runtime import Availability
 from mmd_export.target_options import DEFAULTS, TargetOptions
 
 if TYPE_CHECKING:
+    from mmd_export.conditions import Condition
     from mmd_export.program import SamplerProgram
+    from mmd_export.trt.lock import LockFacts
 
 ONE = BatchSpec(sizes=(1,))
 
@@ -78,8 +80,8 @@ class DeferrableTarget(Target, Protocol):
     """One that compiles an ONNX file, and so can do it later, on the machine where the result will run."""
 
     def compile_onnx(
-        self, model: Path, inputs: Sequence[TensorSpec], folder: Path, options: CompileOptions
-    ) -> Mapping[str, str]:
+        self, model: Path, conditions: Sequence[Condition], folder: Path, options: CompileOptions
+    ) -> LockFacts:
         """Write the artefact of the graph ``model`` into ``folder``; returns what it is locked to."""
         ...
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from mmd_export.manifest import TensorSpec
 from mmd_export.runtime import Availability
 from mmd_export.targets import Compiled, CompileOptions, onnx
 from mmd_export.trt.device import find_device
 from mmd_export.trt.library import TENSORRT, Library
 
 if TYPE_CHECKING:
+    from mmd_export.conditions import Condition
     from mmd_export.program import SamplerProgram
+    from mmd_export.trt.lock import LockFacts
 
 
 class EngineTarget:
@@ -28,13 +29,13 @@ class EngineTarget:
     artefact = "model.plan"
     precisions: tuple[str, ...] = onnx.TARGET.precisions
     outputs: tuple[str, ...] = onnx.TARGET.outputs
-    forms: tuple[str, ...] = ("unrolled",)
+    forms: tuple[str, ...] = onnx.TARGET.forms
     several_batches = True
 
     def __init__(self, library: Library) -> None:
         self.library = library
         self.name = self.format = self.extra = library.name
-        self.options: tuple[str, ...] = library.options
+        self.options: tuple[str, ...] = (*library.options, *onnx.TARGET.options)
 
     def availability(self) -> Availability:
         if not (found := self.library.installed()).available:
@@ -47,35 +48,24 @@ class EngineTarget:
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
         """``model.plan``, and ``model.onnx`` beside an engine without weights."""
-        from mmd_export.bundle import batch_axis
-
         with TemporaryDirectory() as scratch:
             graph = onnx.TARGET.compile(program, Path(scratch), options)
-            rows = program.batch or "batch"
-            image = (rows, *program.shape)
-            inputs = [TensorSpec(name="noise", dtype="float32", shape=image)]
-            if noisy := program.plan.noisy_steps:
-                inputs.append(TensorSpec(name="step_noise", dtype="float32", shape=(noisy, *image)))
-            inputs += [
-                TensorSpec(name=told.name, dtype=told.dtype, shape=(rows, *told.shape)) for told in program.conditions
-            ]
-            assert all(spec.shape[batch_axis(spec.name)] == rows for spec in inputs)
-            hardware = self.compile_onnx(Path(scratch) / onnx.TARGET.artefact, inputs, folder, options)
-        versions = {**graph.toolchain, hardware["library"]: hardware["version"]}
-        return Compiled(graph.graph, versions, hardware)
+            model = Path(scratch) / onnx.TARGET.artefact
+            facts = self.compile_onnx(model, program.conditions, folder, options)
+        return Compiled(graph.graph, {**graph.toolchain, facts.library: facts.version}, facts.to_dict())
 
     def compile_onnx(
-        self, model: Path, inputs: Sequence[TensorSpec], folder: Path, options: CompileOptions
-    ) -> Mapping[str, str]:
+        self, model: Path, conditions: Sequence[Condition], folder: Path, options: CompileOptions
+    ) -> LockFacts:
         """The engine of a graph, and what it is locked to."""
         from mmd_export.trt.engine import Request, build_engine, onnx_files
 
-        request = Request(model, inputs, options.batch, options.target, options.log, options.notify)
+        request = Request(model, conditions, options.batch, options.target, options.log, options.notify)
         facts = build_engine(self.library, request, folder / self.artefact)
         if options.target.strip_weights:
             for path in onnx_files(model):
                 shutil.copyfile(path, folder / path.name)
-        return facts.to_dict()
+        return facts
 
 
 TARGET = EngineTarget(TENSORRT)

@@ -41,7 +41,7 @@ def key_of(facts: Mapping[str, Any]) -> str:
 
 
 def find(folder: Path, key: str, engine: Path) -> dict[str, Any] | None:
-    """Copy the engine of ``key`` to ``engine``; returns what the library said of it, or None if it is not there whole."""
+    """Copy the engine of ``key`` to ``engine``; returns what the library said of it, None if it is not whole."""
     stored, facts = folder / f"{key}.engine", folder / f"{key}.json"
     try:
         said: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmd_export.bundle import BatchSpec, TensorSpec
+from mmd_export.conditions import Condition
 from mmd_export.errors import NotAvailableError
+from mmd_export.manifest import BatchSpec
 from mmd_export.target_options import TargetOptions
 from mmd_export.trt.cache import cache_folder, find, key_of, sha256_of, store
 from mmd_export.trt.device import Device, find_device
@@ -21,10 +22,10 @@ from mmd_export.trt.process import run_job
 
 @dataclass(frozen=True)
 class Request:
-    """What to build: the graph with its inputs, for which batches, how, and where the log of a failure goes."""
+    """What to build: the graph with what its network is told, for which batches, how; ``log``: that of a failure."""
 
     onnx: Path
-    inputs: Sequence[TensorSpec]
+    conditions: Sequence[Condition]
     batch: BatchSpec
     options: TargetOptions
     log: Path | None = None
@@ -35,7 +36,7 @@ def build_engine(library: Library, request: Request, engine: Path) -> LockFacts:
     """Write ``engine``; raises NotAvailableError in one line whatever stops it."""
     device = find_device()
     require_gpu_where_needed(library, request.options, device)
-    nodes = require_buildable(request.onnx, request.inputs, library.title)
+    nodes = require_buildable(request.onnx, request.conditions, library.title)
     digest, folder = onnx_sha256(request.onnx), cache_folder(request.options.cache)
     job = _job(library, request, engine, folder, device)
     key = key_of(_ingredients(library, job, digest, device))

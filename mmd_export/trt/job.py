@@ -50,9 +50,7 @@ class Job:
         return cls(**fields)
 
 
-def profile_batches(
-    sizes: Sequence[int] | None, limits: tuple[int, int] | None
-) -> tuple[tuple[int, int, int], ...]:
+def profile_batches(sizes: Sequence[int] | None, limits: tuple[int, int] | None) -> tuple[tuple[int, int, int], ...]:
     """Least, best and most images of every optimisation profile.
 
     A list of sizes is a profile each, exact; a range is one profile that is best at its upper end. One size is none.

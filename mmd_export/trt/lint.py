@@ -6,19 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmd_export.bundle import TensorSpec
 from mmd_export.conditions import Condition
 from mmd_export.errors import NotAvailableError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# The builder of TensorRT-RTX 1.7.1 crashes on Attention of opset 23 (measured); nothing of ours needs more than 20.
-NEWEST_OPSET = 20
+# The builder of TensorRT-RTX 1.7.1 crashes on Attention of opset 23 (measured); nothing of ours needs more than 22.
+NEWEST_OPSET = 22
 _CRASHES = {"Attention"}
 
 
-def require_buildable(path: Path, inputs: Sequence[TensorSpec], title: str) -> int:
+def require_buildable(path: Path, conditions: Sequence[Condition], title: str) -> int:
     """The number of nodes; raises NotAvailableError that names the first thing which ``title`` would stumble over.
 
     Random ops and float64, which its parser accepts, are faults of any sampler graph: ``onnx_lint``.
@@ -28,7 +27,7 @@ def require_buildable(path: Path, inputs: Sequence[TensorSpec], title: str) -> i
     from mmd_export.onnx_lint import require_clean
 
     model = ir.load(path)
-    require_clean(model, conditions_of(inputs))
+    require_clean(model, conditions)
     if found := engine_faults(model):
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise NotAvailableError(f"{title} cannot be given {found[0]}{more}; build the graph again with mmd-export")
@@ -41,12 +40,3 @@ def engine_faults(model: ir.Model) -> list[str]:
     found = [f"opset {opset}, at most {NEWEST_OPSET} is known to build"] if opset > NEWEST_OPSET else []
     nodes = model.graph.all_nodes()
     return found + [f"node {node.name!r} ({node.op_type})" for node in nodes if node.op_type in _CRASHES]
-
-
-def conditions_of(inputs: Sequence[TensorSpec]) -> tuple[Condition, ...]:
-    """The inputs of a graph that its network is told."""
-    return tuple(
-        Condition(spec.name, "int64" if spec.dtype == "int64" else "float32", tuple(map(int, spec.shape[1:])))
-        for spec in inputs
-        if spec.name not in ("noise", "step_noise")
-    )

@@ -104,4 +104,3 @@ def numbers(text: str) -> tuple[int, ...]:
             break
         found.append(int(part))
     return tuple(found)
-

@@ -40,12 +40,13 @@ def run_job(job: Job, title: str, keep_log: Path | None, notify: Notify) -> dict
             done: dict[str, Any] = last["done"]
             return done
         text = log.read_text(encoding="utf-8", errors="replace")
-        if keep_log is not None:
+        refused = code == REFUSED and "refused" in last
+        tried, kept = not refused or last["failed"], ""
+        if tried and keep_log is not None and text.strip():
             shutil.copyfile(log, keep_log)
-        reason = str(last.get("refused") or last_useful(text))
-    how = "" if code == REFUSED and "refused" in last else f"its builder {how_it_ended(code)}; the last it said: "
-    kept = "" if keep_log is None else f"; all of it is in {keep_log}"
-    raise NotAvailableError(f"{title}: {how}{reason}{_advice(job, code)}{kept}")
+            kept = f"; all of it is in {keep_log}"
+    reason = last["refused"] if refused else f"its builder {how_it_ended(code)}; the last it said: {last_useful(text)}"
+    raise NotAvailableError(f"{title}: {reason}{_advice(job, code) if tried else ''}{kept}")
 
 
 def how_it_ended(code: int) -> str:
@@ -54,7 +55,11 @@ def how_it_ended(code: int) -> str:
         return f"ended with exit code {code}"
     names = {number.value: number.name for number in signal.Signals}
     name = names.get(-code, f"signal {-code}")
-    why = {"SIGSEGV": "crashed", "SIGABRT": "gave up", "SIGKILL": "was killed, which the system does for want of memory"}
+    why = {
+        "SIGSEGV": "crashed",
+        "SIGABRT": "gave up",
+        "SIGKILL": "was killed, which the system does for want of memory",
+    }
     return f"{why.get(name, 'was ended')} ({name})"
 
 

@@ -22,7 +22,9 @@ _HARDWARE = {"ampere+": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_
 
 
 class Refused(Exception):  # noqa: N818 - no error of the program
-    """The library cannot build this; the message says why."""
+    """The library cannot build this; the message says why. ``failed``: it tried, so its log is worth reading."""
+
+    failed = False
 
 
 def main() -> int:
@@ -35,7 +37,7 @@ def main() -> int:
     try:
         tell(done=build(importlib.import_module(job.module), job, tell))
     except Refused as reason:
-        tell(refused=" ".join(str(reason).split()))
+        tell(refused=" ".join(str(reason).split()), failed=reason.failed)
         return REFUSED
     return 0
 
@@ -62,7 +64,9 @@ def build(trt: Any, job: Job, tell: Tell) -> dict[str, Any]:
     config.progress_monitor = _monitor(trt, tell)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise Refused(f"the build failed: {log.last or 'no reason given'}")
+        failure = Refused(f"the build failed: {log.last or 'no reason given'}")
+        failure.failed = True
+        raise failure
     Path(job.engine).write_bytes(memoryview(plan))
     if cache is not None and job.timing_cache is not None:
         _save(Path(job.timing_cache), bytes(memoryview(config.get_timing_cache().serialize())))
@@ -177,13 +181,16 @@ def _save(path: Path, data: bytes) -> None:
 def _strongly_typed(trt: Any) -> int:
     """The flag of networks whose precision is written in the graph; release 11 has no other kind and may lack it."""
     kinds = getattr(trt, "NetworkDefinitionCreationFlag", None)
-    return 1 << int(kinds.STRONGLY_TYPED) if hasattr(kinds, "STRONGLY_TYPED") else 0
+    flag = getattr(kinds, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
 
 
 def _member(kind: Any, name: str) -> Any:
     """A name of an enumeration of the library; raises Refused where this release has not got it."""
     if not hasattr(kind, name):
-        raise Refused(f"this release has no {getattr(kind, '__name__', kind)}.{name}; leave the option out or update it")
+        raise Refused(
+            f"this release has no {getattr(kind, '__name__', kind)}.{name}; leave the option out or update it"
+        )
     return getattr(kind, name)
 
 
