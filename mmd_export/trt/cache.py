@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 
+VARIABLE = "MMD_EXPORT_CACHE"
+
+
 def cache_folder(given: Path | None) -> Path:
-    """``--cache``, else the folder where programs of this system keep what can be made again."""
+    """``--cache``, else MMD_EXPORT_CACHE, else where programs of this system keep what can be made again."""
     if given is not None:
         return given
+    if named := os.environ.get(VARIABLE):
+        return Path(named)
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":

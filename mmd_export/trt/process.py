@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
@@ -81,25 +82,21 @@ def _run(job: Job, log: IO[bytes], hear: Callable[[dict[str, Any]], None]) -> tu
     """Exit code and last event of the process, which never outlives this call."""
     folder = str(Path(mmd_export.__file__).parents[1])
     path = os.pathsep.join(part for part in (folder, os.environ.get("PYTHONPATH", "")) if part)
-    process = subprocess.Popen(
-        _WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env={**os.environ, "PYTHONPATH": path}
-    )
+    environment, pipe = {**os.environ, "PYTHONPATH": path}, subprocess.PIPE
     last: dict[str, Any] = {}
-    try:
+    with subprocess.Popen(_WORKER, stdin=pipe, stdout=pipe, stderr=log, env=environment) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(job.to_json().encode())
-            process.stdin.close()
-        except BrokenPipeError:
-            pass  # it ended before it read; its exit code says how
-        for event in _events(process.stdout):
-            last = event
-            hear(event)
-        return process.wait(), last
-    finally:
-        process.kill()
-        process.wait()
+            with suppress(BrokenPipeError):  # it ended before it read; its exit code says how
+                process.stdin.write(job.to_json().encode())
+                process.stdin.close()
+            for event in _events(process.stdout):
+                last = event
+                hear(event)
+            return process.wait(), last
+        finally:
+            process.kill()
 
 
 def _events(stream: IO[bytes]) -> Iterator[dict[str, Any]]:

@@ -14,8 +14,10 @@ from mmd_export.bundle import Bundle, Tolerance
 from mmd_export.checkpoint import Checkpoint
 from mmd_export.errors import NotAvailableError, ParityError, UsageError
 from mmd_export.program import SamplerProgram, export_program
+from mmd_export.target_options import DEFAULTS, TargetOptions
 from mmd_export.targets import Compiled, CompileOptions, Target, get_target, target_names
 from mmd_export.tolerance import artefact_tolerance
+from mmd_runtime.registry import runtime_for
 
 pytestmark = pytest.mark.parametrize("name", target_names())
 
@@ -60,9 +62,11 @@ def test_it_keeps_the_protocol(name: str) -> None:
 
 def test_it_compiles_the_same_bytes_twice(name: str, program: SamplerProgram, tmp_path: Path) -> None:
     target, results = target_here(name), []
-    for folder in (tmp_path / "1", tmp_path / "2"):
+    anew = TargetOptions(cache=tmp_path / "cache") if "cache" in target.options else DEFAULTS
+    for folder, chosen in ((tmp_path / "1", DEFAULTS), (tmp_path / "2", anew)):
         folder.mkdir()
-        compiled = target.compile(program, folder, CompileOptions(target.precisions[0], target.outputs[0]))
+        options = CompileOptions(target.precisions[0], target.outputs[0], target=chosen)
+        compiled = target.compile(program, folder, options)
         assert isinstance(compiled, Compiled)
         assert (folder / target.artefact).exists()
         assert compiled.toolchain
@@ -100,6 +104,10 @@ def test_a_build_is_a_whole_bundle(name: str, tiny: Path, tmp_path: Path) -> Non
     assert bundle.golden().count >= 4
     assert stages[0] == "reading the checkpoint"
     assert any(name in stage for stage in stages)
+    runs = runtime_for(bundle.manifest.format).availability()
+    assert (bundle.manifest.parity is not None) == runs.available
+    assert ("not verified" in bundle.card) == (not runs.available)
+    assert runs.detail in bundle.card
     with pytest.raises(UsageError, match="already exists"):
         build(options_for(name, tiny, tmp_path / "out"))
 
@@ -107,7 +115,9 @@ def test_a_build_is_a_whole_bundle(name: str, tiny: Path, tmp_path: Path) -> Non
 def test_a_build_that_fails_its_parity_leaves_nothing(
     name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target_here(name)
+    target = target_here(name)
+    if not (found := runtime_for(target.format).availability()).available:
+        pytest.skip(f"target {name}: nothing runs it here: {found.detail}; {found.install}")
     monkeypatch.setattr(pipeline, "artefact_tolerance", lambda *_: Tolerance(atol=0.0, reason="nothing passes"))
     with pytest.raises(ParityError, match=r"rung 6 \(artefact in its runtime\) failed: .* the tolerance is 0") as error:
         build(options_for(name, tiny, tmp_path / "out"))
