@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-
 VARIABLE = "MMD_EXPORT_CACHE"
 
 

@@ -19,6 +19,8 @@ from mmd_export.trt.lint import require_buildable
 from mmd_export.trt.lock import ANY_SYSTEM, LockFacts
 from mmd_export.trt.process import run_job
 
+_NOT_IN_THE_BYTES = ("onnx", "engine", "memory_limit", "timing_cache")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -38,8 +40,8 @@ def build_engine(library: Library, request: Request, engine: Path) -> LockFacts:
     require_gpu_where_needed(library, request.options, device)
     nodes = require_buildable(request.onnx, request.conditions, library.title)
     digest, folder = onnx_sha256(request.onnx), cache_folder(request.options.cache)
-    job = _job(library, request, engine, folder, device)
-    key = key_of(_ingredients(library, job, digest, device))
+    job = job_for(library, request, engine, folder, device, library.version)
+    key = engine_key(library, job, digest, library.version, device)
     said = find(folder, key, engine)
     if said is not None:
         request.notify(f"{library.title}: engine {key[:12]} was built before, taken from {folder}")
@@ -73,17 +75,20 @@ def onnx_sha256(path: Path) -> str:
     return sha256_of(onnx_files(path))
 
 
-def _job(library: Library, request: Request, engine: Path, folder: Path, device: Device | None) -> Job:
+def job_for(
+    library: Library, request: Request, engine: Path, cache: Path, device: Device | None, version: str = ""
+) -> Job:
+    """What the builder's process is told."""
     options, batch = request.options, request.batch
     timings = None
     if library.needs_gpu and device is not None:  # that of TensorRT-RTX changes nothing but asks for a GPU
-        timings = str(folder / f"timings-{library.version}-{device.capability}.bin")
+        timings = str((cache / f"timings-{version}-{device.capability}.bin").absolute())
     return Job(
         library.module,
         str(request.onnx.absolute()),
         str(engine.absolute()),
         profile_batches(batch.sizes, batch.range),
-        tuple((options.compute_capability or "").split(",")) if options.compute_capability else (),
+        tuple(options.compute_capability.split(",")) if options.compute_capability else (),
         options.workspace,
         options.memory_limit,
         options.hardware_compat,
@@ -94,14 +99,12 @@ def _job(library: Library, request: Request, engine: Path, folder: Path, device:
     )
 
 
-def _ingredients(library: Library, job: Job, digest: str, device: Device | None) -> dict[str, Any]:
-    """Everything that the bytes of the engine depend on."""
-    fields = {name: value for name, value in vars(job).items() if name not in _NOT_IN_THE_BYTES}
-    here = vars(device) if library.needs_gpu and device is not None else None
-    return {**fields, "onnx_sha256": digest, "version": library.version, "system": system(), "device": here}
-
-
-_NOT_IN_THE_BYTES = ("onnx", "engine", "memory_limit", "timing_cache")
+def engine_key(library: Library, job: Job, digest: str, version: str, device: Device | None) -> str:
+    """The name of the engine in the cache: a hash of everything that its bytes depend on."""
+    facts: dict[str, Any] = {name: value for name, value in vars(job).items() if name not in _NOT_IN_THE_BYTES}
+    if library.needs_gpu and device is not None:
+        facts |= {"device": vars(device), "system": system()}
+    return key_of({**facts, "onnx_sha256": digest, "version": version})
 
 
 def _facts(

@@ -59,7 +59,7 @@ def how_it_ended(code: int) -> str:
     why = {
         "SIGSEGV": "crashed",
         "SIGABRT": "gave up",
-        "SIGKILL": "was killed, which the system does for want of memory",
+        "SIGKILL": "was killed, often for want of memory",
     }
     return f"{why.get(name, 'was ended')} ({name})"
 

@@ -6,7 +6,6 @@ and the standard library is imported.
 
 from __future__ import annotations
 
-import faulthandler
 import importlib
 import json
 import os
@@ -30,7 +29,6 @@ class Refused(Exception):  # noqa: N818 - no error of the program
 def main() -> int:
     """Build what stdin says; 0, or REFUSED after an event that says why."""
     tell = _teller()
-    faulthandler.enable()
     job = Job.from_json(sys.stdin.read())
     if job.memory_limit is not None:
         _limit_memory(job.memory_limit)
@@ -55,7 +53,7 @@ def build(trt: Any, job: Job, tell: Tell) -> dict[str, Any]:
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
-        raise Refused(_complaints(parser))
+        raise Refused(_complaint(parser))
     config = builder.create_builder_config()
     capabilities = _configure(trt, config, job)
     for profile in _profiles(builder, network, job.batches):
@@ -74,32 +72,34 @@ def build(trt: Any, job: Job, tell: Tell) -> dict[str, Any]:
 
 
 def _support(parser: Any, path: Path) -> dict[str, int]:
-    """How many nodes the library looked at and takes; its own check, if this release has one, of every node.
+    """How many nodes the library looked at and takes, by its own check of every node, if this release has one.
 
-    Raises Refused that names the nodes which it does not take.
+    Raises Refused that names the first node which it does not take.
     """
     if not hasattr(parser, "supports_model_v2"):
         return {}
     whole = parser.supports_model_v2(path.read_bytes(), str(path))
     parts = [(parser.is_subgraph_supported(i), parser.get_subgraph_nodes(i)) for i in range(parser.num_subgraphs)]
     taken = sum(len(nodes) for supported, nodes in parts if supported)
-    looked_at = sum(len(nodes) for _, nodes in parts)
     if not whole:
-        raise Refused(f"it takes {taken} of {looked_at} nodes; {_complaints(parser)}")
-    return {"taken": taken, "nodes": looked_at}
+        raise Refused(f"{_complaint(parser)}; it takes {taken} other nodes")
+    return {"taken": taken, "nodes": sum(len(nodes) for _, nodes in parts)}
 
 
-def _complaints(parser: Any) -> str:
-    """The parser's errors: the first in full, how many more there are."""
-    errors = [parser.get_error(i) for i in range(parser.num_errors)]
-    nodes = [f"{_asked(each, 'node_name')!r} ({_asked(each, 'node_operator')}): {each.desc()}" for each in errors]
-    more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
-    return f"it does not take node {nodes[0]}{more}" if nodes else "it does not take the graph"
+def _complaint(parser: Any) -> str:
+    """The parser's first error, and how many more there are."""
+    if not parser.num_errors:
+        return "it does not take the graph"
+    more = f" and {parser.num_errors - 1} more" if parser.num_errors > 1 else ""
+    return f"it does not take node {_blamed(parser.get_error(0))}{more}"
 
 
-def _asked(error: Any, name: str) -> str:
-    """A fact of a parser's error, which older libraries do not have."""
-    return str(getattr(error, name)()) if hasattr(error, name) else "?"
+def _blamed(error: Any) -> str:
+    """Name, op and reason; older libraries tell the reason alone, some ops have no reason but a code."""
+    text = str(error.desc())
+    reason = text if text not in ("", "false") else str(error.code()).rpartition(".")[2]
+    known = hasattr(error, "node_name") and hasattr(error, "node_operator")
+    return f"{error.node_name()!r} ({error.node_operator()}): {reason}" if known else reason
 
 
 def _configure(trt: Any, config: Any, job: Job) -> list[str]:
