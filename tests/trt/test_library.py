@@ -79,7 +79,7 @@ def test_no_driver_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str) -> None:
         raise OSError(name)
 
-    monkeypatch.setattr(device.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
     assert device.find_device() is None
 
 
