@@ -15,7 +15,8 @@ from mmd_export.errors import NotAvailableError, UsageError
 
 HARDWARE_COMPAT = ("ampere+", "same-compute-capability")
 
-_OF_THE_MACHINE = ("cache", "memory_limit")
+# Of the building machine, or used up when the graph was made: no part of a recipe.
+_NOT_LATER = ("cache", "memory_limit", "calibration")
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,15 @@ class TargetOptions:
             raise UsageError(f"--compute-capability is {self.compute_capability!r}; give numbers such as 8.9,12.0")
 
     def recipe(self) -> dict[str, int | str]:
-        """What was given, as plain values, less what is of the building machine only."""
-        return {name: getattr(self, name) for name in self.given if name not in _OF_THE_MACHINE}
+        """What was given and still matters when a deferred bundle is compiled, as plain values."""
+        return {name: getattr(self, name) for name in self.given if name not in _NOT_LATER}
 
     @classmethod
     def from_recipe(
         cls, recipe: Mapping[str, int | str], cache: Path | None, memory_limit: int | None
     ) -> TargetOptions:
         """The options of a recipe on a machine; raises UsageError for one that is not known."""
-        known = [field.name for field in fields(cls) if field.name not in _OF_THE_MACHINE]
+        known = [field.name for field in fields(cls) if field.name not in _NOT_LATER]
         for name in recipe:
             if name not in known:
                 raise UsageError(f"the bundle's recipe has the unknown option {name!r}; update mmd-export")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mmd_export.program import SamplerProgram
     from mmd_export.trt.lock import LockFacts
 
+_TAKEN = ("fp32", "fp16", "bf16", "int8", "fp8")
+
 
 class EngineTarget:
     """ONNX to an engine of either library; precision is written in the graph, the network is strongly typed.
@@ -27,7 +29,7 @@ class EngineTarget:
     """
 
     artefact = "model.plan"
-    precisions: tuple[str, ...] = onnx.TARGET.precisions
+    precisions: tuple[str, ...] = tuple(name for name in onnx.TARGET.precisions if name in _TAKEN)
     outputs: tuple[str, ...] = onnx.TARGET.outputs
     forms: tuple[str, ...] = onnx.TARGET.forms
     several_batches = True
