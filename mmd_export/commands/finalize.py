@@ -10,9 +10,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from mmd_export.build import log_beside, measured
-from mmd_export.bundle import Bundle, DeferredInfo, ManifestDraft, Measured, TensorSpec, require_free, write_bundle
+from mmd_export.bundle import Bundle, DeferredInfo, ManifestDraft, Measured, require_free, write_bundle
 from mmd_export.card import model_card
-from mmd_export.conditions import Condition
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.target_options import TargetOptions
 from mmd_export.targets import CompileOptions, DeferrableTarget, get_target
@@ -47,7 +46,7 @@ def finalize(options: FinalizeOptions, notify: Callable[[str], None] = lambda _:
     def compile_into(folder: Path) -> ManifestDraft:
         notify(f"compiling for {target.name}")
         told = CompileOptions(draft.precision, batch=draft.batch, target=chosen, notify=notify, log=log_beside(out))
-        facts = target.compile_onnx(bundle.artefact_path, _conditions(bundle.manifest.inputs), folder, told)
+        facts = target.compile_onnx(bundle.artefact_path, folder, told)
         toolchain = {**draft.toolchain, facts.library: facts.version}
         return draft.model_copy(update={"hardware": facts.to_dict(), "toolchain": toolchain})
 
@@ -81,12 +80,3 @@ def _golden(bundle: Bundle) -> dict[str, NDArray[Any]]:
     golden = bundle.golden()
     states = {f"state.{k}": state for k, state in enumerate(golden.states, start=1)}
     return {**golden.inputs, **states, "sample": golden.sample}
-
-
-def _conditions(inputs: tuple[TensorSpec, ...]) -> tuple[Condition, ...]:
-    """The inputs of a graph that its network is told."""
-    return tuple(
-        Condition(spec.name, "int64" if spec.dtype == "int64" else "float32", tuple(map(int, spec.shape[1:])))
-        for spec in inputs
-        if spec.name not in ("noise", "step_noise")
-    )

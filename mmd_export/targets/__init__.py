@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -15,7 +15,6 @@ from mmd_export.runtime import Availability
 from mmd_export.target_options import DEFAULTS, TargetOptions
 
 if TYPE_CHECKING:
-    from mmd_export.conditions import Condition
     from mmd_export.program import SamplerProgram
     from mmd_export.trt.lock import LockFacts
 
@@ -79,9 +78,7 @@ class Target(Protocol):
 class DeferrableTarget(Target, Protocol):
     """One that compiles an ONNX file, and so can do it later, on the machine where the result will run."""
 
-    def compile_onnx(
-        self, model: Path, conditions: Sequence[Condition], folder: Path, options: CompileOptions
-    ) -> LockFacts:
+    def compile_onnx(self, model: Path, folder: Path, options: CompileOptions) -> LockFacts:
         """Write the artefact of the graph ``model`` into ``folder``; returns what it is locked to."""
         ...
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -14,11 +13,8 @@ from mmd_export.trt.device import find_device
 from mmd_export.trt.library import TENSORRT, Library
 
 if TYPE_CHECKING:
-    from mmd_export.conditions import Condition
     from mmd_export.program import SamplerProgram
     from mmd_export.trt.lock import LockFacts
-
-_TAKEN = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 
 class EngineTarget:
@@ -29,7 +25,7 @@ class EngineTarget:
     """
 
     artefact = "model.plan"
-    precisions: tuple[str, ...] = tuple(name for name in onnx.TARGET.precisions if name in _TAKEN)
+    precisions: tuple[str, ...] = onnx.TARGET.precisions
     outputs: tuple[str, ...] = onnx.TARGET.outputs
     forms: tuple[str, ...] = onnx.TARGET.forms
     several_batches = True
@@ -53,16 +49,14 @@ class EngineTarget:
         with TemporaryDirectory() as scratch:
             graph = onnx.TARGET.compile(program, Path(scratch), options)
             model = Path(scratch) / onnx.TARGET.artefact
-            facts = self.compile_onnx(model, program.conditions, folder, options)
+            facts = self.compile_onnx(model, folder, options)
         return Compiled(graph.graph, {**graph.toolchain, facts.library: facts.version}, facts.to_dict())
 
-    def compile_onnx(
-        self, model: Path, conditions: Sequence[Condition], folder: Path, options: CompileOptions
-    ) -> LockFacts:
+    def compile_onnx(self, model: Path, folder: Path, options: CompileOptions) -> LockFacts:
         """The engine of a graph, and what it is locked to."""
         from mmd_export.trt.engine import Request, build_engine, onnx_files
 
-        request = Request(model, conditions, options.batch, options.target, options.log, options.notify)
+        request = Request(model, options.batch, options.target, options.precision, options.log, options.notify)
         facts = build_engine(self.library, request, folder / self.artefact)
         if options.target.strip_weights:
             for path in onnx_files(model):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmd_export.conditions import Condition
 from mmd_export.errors import NotAvailableError
 from mmd_export.manifest import BatchSpec
 from mmd_export.target_options import TargetOptions
@@ -19,17 +18,20 @@ from mmd_export.trt.lint import require_buildable
 from mmd_export.trt.lock import ANY_SYSTEM, LockFacts
 from mmd_export.trt.process import run_job
 
+AMPERE = "8.0"
+# TensorRT-RTX 1.7.1 refuses float8 below 8.9 (measured); full TensorRT builds for the GPU at hand.
+_LEAST_CAPABILITY = {"fp8": "8.9"}
 _NOT_IN_THE_BYTES = ("onnx", "engine", "memory_limit", "timing_cache")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to build: the graph with what its network is told, for which batches, how; ``log``: that of a failure."""
+    """What to build: the graph, written in ``precision``, for which batches, how; ``log``: that of a failure."""
 
     onnx: Path
-    conditions: Sequence[Condition]
     batch: BatchSpec
     options: TargetOptions
+    precision: str = "fp32"
     log: Path | None = None
     notify: Callable[[str], None] = lambda _: None
 
@@ -38,7 +40,7 @@ def build_engine(library: Library, request: Request, engine: Path) -> LockFacts:
     """Write ``engine``; raises NotAvailableError in one line whatever stops it."""
     device = find_device()
     require_gpu_where_needed(library, request.options, device)
-    nodes = require_buildable(request.onnx, request.conditions, library.title)
+    nodes = require_buildable(request.onnx, library.title)
     digest, folder = onnx_sha256(request.onnx), cache_folder(request.options.cache)
     job = job_for(library, request, engine, folder, device, library.version)
     key = engine_key(library, job, digest, library.version, device)
@@ -89,6 +91,7 @@ def job_for(
         str(engine.absolute()),
         profile_batches(batch.sizes, batch.range),
         tuple(options.compute_capability.split(",")) if options.compute_capability else (),
+        _LEAST_CAPABILITY.get(request.precision, AMPERE),
         options.workspace,
         options.memory_limit,
         options.hardware_compat,
@@ -118,7 +121,7 @@ def _facts(
         library.name,
         said["version"],
         system(),
-        "8.0+" if options.hardware_compat == "ampere+" else device.capability,
+        f"{AMPERE}+" if options.hardware_compat == "ampere+" else device.capability,
         digest,
         device.name,
         device.driver,

@@ -18,7 +18,7 @@ class Job:
         onnx: the graph; its external weights lie beside it.
         engine: the file to write.
         batches: an optimisation profile each: least, best and most images; none for a static graph.
-        capabilities: compute capabilities such as 8.9; none for the library's own choice.
+        capabilities: compute capabilities such as 8.9; none for all that the library has, from ``least_capability`` on.
         workspace: MiB of scratch memory that it may plan with.
         memory_limit: MiB of address space of its process.
         timing_cache: file with the timings of earlier builds; read if it is there, and written.
@@ -29,6 +29,7 @@ class Job:
     engine: str
     batches: tuple[tuple[int, int, int], ...] = ()
     capabilities: tuple[str, ...] = ()
+    least_capability: str = "8.0"
     workspace: int | None = None
     memory_limit: int | None = None
     hardware_compat: str | None = None

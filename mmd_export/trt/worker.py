@@ -121,15 +121,15 @@ def _configure(trt: Any, config: Any, job: Job) -> list[str]:
     if job.hardware_compat is not None:
         levels = _member(trt, "HardwareCompatibilityLevel")
         config.hardware_compatibility_level = _member(levels, _HARDWARE[job.hardware_compat])
-    return _set_capabilities(trt, config, job.capabilities)
+    return _set_capabilities(trt, config, job)
 
 
-def _set_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> list[str]:
-    """Those that are wanted, else all from 8.0 on; none where the library builds for the GPU at hand."""
+def _set_capabilities(trt: Any, config: Any, job: Job) -> list[str]:
+    """Those that are wanted, else all from the least on; none where the library builds for the GPU at hand."""
     if not hasattr(trt, "ComputeCapability"):
         return []
     known = {_dotted(name): member for name, member in trt.ComputeCapability.__members__.items() if name[:2] == "SM"}
-    chosen = list(wanted) or [text for text in known if _tuple(text) >= (8, 0)]
+    chosen = list(job.capabilities) or [text for text in known if _tuple(text) >= _tuple(job.least_capability)]
     for text in chosen:
         if text not in known:
             raise Refused(f"it has no compute capability {text}; it has {', '.join(sorted(known, key=_tuple))}")

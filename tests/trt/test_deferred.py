@@ -16,6 +16,7 @@ from mmd_export.commands.verify import usable_runtime, verify
 from mmd_export.errors import BundleError, NotAvailableError, UsageError
 from mmd_export.runtime import RunOptions
 from mmd_export.target_options import TargetOptions
+from mmd_export.targets import get_target
 from mmd_export.trt.engine import onnx_sha256
 from mmd_export.trt.library import RTX, TENSORRT
 from mmd_export.trt.lock import LockFacts
@@ -86,6 +87,18 @@ def test_an_engine_was_built_before(engine: Bundle, deferred: Bundle, tmp_path: 
     assert any("was built before, taken from" in line for line in heard)
     assert not any("takes " in line for line in heard)
     assert contents(again.folder) == contents(engine.folder)
+
+
+@pytest.mark.usefixtures("_rtx")
+@pytest.mark.parametrize("precision", [name for name in get_target(RTX.name).precisions if name != "fp32"])
+def test_every_other_precision_is_built_twice_the_same(precision: str, tiny_attention: Path, tmp_path: Path) -> None:
+    made = build(options(tiny_attention, tmp_path / "graph", precision=precision, defer=True, verify=False))
+    again = [
+        finalize(FinalizeOptions(made.folder, tmp_path / name, verify=False, cache=tmp_path / f"cache-{name}"))
+        for name in ("1", "2")
+    ]
+    assert contents(again[0].folder) == contents(again[1].folder)
+    assert again[0].manifest.precision == precision
 
 
 @pytest.mark.usefixtures("_rtx")

@@ -37,13 +37,13 @@ def test_profiles(batch: str, expected: tuple[tuple[int, int, int], ...]) -> Non
 
 
 def test_a_job_survives_its_way_to_the_process() -> None:
-    job = Job("m", "a.onnx", "b.plan", ((1, 2, 2),), ("8.9",), 64, 512, "ampere+", True, True, True, "t.bin")
+    job = Job("m", "a.onnx", "b.plan", ((1, 2, 2),), ("8.9",), "8.0", 64, 512, "ampere+", True, True, True, "t.bin")
     assert Job.from_json(job.to_json()) == job
     assert "\n" not in job.to_json()
 
 
 def request(onnx: Path, **options: Any) -> Request:
-    return Request(onnx, (), BatchSpec(sizes=(1,)), TargetOptions(**options))
+    return Request(onnx, BatchSpec(sizes=(1,)), TargetOptions(**options))
 
 
 def key(library: Library, asked: Request, device: Device | None = None) -> str:
@@ -60,6 +60,7 @@ def test_the_key_covers_what_the_bytes_depend_on(one_node: OneNode, tmp_path: Pa
         request(plain.onnx, strip_weights=True),
         request(plain.onnx, compute_capability="8.9"),
         replace(plain, batch=BatchSpec(range=(1, 2))),
+        replace(plain, precision="fp8"),  # for other GPUs, if none are named
     ):
         assert key(RTX, changed) != base
     job = job_for(RTX, plain, Path("e"), Path("c"), None)

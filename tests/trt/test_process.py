@@ -42,15 +42,26 @@ def test_a_crash_of_the_builder_is_one_line_and_its_log_is_kept(one_node: OneNod
 def test_the_lint_keeps_such_a_graph_away_from_it(one_node: OneNode) -> None:
     crashing = one_node("Attention", (1, 2, 4, 8), opset=23, inputs=3)
     with pytest.raises(NotAvailableError, match=r"TensorRT-RTX cannot be given opset 23, .* and 1 more"):
-        require_buildable(crashing, (), "TensorRT-RTX")
+        require_buildable(crashing, "TensorRT-RTX")
     assert len(engine_faults(ir.load(crashing))) == 2
+    double = ir.load(one_node("Relu", (1, 2)))
+    double.graph.node(0).outputs[0].dtype = ir.DataType.DOUBLE
+    assert engine_faults(double) == ["float64 value 'sample'"]
     fine = one_node("Relu", (1, 2))
-    assert require_buildable(fine, (), "TensorRT-RTX") == 1
+    assert require_buildable(fine, "TensorRT-RTX") == 1
+
+
+def test_without_a_choice_it_is_built_for_all_that_have_the_precision(one_node: OneNode) -> None:
+    relu = one_node("Relu", (1, 2))
+    every = run_job(job(relu), "TensorRT-RTX", None, lambda _: None)["capabilities"]
+    newer = run_job(job(relu, least_capability="8.9"), "TensorRT-RTX", None, lambda _: None)["capabilities"]
+    assert every[:4] == ["8.0", "8.6", "8.9", "12.0"]
+    assert newer == every[2:]
 
 
 def test_random_numbers_which_the_parser_takes_are_refused(one_node: OneNode) -> None:
     with pytest.raises(NotAvailableError, match="RandomNormalLike"):
-        require_buildable(one_node("RandomNormalLike", (1, 2)), (), "TensorRT-RTX")
+        require_buildable(one_node("RandomNormalLike", (1, 2)), "TensorRT-RTX")
 
 
 def test_a_node_that_it_does_not_take_is_named(one_node: OneNode, tmp_path: Path) -> None:
