@@ -23,12 +23,11 @@ from mmd_export.bundle import (
 from mmd_export.card import model_card
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.measured import log_beside, measured
 from mmd_export.network_options import AS_IT_IS, NetworkOptions
-from mmd_export.parity import ParityReport, check_artefact
 from mmd_export.plan_options import PlanOptions
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.reference import golden_arrays
-from mmd_export.runtime import RunOptions, Runtime
 from mmd_export.target_options import DEFAULTS, TargetOptions
 from mmd_export.targets import Compiled, CompileOptions, DeferrableTarget, Target, get_target, onnx
 from mmd_export.tolerance import artefact_tolerance
@@ -95,11 +94,6 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
         return measured(bundle, runtime_for(draft.format))
 
     return write_bundle(options.out, draft, compile_into, golden, model_card(draft), options.overwrite, measure)
-
-
-def log_beside(out: Path) -> Path:
-    """Where a compiler's log goes when it fails."""
-    return out.with_name(f"{out.name}.log")
 
 
 def usable_target(options: BuildOptions) -> Target:
@@ -199,25 +193,3 @@ def _with_facts(draft: ManifestDraft, compiled: Compiled) -> ManifestDraft:
         "hardware": None if compiled.hardware is None else dict(compiled.hardware),
     }
     return draft.model_copy(update=facts)
-
-
-def measured(bundle: Bundle, runtime: Runtime) -> Measured:
-    """Rung 6 on the finished bundle; raises ParityError, and says in the card if there is nothing to run it on."""
-    if not (found := runtime.availability()).available:
-        return Measured(model_card(bundle.manifest, f"not verified: runtime {runtime.name}: {found.detail}"))
-    rung = check_artefact(bundle, runtime, RunOptions())
-    ParityReport(bundle.name, runtime.name, (rung,)).require()
-    parity = {comparison.name: rounded_up(comparison.max_abs) for comparison in rung.comparisons}
-    draft = bundle.manifest.model_copy(update={"parity": parity})
-    unseen = f"; states not seen: {rung.unseen}" if rung.unseen else ""
-    return Measured(model_card(draft, f"runtime {runtime.name}, {found.detail}{unseen}"), parity)
-
-
-def rounded_up(error: float) -> float:
-    """``error`` to one significant digit, upwards: a bound that does not change with the thread count of a machine."""
-    if error == 0.0:
-        return 0.0
-    text = f"{error:.0e}"
-    bound = float(text)
-    exponent = int(text.split("e")[1])
-    return bound if bound >= error else float(f"{round(bound / 10.0**exponent) + 1}e{exponent}")

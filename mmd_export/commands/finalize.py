@@ -9,10 +9,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from mmd_export.build import log_beside, measured
 from mmd_export.bundle import Bundle, DeferredInfo, ManifestDraft, Measured, require_free, write_bundle
 from mmd_export.card import model_card
 from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.measured import log_beside, measured
 from mmd_export.target_options import TargetOptions
 from mmd_export.targets import CompileOptions, DeferrableTarget, get_target
 from mmd_runtime.registry import runtime_for
@@ -64,7 +64,7 @@ def _usable_target(bundle: Bundle) -> DeferrableTarget:
     target = get_target(bundle.manifest.target)
     if not isinstance(target, DeferrableTarget):
         raise UsageError(f"bundle {bundle.name} is deferred for {target.name}, which compiles no graph; build again")
-    if not (found := target.availability()).available:
+    if not (found := target.compiler()).available:
         raise NotAvailableError(f"target {target.name} cannot build here: {found.detail}; {found.install}")
     return target
 

@@ -76,7 +76,11 @@ class Target(Protocol):
 
 @runtime_checkable
 class DeferrableTarget(Target, Protocol):
-    """One that compiles an ONNX file, and so can do it later, on the machine where the result will run."""
+    """One that compiles an ONNX file, and so can do it later, without torch, where the result will run."""
+
+    def compiler(self) -> Availability:
+        """Whether it can compile here; ``availability`` also asks for what makes the graph."""
+        ...
 
     def compile_onnx(self, model: Path, folder: Path, options: CompileOptions) -> LockFacts:
         """Write the artefact of the graph ``model`` into ``folder``; returns what it is locked to."""

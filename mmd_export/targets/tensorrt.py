@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -36,12 +37,17 @@ class EngineTarget:
         self.options: tuple[str, ...] = (*library.options, *onnx.TARGET.options)
 
     def availability(self) -> Availability:
-        if not (found := self.library.installed()).available:
-            return found
-        if self.library.needs_gpu and find_device() is None:
+        graph = onnx.TARGET.availability()
+        found = self.compiler()
+        return graph if found.available and not graph.available else found
+
+    def compiler(self) -> Availability:
+        """Whether the library is whole, and there is a GPU if it needs one."""
+        found = self.library.installed()
+        if found.available and self.library.needs_gpu and find_device() is None:
             return Availability(False, f"{found.detail}, but no NVIDIA GPU with a driver is here", self.library.install)
-        if not (graph := onnx.TARGET.availability()).available:
-            return graph
+        if found.available and find_spec("onnx_ir") is None:
+            return Availability(False, "onnx_ir is not installed", self.library.install)
         return found
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,15 @@ from typing import Any
 import pytest
 
 from mmd_export.build import BuildOptions, build
-from mmd_export.bundle import Bundle
+from mmd_export.bundle import BatchSpec, Bundle
+from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.commands.finalize import FinalizeOptions, finalize
 from mmd_export.commands.verify import usable_runtime, verify
 from mmd_export.errors import BundleError, NotAvailableError, UsageError
-from mmd_export.runtime import RunOptions
+from mmd_export.program import SamplerProgram, export_program
+from mmd_export.runtime import Availability, RunOptions
 from mmd_export.target_options import TargetOptions
-from mmd_export.targets import get_target
+from mmd_export.targets import CompileOptions, DeferrableTarget, get_target
 from mmd_export.trt.engine import onnx_sha256
 from mmd_export.trt.library import RTX, TENSORRT
 from mmd_export.trt.lock import LockFacts
@@ -89,27 +93,52 @@ def test_an_engine_was_built_before(engine: Bundle, deferred: Bundle, tmp_path: 
     assert contents(again.folder) == contents(engine.folder)
 
 
-@pytest.mark.usefixtures("_rtx")
-@pytest.mark.parametrize("precision", [name for name in get_target(RTX.name).precisions if name != "fp32"])
-def test_every_other_precision_is_built_twice_the_same(precision: str, tiny_attention: Path, tmp_path: Path) -> None:
-    made = build(options(tiny_attention, tmp_path / "graph", precision=precision, defer=True, verify=False))
-    again = [
-        finalize(FinalizeOptions(made.folder, tmp_path / name, verify=False, cache=tmp_path / f"cache-{name}"))
-        for name in ("1", "2")
-    ]
-    assert contents(again[0].folder) == contents(again[1].folder)
-    assert again[0].manifest.precision == precision
+@pytest.fixture(scope="session")
+def attention(tiny_attention: Path) -> SamplerProgram:
+    checkpoint = load_checkpoint(str(tiny_attention))
+    return export_program(checkpoint.denoiser, checkpoint.plan_for(1), checkpoint.shape, 1)
 
 
 @pytest.mark.usefixtures("_rtx")
-def test_a_small_attention_network_with_a_list_of_batches(tiny_attention: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", get_target(RTX.name).precisions)
+def test_every_precision_is_the_same_bytes_twice(precision: str, attention: SamplerProgram, tmp_path: Path) -> None:
+    """A small network with attention, in a process of its own each time, with a cache of its own."""
+    get_target("onnx").compile(attention, tmp_path, CompileOptions(precision))
+    target, engines = get_target(RTX.name), []
+    assert isinstance(target, DeferrableTarget)
+    for name in ("1", "2"):
+        chosen = TargetOptions(compute_capability=CAPABILITIES, cache=tmp_path / f"cache-{name}")
+        (folder := tmp_path / name).mkdir()
+        facts = target.compile_onnx(tmp_path / "model.onnx", folder, CompileOptions(precision, target=chosen))
+        engines.append((folder / "model.plan").read_bytes())
+        assert facts.capabilities == CAPABILITIES
+    assert engines[0] == engines[1]
+    assert len(engines[0]) > 2**20
+
+
+@pytest.mark.usefixtures("_rtx")
+def test_finalizing_takes_no_torch(deferred: Bundle, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['diffusers'] = None; from pathlib import Path; "
+        "from mmd_export.commands.finalize import FinalizeOptions, finalize; "
+        "print(finalize(FinalizeOptions(Path(sys.argv[1]), Path(sys.argv[2]))).manifest.format)"
+    )
+    command = [sys.executable, "-c", code, str(deferred.folder), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [RTX.name]
+
+
+@pytest.mark.usefixtures("_rtx")
+def test_a_list_of_batches_is_a_profile_each(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    free = export_program(tiny_checkpoint.denoiser, tiny_checkpoint.plan_for(1), tiny_checkpoint.shape, None)
     heard: list[str] = []
-    bundle = build(options(tiny_attention, tmp_path / "b", batch="1,2"), heard.append)
-    assert bundle.manifest.graph.op_counts["Softmax"] > 0
-    assert bundle.manifest.hardware is not None
-    assert bundle.manifest.hardware["capabilities"] == CAPABILITIES
-    nodes = bundle.manifest.graph.nodes
+    chosen, batch = TargetOptions(compute_capability="8.9"), BatchSpec.parse("1,2")
+    told = CompileOptions(batch=batch, target=chosen, notify=heard.append)
+    compiled = get_target(RTX.name).compile(free, tmp_path, told)
+    nodes = compiled.graph["nodes"]
     assert f"TensorRT-RTX takes {nodes:,} of {nodes:,} nodes" in heard
+    assert (tmp_path / "model.plan").stat().st_size > 2**20
 
 
 def test_a_deferred_bundle_is_verified_through_its_graph(deferred: Bundle) -> None:
@@ -125,20 +154,25 @@ def test_a_deferred_bundle_is_verified_through_its_graph(deferred: Bundle) -> No
     assert recipe.options == {"compute_capability": CAPABILITIES}
 
 
-def test_it_is_made_where_the_library_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmd_export.runtime import Availability
-
+def test_it_is_made_where_the_library_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
     missing = Availability(False, "tensorrt is not installed", TENSORRT.install)
-    monkeypatch.setattr("mmd_export.targets.tensorrt.EngineTarget.availability", lambda _: missing)
-    wanted = BuildOptions("digits", TENSORRT.name, tmp_path / "b", steps=1, of_target=TargetOptions(workspace=64))
-    with pytest.raises(NotAvailableError, match=r"tensorrt is not installed; pip .*; or add --defer"):
-        build(wanted)
-    bundle = build(BuildOptions(**{**vars(wanted), "defer": True, "verify": False}))
+    monkeypatch.setattr("mmd_export.trt.library.Library.installed", lambda _: missing)
+    arguments = ("build", "digits", "--target", TENSORRT.name, "--steps", 1, "--workspace", 64, "--out", tmp_path / "b")
+    code, _, err = command(*arguments)
+    assert code == 3
+    assert "tensorrt is not installed; pip install 'mmd-export[tensorrt]'; or add --defer" in err
+    code, out, err = command(*arguments, "--defer", "--skip-verify")
+    assert code == 0, err
+    assert f"next, where it will run: mmd-export finalize {tmp_path / 'b'}" in out
+    bundle, before = Bundle.open(tmp_path / "b"), contents(tmp_path / "b")
     assert bundle.manifest.deferred is not None
     assert bundle.manifest.deferred.options == {"workspace": 64}
-    before = contents(bundle.folder)
-    with pytest.raises(NotAvailableError, match="target tensorrt cannot build here: tensorrt is not installed"):
-        finalize(FinalizeOptions(bundle.folder))
+    assert "| graph | 0 nodes" not in bundle.card
+    code, _, err = command("finalize", tmp_path / "b")
+    assert code == 3
+    assert "target tensorrt cannot build here: tensorrt is not installed" in err
     assert contents(bundle.folder) == before
 
 
@@ -170,14 +204,6 @@ def test_it_replaces_nothing_unasked(deferred: Bundle, tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     with pytest.raises(UsageError, match="already exists"):
         finalize(FinalizeOptions(deferred.folder, tmp_path / "b"))
-
-
-def test_the_command_says_what_comes_next(command: Command, tmp_path: Path) -> None:
-    arguments = ("build", "digits", "--target", RTX.name, "--defer", "--steps", 1, "--skip-verify")
-    code, out, err = command(*arguments, "--out", tmp_path / "b")
-    assert code == 0, err
-    assert f"next, where it will run: mmd-export finalize {tmp_path / 'b'}" in out
-    assert "| graph | 0 nodes" not in Bundle.open(tmp_path / "b").card
 
 
 def test_only_compilers_of_graphs_defer(tmp_path: Path) -> None:
