@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx_ir as ir
 import pytest
 
 from mmd_export.errors import NotAvailableError
+from mmd_export.trt import worker
 from mmd_export.trt.job import Job
 from mmd_export.trt.lint import engine_faults, require_buildable
 from mmd_export.trt.process import how_it_ended, last_useful, run_job
@@ -57,6 +59,44 @@ def test_without_a_choice_it_is_built_for_all_that_have_the_precision(one_node: 
     newer = run_job(job(relu, least_capability="8.9"), "TensorRT-RTX", None, lambda _: None)["capabilities"]
     assert every[:4] == ["8.0", "8.6", "8.9", "12.0"]
     assert newer == every[2:]
+
+
+def test_timings_are_kept_and_read_again(one_node: OneNode, tmp_path: Path) -> None:
+    """TensorRT-RTX has the interface, though it measures nothing; a file of something else is replaced."""
+    timings = tmp_path / "timings.bin"
+    asked = job(one_node("Relu", (1, 2)), capabilities=("8.9",), timing_cache=str(timings))
+    run_job(asked, "TensorRT-RTX", None, lambda _: None)
+    kept = timings.read_bytes()
+    assert kept
+    run_job(asked, "TensorRT-RTX", None, lambda _: None)
+    timings.write_bytes(b"something else")
+    run_job(asked, "TensorRT-RTX", None, lambda _: None)
+    assert timings.read_bytes() == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Relu.onnx", "Relu.plan", "timings.bin"]
+
+
+def test_options_reach_the_library(one_node: OneNode, tmp_path: Path) -> None:
+    relu = one_node("Relu", (1, 2))
+    run_job(job(relu, hardware_compat="ampere+", workspace=64), "TensorRT-RTX", None, lambda _: None)
+    said = refusal(job(relu, version_compat=True), tmp_path / "out.log")
+    assert "the build failed: " in said
+    assert "nvinfer_lean" in said  # which is what it would embed
+    assert "[E]" in (tmp_path / "out.log").read_text()
+
+
+def test_older_and_newer_releases() -> None:
+    """Without the check of every node, without names in its errors; with one kind of network only."""
+    error = SimpleNamespace(desc=lambda: "no such op")
+    parser = SimpleNamespace(num_errors=2, get_error=lambda _: error)
+    assert worker._support(parser, Path("none")) == {}
+    assert worker._complaint(parser) == "it does not take node no such op and 1 more"
+    assert worker._complaint(SimpleNamespace(num_errors=0)) == "it does not take the graph"
+    assert worker._strongly_typed(SimpleNamespace()) == 0
+    kinds = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1))
+    assert worker._strongly_typed(kinds) == 2
+    with pytest.raises(worker.Refused, match=r"this release has no BuilderFlag.REFIT; leave the option out or update"):
+        worker._member(SimpleNamespace(__name__="BuilderFlag"), "REFIT")
+    assert worker._set_capabilities(SimpleNamespace(), None, job(Path("a"))) == []
 
 
 def test_random_numbers_which_the_parser_takes_are_refused(one_node: OneNode) -> None:
