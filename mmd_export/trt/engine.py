@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmd_export.errors import NotAvailableError
+from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.manifest import BatchSpec
 from mmd_export.target_options import TargetOptions
 from mmd_export.trt.cache import cache_folder, find, key_of, sha256_of, store
@@ -49,10 +49,18 @@ def build_engine(library: Library, request: Request, engine: Path) -> LockFacts:
         request.notify(f"{library.title}: engine {key[:12]} was built before, taken from {folder}")
     else:
         request.notify(f"{library.title}: building an engine of {nodes:,} nodes")
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
         said = run_job(job, library.title, request.log, request.notify)
         store(folder, key, engine, said)
     return _facts(library, request.options, digest, said, device)
+
+
+def _make(folder: Path) -> None:
+    """The folder of the cache, before the long build rather than after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--cache {folder} cannot be made: {error.strerror}; choose another folder") from error
 
 
 def require_gpu_where_needed(library: Library, options: TargetOptions, device: Device | None) -> None:

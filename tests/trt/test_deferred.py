@@ -21,6 +21,7 @@ from mmd_export.program import SamplerProgram, export_program
 from mmd_export.runtime import Availability, RunOptions
 from mmd_export.target_options import TargetOptions
 from mmd_export.targets import CompileOptions, DeferrableTarget, get_target
+from mmd_export.targets.onnx import OnnxTarget
 from mmd_export.trt.engine import onnx_sha256
 from mmd_export.trt.library import RTX, TENSORRT
 from mmd_export.trt.lock import LockFacts
@@ -114,6 +115,29 @@ def test_every_precision_is_the_same_bytes_twice(precision: str, attention: Samp
         assert facts.capabilities == CAPABILITIES
     assert engines[0] == engines[1]
     assert len(engines[0]) > 2**20
+
+
+@pytest.mark.usefixtures("_rtx")
+def test_weights_beside_the_graph_are_found(attention: SamplerProgram, tmp_path: Path) -> None:
+    target, engines = get_target(RTX.name), []
+    assert isinstance(target, DeferrableTarget)
+    for name, limit in (("inside", 2**30), ("beside", 1000)):
+        (folder := tmp_path / name).mkdir()
+        OnnxTarget(limit).compile(attention, folder, CompileOptions())
+        chosen = TargetOptions(compute_capability=CAPABILITIES)
+        target.compile_onnx(folder / "model.onnx", folder, CompileOptions(target=chosen))
+        engines.append((folder / "model.plan").read_bytes())
+    assert (tmp_path / "beside" / "model.onnx_data").exists()
+    assert len(engines[0]) == len(engines[1])
+    assert onnx_sha256(tmp_path / "inside" / "model.onnx") != onnx_sha256(tmp_path / "beside" / "model.onnx")
+
+
+@pytest.mark.usefixtures("_rtx")
+def test_a_cache_that_cannot_be(deferred: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"--cache .*file/cache cannot be made: Not a directory; choose another"):
+        finalize(FinalizeOptions(deferred.folder, tmp_path / "b", cache=tmp_path / "file" / "cache"))
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.usefixtures("_rtx")
