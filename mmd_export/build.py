@@ -190,7 +190,10 @@ def _measured(bundle: Bundle, runtime: Runtime) -> Measured:
     """Rung 6 on the finished bundle; raises ParityError, and says in the card if there is nothing to run it on."""
     if not (found := runtime.availability()).available:
         return Measured(model_card(bundle.manifest, f"not verified: runtime {runtime.name}: {found.detail}"))
-    rung = check_artefact(bundle, runtime, RunOptions())
+    try:
+        rung = check_artefact(bundle, runtime, RunOptions())
+    except NotAvailableError as error:  # the runtime is here, but it cannot run this artefact, such as one of bf16
+        return Measured(model_card(bundle.manifest, f"not verified: {error}"))
     ParityReport(bundle.name, runtime.name, (rung,)).require()
     parity = {comparison.name: rounded_up(comparison.max_abs) for comparison in rung.comparisons}
     draft = bundle.manifest.model_copy(update={"parity": parity})

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from mmd_export.errors import NotAvailableError
+from mmd_export.errors import NotAvailableError, UsageError
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,12 @@ class TargetOptions:
     compute_units: str | None = None
     calibration: int | None = None
     device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.calibration is not None and self.calibration < 1:
+            raise UsageError(
+                f"--calibration is {self.calibration}, it takes at least 1 image; leave it out for the default"
+            )
 
     @property
     def given(self) -> tuple[str, ...]:

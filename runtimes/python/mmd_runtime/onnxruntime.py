@@ -45,9 +45,13 @@ class OnnxRuntime:
     def open_chain(self, bundle: Bundle, options: RunOptions) -> ChainSession:
         """Load the artefact with every ``state.<k>`` as an output; needs the ``onnx`` package too."""
         _require_onnx(bundle)
-        model = _load_model(bundle)
-        kind = _ChainSession if find_loop(model) is None else _LoopChainSession
-        return kind(bundle, options, model)
+        return chain_session(bundle, options, _load_model(bundle))
+
+
+def chain_session(bundle: Bundle, options: RunOptions, model: Any) -> ChainSession:
+    """``model``, the bundle's ONNX protobuf or one that stands for it, opened so that its states can be seen."""
+    kind = _ChainSession if find_loop(model) is None else _LoopChainSession
+    return kind(bundle, options, model)
 
 
 class _Session:
