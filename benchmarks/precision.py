@@ -67,7 +67,7 @@ TRIALS: dict[str, Recipe] = {
     "mse, linear layers float32": Recipe(clip="mse", linear=False),
     "mse, weights in 7 bits": Recipe(clip="mse", reduce_range=True),
 }
-CALIBRATIONS = (8, 32, 128)
+CALIBRATIONS = (8, 128)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Judge:
         self.real = torch.from_numpy(load_digits_split().all_images).clone()
         self.encoder = load_encoder(make_settings({"out": "unused"}, CONFIG).holdout)
         self.scans = encode_in_batches(self.encoder, self.real)
-        self.exact = self.sample(self.graph(self.calls))
+        self.exact = self.sample(self.graph(self.calls), draws)
 
     def graph(self, calls: Calls) -> ir.Model:
         """The whole sampler; on a clone, since composing shares the weights' values."""
@@ -98,12 +98,12 @@ class Judge:
         clean_up(model)
         return model
 
-    def sample(self, model: ir.Model, *, fused: bool = True) -> list[NDArray[np.float32]]:
+    def sample(self, model: ir.Model, draws: int, *, fused: bool = True) -> list[NDArray[np.float32]]:
         """As many samples a draw as there are scans; ``fused`` False keeps onnxruntime from joining Q/DQ pairs."""
         session = session_of(model, fused=fused)
         return [
             np.concatenate([session.run(["sample"], part)[0] for part in self._noises(seed)])[: len(self.real)]
-            for seed in range(FIRST_NOISE_SEED, FIRST_NOISE_SEED + self.draws)
+            for seed in range(FIRST_NOISE_SEED, FIRST_NOISE_SEED + draws)
         ]
 
     def _noises(self, seed: int) -> Iterator[dict[str, NDArray[np.float32]]]:
@@ -143,7 +143,7 @@ def precisions(judge: Judge, model: str, steps: int | None) -> dict[str, Any]:
             size = bundle.artefact_bytes
         lowered = judge.graph(lower(judge.calls, precision))
         runnable = emulated(lowered, HALVES[precision]) if precision in HALVES else lowered
-        scores = judge.score(judge.sample(runnable))
+        scores = judge.score(judge.sample(runnable, judge.draws))
         rows[precision] = {
             "bytes": size, "build_cpu_seconds": round(seconds, 1), "errors": errors, **asdict(scores),
             "run_as": "emulated" if precision in HALVES else "onnxruntime",
@@ -173,16 +173,23 @@ def step_errors(bundle: Bundle) -> dict[str, Any]:
 def trials(judge: Judge) -> list[dict[str, Any]]:
     """int8, everything that was tried."""
     recipes = [(name, recipe, CALIBRATED) for name, recipe in TRIALS.items()]
-    recipes += [(f"default, {images} images", Recipe(), images) for images in CALIBRATIONS]
+    recipes += [(f"mse, {images} images", Recipe(), images) for images in CALIBRATIONS]
     rows = []
     for name, recipe, images in recipes:
         model = judge.graph(lower(judge.calls, "int8", images, recipe))
-        scores = judge.score(judge.sample(model))
-        apart = judge.score(judge.sample(model, fused=False))
+        draws = judge.sample(model, judge.draws)
+        scores = judge.score(draws)
+        fused = float(np.abs(draws[0] - judge.sample(model, 1, fused=False)[0]).max())
         rows.append(
-            {"name": name, "recipe": asdict(recipe), "images": images, **asdict(scores), "unfused": asdict(apart)}
+            {
+                "name": name,
+                "recipe": asdict(recipe),
+                "images": images,
+                **asdict(scores),
+                "largest_effect_of_fusing": fused,
+            }
         )
-        print(name, scores, "unfused", apart.distance, flush=True)
+        print(name, scores, "fused", fused, flush=True)
     return rows
 
 
@@ -200,7 +207,7 @@ def island_trials(judge: Judge) -> dict[str, Any]:
             kept = islands(calls.model, scan(calls, SCANNED), half)
             chosen = {node: reason for node, reason in kept.items() if keeps(node, reason)}
             model = judge.graph(to_half(calls, chosen, half))
-            scores = judge.score(judge.sample(emulated(model, half)))
+            scores = judge.score(judge.sample(emulated(model, half), judge.draws))
             rows[f"{name}, {choice}"] = {"islands": len(chosen), **asdict(scores)}
             print(name, choice, len(chosen), scores, flush=True)
     return rows

@@ -11,36 +11,23 @@ from mmd_export.manifest import Tolerance
 # Rungs 1 and 2 compare float64 with float64. DDPM is the worst: diffusers clamps its variance to 1e-20, a plan not.
 EXACT = Tolerance(atol=1e-9, reason="float64 against float64; measured at most 4e-10 (DDPM), below 1e-12 for DDIM")
 
+
+def _of_digits(atol: float, reason: str) -> Tolerance:
+    return Tolerance(atol=atol, reason=f"{reason} on digits, 5 steps, every state (benchmarks/results/precision.json)")
+
+
 _ARTEFACT = {
     ("onnx", "fp32"): Tolerance(
         atol=1e-4,
         reason="float32 rounding through the chain; measured at most 4e-6 on digits and 2e-5 on the ddpm-cifar10 "
         "architecture, 5 steps, every state (benchmarks/results/artefacts.json)",
     ),
-    ("onnx", "fp16"): Tolerance(
-        atol=0.03,
-        reason="float16 rounding, norms and softmax in float32; measured at most 6e-3 on digits, 5 steps, every state (benchmarks/results/precision.json)",
-    ),
-    ("onnx", "bf16"): Tolerance(
-        atol=0.3,
-        reason="bfloat16 keeps 8 bits; emulated, see docs/precision.md; measured at most 8e-2 on digits, 5 steps, every state (benchmarks/results/precision.json)",
-    ),
-    ("onnx", "int8"): Tolerance(
-        atol=0.25,
-        reason="8-bit weights and activations; measured at most 6e-2 on digits, 5 steps, every state (benchmarks/results/precision.json)",
-    ),
-    ("onnx", "fp8"): Tolerance(
-        atol=0.6,
-        reason="E4M3 keeps 4 bits of weights and activations; measured at most 0.15 on digits, 5 steps, every state (benchmarks/results/precision.json)",
-    ),
-    ("onnx", "w8"): Tolerance(
-        atol=0.1,
-        reason="8-bit weights; measured at most 3e-2 on digits, 5 steps, every state (benchmarks/results/precision.json)",
-    ),
-    ("onnx", "w4"): Tolerance(
-        atol=0.95,
-        reason="4-bit weights; measured at most 0.42 on digits, 5 steps, every state (benchmarks/results/precision.json)",
-    ),
+    ("onnx", "fp16"): _of_digits(0.03, "float16, norms and softmax float32; measured at most 6e-3"),
+    ("onnx", "bf16"): _of_digits(0.3, "bfloat16, 8 bits of each number, emulated; measured at most 8e-2"),
+    ("onnx", "int8"): _of_digits(0.25, "8-bit weights and activations; measured at most 6e-2"),
+    ("onnx", "fp8"): _of_digits(0.6, "E4M3, 4 bits of each weight and activation; measured at most 0.15"),
+    ("onnx", "w8"): _of_digits(0.1, "8-bit weights; measured at most 3e-2"),
+    ("onnx", "w4"): _of_digits(0.95, "4-bit weights; measured at most 0.42"),
 }
 
 

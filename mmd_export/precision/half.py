@@ -1,9 +1,9 @@
 """A float32 call turned into one of 16 bits, with islands of float32: casts where the two meet, weights stored once.
 
-Existing converters do not fit: onnxruntime.transformers.float16 (1.32) leaves the Cast of an attention float32 between
-float16 neighbours, which does not load, and knows lists of operations only; ModelOpt's AutoCast scans ranges, of a
-whole model on given inputs, and brings a CUDA stack along. This one types a node by its ONNX schema, and scans the call
-on the trajectory of all K steps.
+Existing converters do not fit. onnxruntime.transformers.float16 (1.32) puts casts behind the nodes that read them, which
+onnx.checker refuses, and leaves operations out by name, whatever their range. ModelOpt's AutoCast does scan ranges, of
+a whole model on given inputs, and brings a CUDA stack along. This one types a node by its ONNX schema, and scans one
+call on the trajectory of all K steps.
 """
 
 from __future__ import annotations
