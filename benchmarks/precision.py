@@ -84,26 +84,26 @@ class Judge:
 
     def __init__(self, checkpoint: Checkpoint, steps: int | None, draws: int) -> None:
         self.checkpoint, self.plan, self.draws = checkpoint, checkpoint.plan_for(steps), draws
-        program = export_program(checkpoint.denoiser, self.plan, checkpoint.shape, BATCH, checkpoint.conditions)
+        program = export_program(checkpoint.denoiser, self.plan, checkpoint.shape, None, checkpoint.conditions)
         constants = [[value.numpy() for value in program.constants(k)] for k in range(self.plan.step_count)]
-        self.calls = Calls(translate(program.step), constants, self.plan, checkpoint.shape, BATCH)
+        self.calls = Calls(translate(program.step), constants, self.plan, checkpoint.shape, None)
         self.real = torch.from_numpy(load_digits_split().all_images).clone()
         self.encoder = load_encoder(make_settings({"out": "unused"}, CONFIG).holdout)
         self.scans = encode_in_batches(self.encoder, self.real)
-        self.exact = self.sample(self.graph(self.calls), draws)
+        self.exact = self.sample(self.graph(self.calls))
 
     def graph(self, calls: Calls) -> ir.Model:
         """The whole sampler; on a clone, since composing shares the weights' values."""
-        model = compose(calls.model.clone(), self.plan, calls.constants, GraphSpec(self.checkpoint.shape, BATCH))
+        model = compose(calls.model.clone(), self.plan, calls.constants, GraphSpec(self.checkpoint.shape, None))
         clean_up(model)
         return model
 
-    def sample(self, model: ir.Model, draws: int, *, fused: bool = True) -> list[NDArray[np.float32]]:
-        """As many samples a draw as there are scans; ``fused`` False keeps onnxruntime from joining Q/DQ pairs."""
-        session = session_of(model, fused=fused)
+    def sample(self, model: ir.Model) -> list[NDArray[np.float32]]:
+        """As many samples a draw as there are scans."""
+        session = session_of(model)
         return [
             np.concatenate([session.run(["sample"], part)[0] for part in self._noises(seed)])[: len(self.real)]
-            for seed in range(FIRST_NOISE_SEED, FIRST_NOISE_SEED + draws)
+            for seed in range(FIRST_NOISE_SEED, FIRST_NOISE_SEED + self.draws)
         ]
 
     def _noises(self, seed: int) -> Iterator[dict[str, NDArray[np.float32]]]:
@@ -120,15 +120,24 @@ class Judge:
         )
 
 
-def session_of(model: ir.Model, *, fused: bool = True) -> Any:
+def session_of(model: ir.Model, optimised: Path | None = None) -> Any:
+    """A session in onnxruntime, which writes what it made of the graph to ``optimised``."""
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
     settings.log_severity_level = 3
-    if not fused:
-        settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    if optimised is not None:
+        settings.optimized_model_filepath = str(optimised)
     return ort.InferenceSession(ir.to_proto(model).SerializeToString(), settings, ["CPUExecutionProvider"])
+
+
+def integer_kernels(model: ir.Model) -> int:
+    """How many nodes onnxruntime computes with integers; without VNNI, 8-bit ones may saturate there."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimised.onnx"
+        session_of(model, path)
+        return sum("QLinear" in node.op_type or "Integer" in node.op_type for node in ir.load(path).graph)
 
 
 def precisions(judge: Judge, model: str, steps: int | None) -> dict[str, Any]:
@@ -143,7 +152,7 @@ def precisions(judge: Judge, model: str, steps: int | None) -> dict[str, Any]:
             size = bundle.artefact_bytes
         lowered = judge.graph(lower(judge.calls, precision))
         runnable = emulated(lowered, HALVES[precision]) if precision in HALVES else lowered
-        scores = judge.score(judge.sample(runnable, judge.draws))
+        scores = judge.score(judge.sample(runnable))
         rows[precision] = {
             "bytes": size, "build_cpu_seconds": round(seconds, 1), "errors": errors, **asdict(scores),
             "run_as": "emulated" if precision in HALVES else "onnxruntime",
@@ -177,19 +186,10 @@ def trials(judge: Judge) -> list[dict[str, Any]]:
     rows = []
     for name, recipe, images in recipes:
         model = judge.graph(lower(judge.calls, "int8", images, recipe))
-        draws = judge.sample(model, judge.draws)
-        scores = judge.score(draws)
-        fused = float(np.abs(draws[0] - judge.sample(model, 1, fused=False)[0]).max())
-        rows.append(
-            {
-                "name": name,
-                "recipe": asdict(recipe),
-                "images": images,
-                **asdict(scores),
-                "largest_effect_of_fusing": fused,
-            }
-        )
-        print(name, scores, "fused", fused, flush=True)
+        scores = judge.score(judge.sample(model))
+        tried = {"name": name, "recipe": asdict(recipe), "images": images, "integer_kernels": integer_kernels(model)}
+        rows.append(tried | asdict(scores))
+        print(name, scores, flush=True)
     return rows
 
 
@@ -207,7 +207,7 @@ def island_trials(judge: Judge) -> dict[str, Any]:
             kept = islands(calls.model, scan(calls, SCANNED), half)
             chosen = {node: reason for node, reason in kept.items() if keeps(node, reason)}
             model = judge.graph(to_half(calls, chosen, half))
-            scores = judge.score(judge.sample(emulated(model, half), judge.draws))
+            scores = judge.score(judge.sample(emulated(model, half)))
             rows[f"{name}, {choice}"] = {"islands": len(chosen), **asdict(scores)}
             print(name, choice, len(chosen), scores, flush=True)
     return rows
@@ -215,7 +215,7 @@ def island_trials(judge: Judge) -> dict[str, Any]:
 
 def ranges(judge: Judge) -> dict[str, float]:
     """How much the largest magnitude of a value grows from ``SCANNED`` images to 64: the headroom that a scan needs."""
-    few, many = (scan(replace(judge.calls, model=typed(judge.calls.model), batch=4), n).largest for n in (SCANNED, 64))
+    few, many = (scan(replace(judge.calls, model=typed(judge.calls.model)), n).largest for n in (SCANNED, 64))
     growth = [many[name] / few[name] for name in few if few[name] > 0.0]
     return {"values": len(growth), "median": statistics.median(growth), "largest": max(growth)}
 
@@ -262,7 +262,8 @@ def main() -> None:
             values = json.loads(arguments.out.read_text(encoding="utf-8"))
         values |= {
             "samples_a_draw": len(judge.real), "draws": arguments.draws, "steps": judge.plan.step_count,
-            "held_out": judge.encoder.name, "default_recipe": asdict(Recipe()), "delicate": sorted(DELICATE),
+            "float32": asdict(judge.score(judge.exact)), "held_out": judge.encoder.name,
+            "default_recipe": asdict(Recipe()), "delicate": sorted(DELICATE),
         }  # fmt: skip
         measures: dict[str, Callable[[], Any]] = {
             "precisions": lambda: precisions(judge, model, None),

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
 from benchmarks.target_tables import target_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/schedulers.md", "docs/compiler.md", "docs/siblings.md", "docs/targets.md")
+PAGES = ("README.md", "docs/schedulers.md", "docs/compiler.md", "docs/siblings.md", "docs/targets.md", "docs/precision.md")
 NOT_MEASURED = "not measured"
 
 
@@ -227,6 +228,16 @@ def targets() -> str:
     return NOT_MEASURED if result is None else markdown(*target_rows(result["cells"]))
 
 
+def of_precisions(rows: Callable[[dict[str, Any]], Table]) -> Callable[[], str]:
+    """One table of docs/precision.md."""
+
+    def table() -> str:
+        result = read("precision.json")
+        return NOT_MEASURED if result is None else markdown(*rows(result))
+
+    return table
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "targets": targets,
     "siblings": siblings,
@@ -237,6 +248,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "example": example,
     "forms": forms,
     "speed": speed,
+    "precision": of_precisions(precision_rows),
+    "precision_steps": of_precisions(step_rows),
+    "islands": of_precisions(island_rows),
+    "int8": of_precisions(int8_rows),
 }
 
 

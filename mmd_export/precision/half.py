@@ -1,6 +1,6 @@
 """A float32 call turned into one of 16 bits, with islands of float32: casts where the two meet, weights stored once.
 
-Existing converters do not fit. onnxruntime.transformers.float16 (1.32) puts casts behind the nodes that read them, which
+No existing converter fits. onnxruntime.transformers.float16 (1.32) puts casts behind the nodes that read them, what
 onnx.checker refuses, and leaves operations out by name, whatever their range. ModelOpt's AutoCast does scan ranges, of
 a whole model on given inputs, and brings a CUDA stack along. This one types a node by its ONNX schema, and scans one
 call on the trajectory of all K steps.

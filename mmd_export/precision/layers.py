@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from mmd_export.precision.scan import is_float
@@ -31,6 +32,23 @@ def layers(model: ir.Model) -> list[Layer]:
     found = [layer for node in model.graph if (layer := _layer(node)) is not None]
     nodes = {layer.node for layer in found}
     return [layer for layer in found if all(use.node in nodes for use in layer.weight.uses())]
+
+
+def fold_transposes(model: ir.Model) -> None:
+    """A weight that is only read transposed is stored so; the translation leaves large ones to run time."""
+    for node in list(model.graph):
+        weight, turned = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if node.op_type != "Transpose" or weight is None or weight.const_value is None or len(weight.uses()) > 1:
+            continue
+        axes = node.attributes["perm"].as_ints() if "perm" in node.attributes else None
+        array = np.ascontiguousarray(weight.const_value.numpy().transpose(axes))
+        name = f"{weight.name}/transposed"
+        value = ir.Value(
+            name=name, type=weight.type, shape=ir.Shape(array.shape), const_value=ir.tensor(array, name=name)
+        )
+        model.graph.register_initializer(value)
+        ir.convenience.replace_all_uses_with(turned, value)
+        model.graph.remove(node, safe=True)
 
 
 def _layer(node: ir.Node) -> Layer | None:

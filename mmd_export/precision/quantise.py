@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mmd_export.precision.formats import W8, Grid
-from mmd_export.precision.layers import Layer, layers, outermost
+from mmd_export.precision.layers import Layer, fold_transposes, layers, outermost
 from mmd_export.precision.ranges import histograms, rounded_scale
 from mmd_export.precision.trajectory import Calls
 
@@ -50,6 +50,7 @@ class Recipe:
 
 def quantise(calls: Calls, grid: Grid, recipe: Recipe, images: int) -> Calls:
     """The calls on ``grid``; the model is changed in place. ``images`` set the ranges, where activations have any."""
+    fold_transposes(calls.model)
     chosen = chosen_layers(calls.model, recipe)
     rows = calls.constants
     if grid.activations and chosen:

@@ -14,7 +14,9 @@ import torch
 
 from mmd_export.checkpoint import load_checkpoint
 from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.onnx_compose import GraphSpec
 from mmd_export.onnx_lint import faults, report, require_clean
+from mmd_export.onnx_loop import compose_loop
 from mmd_export.precision.emulate import emulated
 from mmd_export.precision.formats import BF16, FP16, HALVES, Half
 from mmd_export.precision.half import to_half
@@ -85,22 +87,21 @@ def test_weights_are_stored_once_in_half(
     assert half < 0.56 * full
 
 
-def test_loop_and_free_batch(attention_calls: Calls, tiny_labels: Path) -> None:
+def test_loop_and_free_batch(tiny_labels: Path) -> None:
     """A stochastic, class-conditional model, any batch: the same numbers unrolled and as a loop."""
-    from mmd_export.onnx_compose import GraphSpec
-    from mmd_export.onnx_loop import compose_loop
-
-    made = lower(calls_of(tiny_labels, 3, None), "fp16")
-    spec = GraphSpec(made.shape, None, made.conditions)
-    loop = compose_loop(made.model.clone(), made.plan, made.constants, spec)
-    assert faults(loop, made.conditions, "fp16") == []
+    exact_calls = calls_of(tiny_labels, 3, None)
     checkpoint = load_checkpoint(str(tiny_labels))
-    inputs = golden_inputs(checkpoint, made.plan, 3)
-    expected = run_chain(sampler_of(checkpoint.as_double(), made.plan), inputs, torch.float64)["sample"]
-    results = [run(model, inputs, "sample")[0] for model in (whole(made), loop)]
-    for found in results:
-        assert np.abs(found - expected).max() < LIMIT["fp16"]
-    assert np.abs(results[0] - results[1]).max() < LIMIT["fp16"]
+    inputs = golden_inputs(checkpoint, exact_calls.plan, 3)
+    expected = run_chain(sampler_of(checkpoint.as_double(), exact_calls.plan), inputs, torch.float64)["sample"]
+    for precision, limit in (("fp16", LIMIT["fp16"]), ("int8", 0.2)):
+        made = lower(exact_calls, precision, 3)
+        spec = GraphSpec(made.shape, None, made.conditions)
+        loop = compose_loop(made.model.clone(), made.plan, made.constants, spec)
+        assert faults(loop, made.conditions, precision) == []
+        results = [run(model, inputs, "sample")[0] for model in (whole(made), loop)]
+        for found in results:
+            assert limit / 100 < np.abs(found - expected).max() < limit
+        assert np.abs(results[0] - results[1]).max() < limit
 
 
 # --- range
