@@ -56,16 +56,17 @@ from mmd_finetune.settings import make_settings
 from mmd_runtime.onnxruntime import chain_session
 
 BATCH = 128
+SHARED = Recipe(per_step=False)
 TRIALS: dict[str, Recipe] = {
-    "minmax": Recipe(clip="minmax"),
-    "minmax, a range for each step": Recipe(clip="minmax", per_step=True),
-    "percentile": Recipe(clip="percentile"),
-    "percentile, a range for each step": Recipe(clip="percentile", per_step=True),
-    "mse": Recipe(clip="mse"),
-    "mse, a range for each step": Recipe(clip="mse", per_step=True),
-    "mse, first and last layer too": Recipe(clip="mse", ends=True),
-    "mse, linear layers float32": Recipe(clip="mse", linear=False),
-    "mse, weights in 7 bits": Recipe(clip="mse", reduce_range=True),
+    "minmax": replace(SHARED, clip="minmax"),
+    "minmax, a range for each step": Recipe(clip="minmax"),
+    "percentile": replace(SHARED, clip="percentile"),
+    "percentile, a range for each step": Recipe(clip="percentile"),
+    "mse": SHARED,
+    "mse, a range for each step": Recipe(),
+    "mse, first and last layer too": replace(SHARED, ends=True),
+    "mse, linear layers float32": replace(SHARED, linear=False),
+    "mse, weights in 7 bits": replace(SHARED, reduce_range=True),
 }
 CALIBRATIONS = (8, 128)
 
@@ -182,7 +183,7 @@ def step_errors(bundle: Bundle) -> dict[str, Any]:
 def trials(judge: Judge) -> list[dict[str, Any]]:
     """int8, everything that was tried."""
     recipes = [(name, recipe, CALIBRATED) for name, recipe in TRIALS.items()]
-    recipes += [(f"mse, {images} images", Recipe(), images) for images in CALIBRATIONS]
+    recipes += [(f"mse, {images} images", SHARED, images) for images in CALIBRATIONS]
     rows = []
     for name, recipe, images in recipes:
         model = judge.graph(lower(judge.calls, "int8", images, recipe))

@@ -2,7 +2,7 @@
 
     Q(x) = clip(round(x / s), -q, q),  DQ(y) = s y;  Jacob et al. 2018, symmetric: no zero point.
 
-One scale for an activation, shared by all calls or one a call; one for each output channel of a weight, or each block.
+One scale for an activation in each call, or one for all calls; one for each output channel of a weight, or each block.
 This is ONNX's explicit quantisation, which TensorRT and onnxruntime fuse and every other runtime computes as written.
 """
 
@@ -34,7 +34,7 @@ class Recipe:
 
     Args:
         clip: ``minmax``, ``percentile`` or ``mse``, see ``Histogram.limit``.
-        per_step: a range for each call instead of one for all.
+        per_step: a range for each call instead of one for all; a loop reads it from a table.
         ends: also the layers that read the state and that give the output.
         linear: also the linear layers, those of attention.
         reduce_range: weights in 7 bits. Processors without VNNI add pairs of products in 16 bits, where 8-bit ones
@@ -42,7 +42,7 @@ class Recipe:
     """
 
     clip: str = "mse"
-    per_step: bool = False
+    per_step: bool = True
     ends: bool = False
     linear: bool = True
     reduce_range: bool = False

@@ -61,6 +61,7 @@ class OnnxTarget:
         from mmd_export.onnx_loop import compose_loop
         from mmd_export.onnx_translate import translate
         from mmd_export.precision.lower import lower
+        from mmd_export.precision.quantise import Recipe
         from mmd_export.precision.trajectory import Calls
 
         decoder = None if program.decoder is None else (translate(program.decoder.call), program.decoder.shape)
@@ -71,8 +72,11 @@ class OnnxTarget:
         exact = Calls(
             translate(program.step), constants, program.plan, program.shape, program.batch, program.conditions
         )
-        calls = lower(exact, options.precision, options.target.calibration, notify=options.notify)
-        write = compose_loop if chosen_form(options.form, program.plan.step_count) == "loop" else compose
+        form = chosen_form(options.form, program.plan.step_count)
+        # TensorRT takes a scale that is a constant, not one that a loop reads from a table.
+        recipe = Recipe(per_step=form == "unrolled")
+        calls = lower(exact, options.precision, options.target.calibration, recipe, options.notify)
+        write = compose_loop if form == "loop" else compose
         model = write(calls.model, program.plan, calls.constants, spec)
         clean_up(model)
         require_clean(model, program.conditions, options.precision)

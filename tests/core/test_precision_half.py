@@ -14,6 +14,7 @@ import torch
 
 from mmd_export.checkpoint import load_checkpoint
 from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.noise import sampler_noise
 from mmd_export.onnx_compose import GraphSpec
 from mmd_export.onnx_lint import faults, report, require_clean
 from mmd_export.onnx_loop import compose_loop
@@ -22,8 +23,9 @@ from mmd_export.precision.formats import BF16, FP16, HALVES, Half
 from mmd_export.precision.half import to_half
 from mmd_export.precision.islands import fits, islands
 from mmd_export.precision.lower import lower, typed
+from mmd_export.precision.quantise import Recipe
 from mmd_export.precision.scan import scan
-from mmd_export.precision.trajectory import Calls, follow
+from mmd_export.precision.trajectory import SEED, Calls, follow
 from mmd_export.reference import golden_inputs, run_chain, sampler_of
 from tests.models import ATTENTION, TWO_CHANNELS, save_model, weights_of, write_weights
 from tests.precisions import Golden, calls_of, dtypes, hand_made, run, whole
@@ -94,7 +96,7 @@ def test_loop_and_free_batch(tiny_labels: Path) -> None:
     inputs = golden_inputs(checkpoint, exact_calls.plan, 3)
     expected = run_chain(sampler_of(checkpoint.as_double(), exact_calls.plan), inputs, torch.float64)["sample"]
     for precision, limit in (("fp16", LIMIT["fp16"]), ("int8", 0.2)):
-        made = lower(exact_calls, precision, 3)
+        made = lower(exact_calls, precision, 3, Recipe(per_step=precision == "int8"))
         spec = GraphSpec(made.shape, None, made.conditions)
         loop = compose_loop(made.model.clone(), made.plan, made.constants, spec)
         assert faults(loop, made.conditions, precision) == []
@@ -165,6 +167,23 @@ def test_what_a_scan_sees_is_what_there_is(tiny: Path) -> None:
     assert found.largest["y"] == pytest.approx(max(np.abs(y).max() for y in outputs), rel=1e-6)
     assert found.partial["y"] == pytest.approx(max(s.max() for s in sums), rel=1e-6)
     assert found.largest["w"] == 3.0
+
+
+def test_the_trajectory_is_the_samplers_own(tiny: Path) -> None:
+    """Every call starts where the reference is by then, on the same noise."""
+    calls = calls_of(tiny, 3)
+    watched = typed(calls.model)
+    identity = ir.Node("", "Identity", [watched.graph.inputs[0]], num_outputs=1)
+    identity.outputs[0].name, identity.outputs[0].type = "seen", ir.TensorType(ir.DataType.FLOAT)
+    watched.graph.append(identity)
+    watched.graph.outputs.append(identity.outputs[0])
+    seen: dict[int, list[np.ndarray[Any, Any]]] = {}
+    follow(calls, watched, 2, lambda k, found: seen.setdefault(k, []).append(found["seen"]))
+    checkpoint = load_checkpoint(str(tiny))
+    noise = sampler_noise(SEED, 2, calls.shape, 0)
+    states = run_chain(sampler_of(checkpoint, calls.plan), noise) | {"state.0": noise["noise"]}
+    for k in range(3):
+        np.testing.assert_allclose(np.concatenate(seen[k]), states[f"state.{k}"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
