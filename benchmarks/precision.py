@@ -56,17 +56,18 @@ from mmd_finetune.settings import make_settings
 from mmd_runtime.onnxruntime import chain_session
 
 BATCH = 128
-SHARED = Recipe(per_step=False)
+SHARED = Recipe(per_step=False, seven_bits="none")
 TRIALS: dict[str, Recipe] = {
     "minmax": replace(SHARED, clip="minmax"),
-    "minmax, a range for each step": Recipe(clip="minmax"),
+    "minmax, a range for each step": Recipe(clip="minmax", seven_bits="none"),
     "percentile": replace(SHARED, clip="percentile"),
-    "percentile, a range for each step": Recipe(clip="percentile"),
+    "percentile, a range for each step": Recipe(clip="percentile", seven_bits="none"),
     "mse": SHARED,
-    "mse, a range for each step": Recipe(),
+    "mse, a range for each step": Recipe(seven_bits="none"),
     "mse, first and last layer too": replace(SHARED, ends=True),
     "mse, linear layers float32": replace(SHARED, linear=False),
-    "mse, weights in 7 bits": replace(SHARED, reduce_range=True),
+    "mse, weights in 7 bits": replace(SHARED, seven_bits="all"),
+    "mse, a range for each step, linear weights in 7 bits": Recipe(),
 }
 CALIBRATIONS = (8, 128)
 
@@ -156,6 +157,7 @@ def precisions(judge: Judge, model: str, steps: int | None) -> dict[str, Any]:
         scores = judge.score(judge.sample(runnable))
         rows[precision] = {
             "bytes": size, "build_cpu_seconds": round(seconds, 1), "errors": errors, **asdict(scores),
+            "integer_kernels": integer_kernels(runnable),
             "run_as": "emulated" if precision in HALVES else "onnxruntime",
         }  # fmt: skip
         print(precision, scores, flush=True)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mmd_export.precision.formats import W8, Grid
+from mmd_export.precision.formats import INT8, W8, Grid
 from mmd_export.precision.layers import Layer, fold_transposes, layers, outermost
 from mmd_export.precision.ranges import histograms, rounded_scale
 from mmd_export.precision.trajectory import Calls
@@ -37,15 +37,16 @@ class Recipe:
         per_step: a range for each call instead of one for all; a loop reads it from a table.
         ends: also the layers that read the state and that give the output.
         linear: also the linear layers, those of attention.
-        reduce_range: weights in 7 bits. Processors without VNNI add pairs of products in 16 bits, where 8-bit ones
-            saturate.
+        seven_bits: which layers' weights have 7 bits: ``none``, ``linear`` or ``all``. onnxruntime makes integer
+            products of some linear layers, never of convolutions; a CPU without VNNI may add those in pairs in 16 bits,
+            where 2 * 255 * 127 saturates and 2 * 255 * 63 does not.
     """
 
     clip: str = "mse"
     per_step: bool = True
     ends: bool = False
     linear: bool = True
-    reduce_range: bool = False
+    seven_bits: str = "linear"
 
 
 def quantise(calls: Calls, grid: Grid, recipe: Recipe, images: int) -> Calls:
@@ -60,7 +61,11 @@ def quantise(calls: Calls, grid: Grid, recipe: Recipe, images: int) -> Calls:
             found = [[sum(column[1:], column[0]) for column in zip(*found, strict=True)]]
         scales = [[rounded_scale(each.limit(recipe.clip, grid), grid) for each in row] for row in found]
         rows = _quantise_activations(calls, chosen, values, scales, grid)
-    quantise_weights(calls.model, chosen, replace(grid, largest=63.0) if recipe.reduce_range else grid)
+    for layer in chosen:
+        seven = grid == INT8 and (
+            recipe.seven_bits == "all" or (recipe.seven_bits == "linear" and not layer.convolution)
+        )
+        quantise_weight(calls.model.graph, layer, replace(grid, largest=63.0) if seven else grid)
     opsets = calls.model.graph.opset_imports
     opsets[""] = max(opsets[""], grid.opset)
     return replace(calls, constants=rows)
@@ -99,14 +104,14 @@ def _quantise_activations(
     return [[*row, *map(np.asarray, more)] for row, more in zip(rows, scales, strict=True)]
 
 
-def quantise_weights(model: ir.Model, chosen: Sequence[Layer], grid: Grid) -> None:
-    """Each weight once in the grid's type, and a DequantizeLinear in front of its layers."""
-    done: dict[tuple[ir.Value, int], ir.Value] = {}
-    for layer in chosen:
-        key = layer.weight, layer.axis
-        if key not in done:
-            done[key] = _dequantised(model.graph, layer, grid)
-        layer.node.replace_input_with(1, done[key])
+def quantise_weight(graph: ir.Graph, layer: Layer, grid: Grid) -> None:
+    """The weight once in the grid's type, and a DequantizeLinear in front of its layers."""
+    readers = [use for use in layer.weight.uses() if use.idx == 1]
+    if layer.node not in [use.node for use in readers]:
+        return  # it came with an earlier layer of the same weight
+    back = _dequantised(graph, layer, grid)
+    for use in readers:
+        use.node.replace_input_with(use.idx, back)
 
 
 def _dequantised(graph: ir.Graph, layer: Layer, grid: Grid) -> ir.Value:

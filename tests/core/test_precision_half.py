@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 
 from mmd_export.checkpoint import load_checkpoint
 from mmd_export.errors import NotAvailableError, UsageError
@@ -215,6 +216,32 @@ def test_sums_that_cancel_are_an_island(tiny: Path) -> None:
     assert found.largest["y"] < 20.0
     kept = islands(calls.model, found, FP16)
     assert {node.outputs[0].name: reason for node, reason in kept.items()} == {"y": "sum"}
+
+
+def test_the_squares_inside_a_norm(tiny: Path) -> None:
+    """Values near 2000 fit, their squares do not: shown by an evaluator that computes in float16 inside too."""
+    weights = {"loud": np.array(500.0), "scale": np.ones(2), "bias": np.zeros(2)}
+    nodes: list[Any] = [
+        ("Mul", ["x", "loud"], "h", {}),
+        ("InstanceNormalization", ["h", "scale", "bias"], "y", {"epsilon": 1e-5}),
+    ]
+    calls = hand_made(nodes, {name: np.asarray(array, np.float32) for name, array in weights.items()}, plan_of(tiny))
+    noise = {"noise": sampler_noise(SEED, 1, (2, 4, 4), 0)["noise"]}
+    exact = run(whole(calls), noise, "output.0")[0]
+    typed_calls = replace(calls, model=typed(calls.model))
+    kept = islands(typed_calls.model, scan(typed_calls, 2), FP16)
+    assert set(kept.values()) == {"operation"}
+    errors = []
+    for chosen in (kept, {}):
+        made = replace(calls, model=typed(calls.model))
+        names = {node.name for node in chosen}
+        model = whole(to_half(made, {node: "" for node in made.model.graph if node.name in names}, FP16))
+        proto = ir.to_proto(model)
+        proto.graph.output.append(onnx.helper.make_tensor_value_info("output.0", 1, None))
+        found = ReferenceEvaluator(proto).run(["output.0"], noise)[0]
+        errors.append(float(np.abs(found - exact).max()))
+    assert errors[0] < 0.01
+    assert not errors[1] < 0.1
 
 
 def test_a_tiny_number_is_an_island(tiny: Path) -> None:
