@@ -218,6 +218,7 @@ def test_sums_that_cancel_are_an_island(tiny: Path) -> None:
     assert {node.outputs[0].name: reason for node, reason in kept.items()} == {"y": "sum"}
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # that is what it is about
 def test_the_squares_inside_a_norm(tiny: Path) -> None:
     """Values near 2000 fit, their squares do not: shown by an evaluator that computes in float16 inside too."""
     weights = {"loud": np.array(500.0), "scale": np.ones(2), "bias": np.zeros(2)}
