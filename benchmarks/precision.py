@@ -266,7 +266,7 @@ def main() -> None:
         values |= {
             "samples_a_draw": len(judge.real), "draws": arguments.draws, "steps": judge.plan.step_count,
             "float32": asdict(judge.score(judge.exact)), "held_out": judge.encoder.name,
-            "default_recipe": asdict(Recipe()), "delicate": sorted(DELICATE),
+            "default_recipe": asdict(Recipe()), "images": CALIBRATED, "delicate": sorted(DELICATE),
         }  # fmt: skip
         measures: dict[str, Callable[[], Any]] = {
             "precisions": lambda: precisions(judge, model, None),

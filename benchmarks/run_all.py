@@ -13,6 +13,7 @@ SCRIPTS = (
     "benchmarks.speed",
     "benchmarks.targets",
     "benchmarks.digits_quality",
+    "benchmarks.precision",
     "benchmarks.example",
     "benchmarks.siblings",
     "benchmarks.tables",

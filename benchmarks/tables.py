@@ -18,7 +18,14 @@ from benchmarks.target_tables import target_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/schedulers.md", "docs/compiler.md", "docs/siblings.md", "docs/targets.md", "docs/precision.md")
+PAGES = (
+    "README.md",
+    "docs/schedulers.md",
+    "docs/compiler.md",
+    "docs/siblings.md",
+    "docs/targets.md",
+    "docs/precision.md",
+)
 NOT_MEASURED = "not measured"
 
 
