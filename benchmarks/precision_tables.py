@@ -10,7 +10,7 @@ _FORCED = " teacher-forced"
 
 def precision_rows(result: dict[str, Any]) -> Table:
     """Each precision: part of the float32 file on both models, worst errors, distance."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, row in result["precisions"].items():
         part = row["bytes"] / result["precisions"]["fp32"]["bytes"]
         forced = max(error["max"] for key, error in row["errors"].items() if key.endswith(_FORCED))
@@ -33,7 +33,7 @@ def precision_rows(result: dict[str, Any]) -> Table:
 def step_rows(result: dict[str, Any]) -> Table:
     """Largest error after each step, free-running, and teacher-forced in brackets."""
     steps = [f"state.{k}" for k in range(1, result["steps"] + 1)]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, row in result["precisions"].items():
         errors = row["errors"]
         cells = [f"{errors[step]['max']:.0e} ({errors[step + _FORCED]['max']:.0e})" for step in steps]
@@ -43,7 +43,7 @@ def step_rows(result: dict[str, Any]) -> Table:
 
 def island_rows(result: dict[str, Any]) -> Table:
     """16 bits with more and fewer operations in float32."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (name, str(row["islands"]), f"{row['rms_pixel_error']:.1e}", f"{row['distance']:.3f}")
         for name, row in result["islands"].items()
     ]
