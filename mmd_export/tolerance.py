@@ -17,6 +17,11 @@ _ARTEFACT = {
         reason="float32 rounding through the chain; measured at most 4e-6 on digits and 2e-5 on the ddpm-cifar10 "
         "architecture, 5 steps, every state (benchmarks/results/artefacts.json)",
     ),
+    ("coreml", "fp32"): Tolerance(atol=1e-4, reason="measured"),
+    ("coreml", "fp16"): Tolerance(atol=1e-2, reason="measured"),
+    ("coreml", "w8"): Tolerance(atol=0.1, reason="measured"),
+    ("coreml", "w6"): Tolerance(atol=0.3, reason="measured"),
+    ("coreml", "w4"): Tolerance(atol=0.9, reason="measured"),
 }
 
 
