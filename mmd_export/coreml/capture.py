@@ -59,7 +59,7 @@ def capture(program: SamplerProgram, output: str) -> Captured:
     exported = unroll(_Program(**fields), states=True).run_decompositions({})
     plan = _name_states(exported, program.plan.step_count, program.plan.clamp_output or program.decoder is not None)
     if output == "uint8":
-        plan |= _append_levels(exported.graph)
+        plan |= _append_levels(exported)
     exported.graph.lint()
     exported.graph_module.recompile()
     return Captured(exported, frozenset(plan))
@@ -146,8 +146,9 @@ def _in_network(node: fx.Node) -> bool:
     return any("denoiser" in path or "decoder" in path for path in paths)
 
 
-def _append_levels(graph: fx.Graph) -> set[str]:
+def _append_levels(exported: ExportedProgram) -> set[str]:
     """round((sample / 2 + 0.5) * 255) behind the sample; returns the names of the new nodes."""
+    graph = exported.graph
     output = graph.output_node()
     (value,) = output.args[0]  # type: ignore[misc]
     names = set()
@@ -157,6 +158,7 @@ def _append_levels(graph: fx.Graph) -> set[str]:
             names.add(value.name)
         value = _call(graph, _ATEN.round.default, (value,), value)
     output.args = ((value,),)
+    exported.graph_signature.output_specs[0].arg.name = value.name
     return names | {value.name}
 
 

@@ -7,7 +7,7 @@ import importlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,19 +71,18 @@ def convert(captured: Captured, wanted: Wanted) -> Any:
         half = ct.transform.FP16ComputePrecision(op_selector=lambda op: op.name not in keep)
     with _quiet():
         try:
-            model = ct.convert(
+            return ct.convert(
                 captured.program,
                 outputs=[_output(ct, wanted)],
                 convert_to="mlprogram",
                 minimum_deployment_target=getattr(ct.target, wanted.system),
                 compute_precision=half,
-                pass_pipeline=ct.PassPipeline([f"common::{name}" for name in _PASSES], "mmd_export"),
+                pass_pipeline=_pipeline(ct, wanted.precision),
                 skip_model_load=True,
             )
         except (NotImplementedError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise NotAvailableError(f"coremltools cannot convert it: {reason}; use --target onnx") from error
-        return _compressed(model, wanted.precision)
 
 
 def coremltools() -> Any:
@@ -100,19 +99,25 @@ def _output(ct: Any, wanted: Wanted) -> Any:
     return ct.TensorType(name="sample", dtype=importlib.import_module("numpy").float32)
 
 
-def _compressed(model: Any, precision: str) -> Any:
-    """Weights as int8, one scale a channel, or as a palette of 2^bits values."""
+def _pipeline(ct: Any, precision: str) -> Any:
+    """The passes, the last of which makes weights int8, one scale a channel, or a palette of 2^bits values.
+
+    It is the pass of coremltools.optimize.coreml.linear_quantize_weights or palettize_weights, which would read the
+    finished package again and run the whole default pipeline over it.
+    """
+    pipeline = ct.PassPipeline([f"common::{name}" for name in _PASSES], "mmd_export")
     if precision not in _BITS:
-        return model
+        return pipeline
     cto = importlib.import_module("coremltools.optimize.coreml")
-    compress: Callable[..., Any]
     if _BITS[precision] == 8:
-        compress = cto.linear_quantize_weights
+        name = "compression::linear_quantize_weights"
         config = cto.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=_LEAST_VALUES)
     else:
-        compress = cto.palettize_weights
+        name = "compression::palettize_weights"
         config = cto.OpPalettizerConfig(mode="kmeans", nbits=_BITS[precision], weight_threshold=_LEAST_VALUES)
-    return compress(model, config=cto.OptimizationConfig(global_config=config))
+    pipeline.append_pass(name)
+    pipeline.set_options(name, {"config": cto.OptimizationConfig(global_config=config)})
+    return pipeline
 
 
 @contextlib.contextmanager

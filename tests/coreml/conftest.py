@@ -21,7 +21,7 @@ STEPS = 2
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
-    """``built(model, precision=..., output=..., system=...)``: the bundle of those, verified by reference evaluation."""
+    """``built(model, precision=..., output=..., system=...)``: that bundle, verified by reference evaluation."""
     target = get_target("coreml")
     if not (found := target.availability()).available:
         pytest.skip(f"target coreml: {found.detail}; {found.install}")

@@ -124,7 +124,7 @@ def test_an_unknown_op_is_named(copy: Bundle) -> None:
         next(ops(spec, "softmax")).type = "gru"
 
     change(copy, edit)
-    with pytest.raises(NotAvailableError, match="no rule for it: op '.*softmax.*' is 'gru'; verify it on macOS"):
+    with pytest.raises(NotAvailableError, match=r"no rule for it: op '.*softmax.*' is 'gru'; verify it on macOS"):
         check(copy)
 
 

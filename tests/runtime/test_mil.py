@@ -264,12 +264,15 @@ def test_damaged_wire(data: bytes, message: str) -> None:
 # --- the evaluator
 
 
-def add_one(kind: str = "add", declared: Type = Type("fp32", (2,))) -> Program:
-    one = Op("const", "one", {}, (("one", Type("fp32", (2,))),), {"val": np.ones(2, np.float32)})
+PAIR = Type("fp32", (2,))
+
+
+def add_one(kind: str = "add", declared: Type = PAIR) -> Program:
+    one = Op("const", "one", {}, (("one", PAIR),), {"val": np.ones(2, np.float32)})
     ops = [one]
     for name, source in (("a", "x"), ("b", "a")):
         ops.append(Op(kind, name, {"x": (Ref(source),), "y": (Ref("one"),)}, ((name, declared),), {}))
-    return Program(8, "CoreML7", {"x": Type("fp32", (2,))}, ("b",), tuple(ops), ())
+    return Program(8, "CoreML7", {"x": PAIR}, ("b",), tuple(ops), ())
 
 
 def test_it_runs_from_inputs_or_from_values_in_between() -> None:

@@ -77,7 +77,9 @@ class Evaluator:
 
     def _constant(self, op: Op) -> Any:
         if op.kind == "const":
-            value = op.attributes["val"]
+            value = op.attributes.get("val")
+            if value is None:
+                raise MalformedError(f"const {op.name!r} has no value")
             return value if isinstance(value, str) else _checked(op, *op.outputs[0], value)
         return _checked(op, *op.outputs[0], self._apply(op, {}))
 
