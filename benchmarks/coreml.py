@@ -129,7 +129,7 @@ WAYS: dict[str, tuple[Callable[..., Tensor], bool, tuple[str, ...]]] = {
 
 def norms() -> list[dict[str, Any]]:
     """The 16x16 network, 2 steps, by the way its GroupNorm is written; wild: its activations reach some thousands."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         models = {"tame": save_small(Path(scratch) / "tame"), "wild": wild(Path(scratch) / "wild")}
         for way, (norm, islands, cases) in WAYS.items():

@@ -150,7 +150,7 @@ def _append_levels(exported: ExportedProgram) -> set[str]:
     """round((sample / 2 + 0.5) * 255) behind the sample; returns the names of the new nodes."""
     graph = exported.graph
     output = graph.output_node()
-    (value,) = output.args[0]  # type: ignore[misc]
+    (value,) = output.args[0]
     names = set()
     with graph.inserting_before(output):
         for target, number in ((_ATEN.mul.Tensor, 0.5), (_ATEN.add.Tensor, 0.5), (_ATEN.mul.Tensor, 255.0)):

@@ -74,6 +74,6 @@ def lifted(exported: ExportedProgram) -> list[Tensor]:
 def _inputs(program: SamplerProgram, seed: int) -> list[Tensor]:
     """Noise, step noise and examples of the conditions, in the order of the manifest."""
     rows = program.batch or 1
-    arrays = [*sampler_noise(seed, rows, program.shape, program.plan.noisy_steps).values()]
+    arrays: list[Any] = [*sampler_noise(seed, rows, program.shape, program.plan.noisy_steps).values()]
     arrays += [condition.examples(seed, rows) for condition in program.conditions]
     return [torch.from_numpy(array) for array in arrays]

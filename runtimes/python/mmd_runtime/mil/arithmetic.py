@@ -79,7 +79,7 @@ def _gelu(args: Args) -> Array:
 
 
 def _clip(args: Args) -> Array:
-    return np.clip(args["x"], args["alpha"], args["beta"])
+    return np.asarray(np.clip(args["x"], args["alpha"], args["beta"]))
 
 
 def _rsqrt(args: Args) -> Array:
@@ -93,7 +93,7 @@ def _cast(args: Args) -> Array:
 
 
 def _select(args: Args) -> Array:
-    return np.where(args["cond"], args["a"], args["b"])
+    return np.asarray(np.where(args["cond"], args["a"], args["b"]))
 
 
 def softmax(x: Array, axis: int) -> Array:

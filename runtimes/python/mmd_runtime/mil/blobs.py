@@ -35,7 +35,7 @@ class Blobs:
 
     def __init__(self, path: Path) -> None:
         try:
-            self.data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+            self.data: Any = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
         except OSError as error:
             raise MalformedError(f"{path.name} cannot be read ({error.strerror})") from error
         if len(self.data) < 64 or struct.unpack_from("<II", self.data)[1] != _VERSION:
@@ -71,7 +71,7 @@ def tensor(data: NDArray[np.uint8], dtype: str, shape: tuple[int, ...], where: s
 def unpacked(data: NDArray[np.uint8], bits: int, count: int, *, signed: bool = False) -> NDArray[Any]:
     """``count`` numbers of ``bits`` bits, the lowest bits of a byte first."""
     flat = np.unpackbits(data, bitorder="little")[: count * bits].reshape(count, bits)
-    values = (flat << np.arange(bits, dtype=np.uint8)).sum(axis=1, dtype=np.uint8)
-    if not signed:
-        return values
-    return np.where(values >> (bits - 1), values.astype(np.int16) - 2**bits, values).astype(np.int8)
+    values: NDArray[Any] = (flat << np.arange(bits, dtype=np.uint8)).sum(axis=1, dtype=np.uint8)
+    if signed:
+        values = np.where(values >> (bits - 1), values.astype(np.int16) - 2**bits, values).astype(np.int8)
+    return values

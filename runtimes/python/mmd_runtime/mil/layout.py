@@ -27,7 +27,7 @@ def _reshape(args: Args) -> Array:
 
 
 def _squeeze(args: Args) -> Array:
-    return np.squeeze(args["x"], axis=_ints(args["axes"]) if "axes" in args else None)
+    return np.asarray(np.squeeze(args["x"], axis=_ints(args["axes"]) if "axes" in args else None))
 
 
 def _concat(args: Args) -> Array:
@@ -109,7 +109,7 @@ def _affine(args: Args) -> Array:
     shape[axis] = -1
     scale, zero = (np.asarray(args[name]) for name in ("scale", "zero_point"))
     scale, zero = (value.reshape(shape) if value.ndim else value for value in (scale, zero))
-    return ((data.astype(np.float32) - zero.astype(np.float32)) * scale).astype(scale.dtype)
+    return np.asarray((data.astype(np.float32) - zero.astype(np.float32)) * scale, scale.dtype)
 
 
 def _palette(args: Args) -> Array:
@@ -130,7 +130,7 @@ def _blockwise(args: Args) -> Array:
     data, scale = args["data"], args["scale"]
     offset = args.get("offset", scale.dtype.type(0))
     shifted = data.astype(np.float32) - _blocks(np.asarray(offset, np.float32), data.shape)
-    return (shifted * _blocks(scale, data.shape)).astype(scale.dtype)
+    return np.asarray(shifted * _blocks(scale, data.shape), scale.dtype)
 
 
 def _blocks(values: Array, shape: Sequence[int]) -> Array:
