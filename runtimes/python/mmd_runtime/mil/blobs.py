@@ -35,9 +35,10 @@ class Blobs:
 
     def __init__(self, path: Path) -> None:
         try:
-            self.data: Any = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+            data: Any = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
         except OSError as error:
             raise MalformedError(f"{path.name} cannot be read ({error.strerror})") from error
+        self.data = data
         if len(self.data) < 64 or struct.unpack_from("<II", self.data)[1] != _VERSION:
             raise MalformedError(f"{path.name} is no blob storage of version {_VERSION}")
 
