@@ -11,6 +11,7 @@ SCRIPTS = (
     "benchmarks.artefacts",
     "benchmarks.forms",
     "benchmarks.speed",
+    "benchmarks.coreml",
     "benchmarks.targets",
     "benchmarks.digits_quality",
     "benchmarks.example",

@@ -17,7 +17,7 @@ from benchmarks.target_tables import target_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/schedulers.md", "docs/compiler.md", "docs/siblings.md", "docs/targets.md")
+PAGES = ("README.md", "docs/schedulers.md", "docs/compiler.md", "docs/siblings.md", "docs/targets.md", "docs/coreml.md")
 NOT_MEASURED = "not measured"
 
 
@@ -227,7 +227,39 @@ def targets() -> str:
     return NOT_MEASURED if result is None else markdown(*target_rows(result["cells"]))
 
 
+def coreml() -> str:
+    """Size, cost and error of each Core ML package."""
+    result = read("coreml.json")
+    if result is None:
+        return NOT_MEASURED
+    rows = []
+    for row in result["packages"]:
+        cost = (f"{row['cpu_seconds']:.0f}", f"{row['with_imports']:.0f}", f"{row['peak_memory_mb'] / 1000:.2f}")
+        rows.append(
+            (f"{row['model']}, {row['precision']}", f"{row['bytes'] / 1e6:.2f}", f"{row['ops']:,}", *cost,
+             f"{row['worst']:.1e}", f"{row['evaluation_seconds']:.1f}")
+        )  # fmt: skip
+    heads = ("package", "MB", "ops", "conversion, CPU s", "with imports", "peak GB", "worst error", "evaluation, s")
+    return markdown(heads, rows)
+
+
+def coreml_norms() -> str:
+    """GroupNorm by the way it is written."""
+    result = read("coreml.json")
+    if result is None:
+        return NOT_MEASURED
+    rows = [
+        (row["way"], f"{row['network']}, {row['precision']}", f"{row['ops']:,}", f"{row['casts']}",
+         f"{row['cpu_seconds']:.0f}", f"{row['worst']:.1e}")
+        for row in result["norms"]
+    ]  # fmt: skip
+    heads = ("GroupNorm", "network", "ops", "of them casts", "conversion, CPU s", "worst error")
+    return markdown(heads, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "coreml": coreml,
+    "coreml_norms": coreml_norms,
     "targets": targets,
     "siblings": siblings,
     "quality": quality,

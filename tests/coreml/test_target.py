@@ -38,33 +38,6 @@ def worst(bundle: Bundle) -> float:
     return max(bundle.manifest.parity.values())
 
 
-def test_fp32_is_the_sampler_to_float32_rounding(built: Built, tiny_attention: Path) -> None:
-    bundle = built(tiny_attention)
-    assert worst(bundle) <= 1e-5
-    assert set(bundle.manifest.parity or {}) == {
-        "sample", "state.1", "state.2", "state.1 teacher-forced", "state.2 teacher-forced",
-    }  # fmt: skip
-    assert "reference evaluation" in bundle.card
-    assert "not Core ML" in bundle.card
-
-
-def test_the_package_is_what_the_manifest_says(built: Built, tiny_attention: Path) -> None:
-    bundle = built(tiny_attention)
-    program = program_of(bundle)
-    assert dict(program.inputs) == {"noise": Type("fp32", (1, 2, 8, 12))}
-    assert program.outputs == ("sample",)
-    assert {feature.kind for feature in program.features} == {"fp32"}
-    assert program.opset == "CoreML7"
-    graph = bundle.manifest.graph
-    assert graph.nodes == sum(graph.op_counts.values()) == sum(op.kind != "const" for op in program.ops)
-    assert {"layer_norm", "softmax", "conv"} <= set(graph.op_counts)
-    assert "scaled_dot_product_attention" not in graph.op_counts
-    assert bundle.manifest.hardware == {"deployment_target": "iOS17", "compute_units": "all"}
-    files = {path.relative_to(bundle.artefact_path).as_posix() for path in bundle.artefact_path.rglob("*.*")}
-    model = "Data/com.apple.CoreML"
-    assert files - {model} == {"Manifest.json", f"{model}/model.mlmodel", f"{model}/weights/weight.bin"}
-
-
 def test_weights_are_stored_once(built: Built, tiny: Path) -> None:
     weights = sum(value.numel() for value in load_checkpoint(tiny).denoiser.parameters())
     assert built(tiny).manifest.graph.unique_weight_bytes <= 4 * weights + 128 * 200

@@ -1,4 +1,4 @@
-"""Faults seeded into a finished package, and what reference evaluation says of each."""
+"""A finished package with attention: what is in it, and what reference evaluation says of faults seeded into it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,37 @@ from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, Pa
 from mmd_export.parity import ParityReport, check_artefact
 from mmd_export.runtime import RunOptions
 from mmd_runtime.coreml_reference import RUNTIME
+from mmd_runtime.mil.program import Type, read_package
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
+
+
+def test_fp32_is_the_sampler_to_float32_rounding(built: Callable[..., Bundle], tiny_attention: Path) -> None:
+    bundle = built(tiny_attention)
+    assert max((bundle.manifest.parity or {"": 1.0}).values()) <= 1e-5
+    assert set(bundle.manifest.parity or {}) == {
+        "sample", "state.1", "state.2", "state.1 teacher-forced", "state.2 teacher-forced",
+    }  # fmt: skip
+    assert "reference evaluation" in bundle.card
+    assert "not Core ML" in bundle.card
+
+
+def test_the_package_is_what_the_manifest_says(built: Callable[..., Bundle], tiny_attention: Path) -> None:
+    bundle = built(tiny_attention)
+    program = read_package(bundle.artefact_path)
+    assert dict(program.inputs) == {"noise": Type("fp32", (1, 2, 8, 12))}
+    assert program.outputs == ("sample",)
+    assert {feature.kind for feature in program.features} == {"fp32"}
+    assert program.opset == "CoreML7"
+    graph = bundle.manifest.graph
+    assert graph.nodes == sum(graph.op_counts.values()) == sum(op.kind != "const" for op in program.ops)
+    assert {"layer_norm", "softmax", "conv"} <= set(graph.op_counts)
+    assert "scaled_dot_product_attention" not in graph.op_counts
+    assert bundle.manifest.hardware == {"deployment_target": "iOS17", "compute_units": "all"}
+    files = {path.relative_to(bundle.artefact_path).as_posix() for path in bundle.artefact_path.rglob("*.*")}
+    model = "Data/com.apple.CoreML"
+    assert files - {model} == {"Manifest.json", f"{model}/model.mlmodel", f"{model}/weights/weight.bin"}
 
 
 @pytest.fixture
