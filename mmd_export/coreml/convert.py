@@ -80,7 +80,13 @@ def convert(captured: Captured, wanted: Wanted) -> Any:
                 pass_pipeline=_pipeline(ct, wanted.precision),
                 skip_model_load=True,
             )
-        except (NotImplementedError, ValueError, RuntimeError) as error:
+        except (
+            NotImplementedError,
+            ValueError,
+            RuntimeError,
+            TypeError,
+            AssertionError,
+        ) as error:  # it raises them all
             reason = " ".join(str(error).split())[:300]
             raise NotAvailableError(f"coremltools cannot convert it: {reason}; use --target onnx") from error
 

@@ -42,7 +42,7 @@ def write_package(model: Any, folder: Path, facts: Mapping[str, str]) -> dict[st
     manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": entries, "rootModelIdentifier": _identifier(_MODEL)}
     text = json.dumps(manifest, indent=4, sort_keys=True) + "\n"
     (folder / "Manifest.json").write_text(text, encoding="utf-8", newline="\n")
-    return _graph_facts(spec, weights.stat().st_size)
+    return _graph_facts(spec, weights.stat().st_size if weights.exists() else 0)
 
 
 def _identifier(path: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,27 +12,50 @@ from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
 from mmd_export.target_options import TargetOptions
 from mmd_export.targets import get_target
-from tests.models import save_model, tiny, tiny_attention, tiny_checkpoint, tiny_labels, weights_of, write_weights
+from tests.models import (
+    save_latent_model,
+    save_model,
+    tiny,
+    tiny_attention,
+    tiny_checkpoint,
+    tiny_labels,
+    weights_of,
+    write_weights,
+)
 
 __all__ = ["tiny", "tiny_attention", "tiny_checkpoint", "tiny_labels"]
-STEPS = 2
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
-    """``built(model, precision=..., output=..., system=...)``: that bundle, verified by reference evaluation."""
+    """``built(model, precision, output, system, steps, decode)``: that bundle, verified by reference evaluation."""
     target = get_target("coreml")
     if not (found := target.availability()).available:
         pytest.skip(f"target coreml: {found.detail}; {found.install}")
 
     @cache
-    def make(model: Path, precision: str = "fp32", output: str = "float32", system: str | None = None) -> Bundle:
+    def make(
+        model: Path,
+        precision: str = "fp32",
+        output: str = "float32",
+        system: str | None = None,
+        steps: int = 1,
+        decode: bool = False,
+    ) -> Bundle:
         out = tmp_path_factory.mktemp("coreml") / "bundle"
-        of_target = TargetOptions(deployment_target=system)
-        options: dict[str, Any] = {"precision": precision, "output": output, "of_target": of_target, "steps": STEPS}
-        return build(BuildOptions(model=str(model), target="coreml", out=out, **options))
+        options = BuildOptions(
+            str(model), "coreml", out, precision, output=output, decode=decode, steps=steps,
+            of_target=TargetOptions(deployment_target=system),
+        )  # fmt: skip
+        return build(options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def latent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A latent model with its autoencoder."""
+    return save_latent_model(tmp_path_factory.mktemp("models") / "latent")
 
 
 @pytest.fixture(scope="session")

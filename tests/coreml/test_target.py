@@ -18,9 +18,10 @@ from mmd_export.coreml import capture, probe
 from mmd_export.errors import NotAvailableError, ParityError, UsageError
 from mmd_export.parity import ParityReport, check_artefact
 from mmd_export.program import export_program
+from mmd_export.reference import sampler_of
 from mmd_export.runtime import RunOptions
 from mmd_export.target_options import TargetOptions
-from mmd_export.unrolled_program import unroll
+from mmd_export.targets import CompileOptions, get_target
 from mmd_runtime.coreml_reference import RUNTIME
 from mmd_runtime.mil.evaluate import Evaluator
 from mmd_runtime.mil.program import Program, Type, read_package
@@ -56,7 +57,7 @@ def test_state_and_interface_stay_float32(
     program = program_of(bundle)
     types = Evaluator(program).types
     assert {feature.kind for feature in program.features} == {"fp32"}
-    assert types["noise"] == types["sample"] == types["state_1"] == types["state_2"] == Type("fp32", IMAGE)
+    assert types["noise"] == types["sample"] == types["state_1"] == Type("fp32", IMAGE)
     half = {op.kind for op in program.ops if op.outputs[0][1].dtype == "fp16"}
     assert {"conv", "layer_norm"} <= half
     single = {op.kind for op in program.ops if op.outputs[0][1].dtype == "fp32"} - {"const", "cast"}
@@ -106,11 +107,19 @@ def test_unknown_options(tiny: Path, tmp_path: Path, options: TargetOptions, mes
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("decode", [False, True])
+def test_latents_and_their_decoder(built: Built, latent: Path, decode: bool) -> None:
+    bundle = built(latent, decode=decode)
+    assert worst(bundle) <= 1e-4
+    assert bundle.gives_latents is not decode
+    assert Evaluator(program_of(bundle)).types["sample"].shape == ((1, 3, 16, 16) if decode else (1, 4, 8, 8))
+
+
 # --- half precision where it does not reach
 
 
 def test_norms_beyond_half_precision_are_computed_in_float32(built: Built, wild: Path) -> None:
-    bundle = built(wild, precision="fp16")
+    bundle = built(wild, precision="fp16", steps=2)
     assert worst(bundle) <= 1e-2
     norms = [op.outputs[0][1].dtype for op in program_of(bundle).ops if op.kind == "layer_norm"]
     assert {"fp32", "fp16"} == set(norms)
@@ -130,6 +139,19 @@ def test_without_the_repair_they_are_finite_and_wrong(
     assert np.abs(sample - golden.sample[:1]).max() > 0.05
     with pytest.raises(ParityError, match=r"rung 6 .* the tolerance is 0.0"):
         ParityReport(bundle.name, RUNTIME.name, (check_artefact(bundle, RUNTIME, RunOptions()),)).require()
+
+
+class Odd(nn.Module):
+    """An op that coremltools does not know."""
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(x) + timestep.float()
+
+
+def test_an_op_that_cannot_be_converted_is_named(tiny_checkpoint: Checkpoint, tmp_path: Path, built: Built) -> None:
+    program = export_program(Odd(), tiny_checkpoint.plan_for(1), tiny_checkpoint.shape, 1)
+    with pytest.raises(NotAvailableError, match=r"coremltools cannot convert it: .*bessel_j0.*; use --target onnx"):
+        get_target("coreml").compile(program, tmp_path, CompileOptions())
 
 
 class Exploding(nn.Module):
@@ -179,4 +201,4 @@ def test_states_are_named_and_the_plan_is_told_from_the_network(tiny_checkpoint:
     noise = torch.randn(1, *tiny_checkpoint.shape)
     with torch.no_grad():
         (sample,) = fx.Interpreter(captured.program.graph_module).run(*probe.lifted(captured.program), noise)
-        torch.testing.assert_close(sample, unroll(program).module(check_guards=False)(noise))
+        torch.testing.assert_close(sample, sampler_of(tiny_checkpoint, plan)(noise), rtol=0, atol=1e-5)
