@@ -213,6 +213,7 @@ def verify(
     ]
     heads = ("rung", "checks", "worst", "tolerance", "verdict")
     show_table(f"Parity of {report.bundle} in {report.runtime}", heads, rows, json)
+    say(f"{report.runtime}: {report.detail}")
     for reason in sorted({rung.skipped for rung in report.rungs if rung.skipped}):
         say(f"not checked: {reason}")
     for reason in (rung.unseen for rung in report.rungs if rung.unseen):

@@ -131,11 +131,12 @@ class Rung:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Every rung that was asked for, in order."""
+    """Every rung that was asked for, in order. ``detail`` says what the runtime is."""
 
     bundle: str
     runtime: str
     rungs: tuple[Rung, ...]
+    detail: str = ""
 
     @property
     def passed(self) -> bool:
@@ -153,7 +154,8 @@ class ParityReport:
 
     def to_dict(self) -> dict[str, Any]:
         rungs = [rung.to_dict() for rung in self.rungs]
-        return {"bundle": self.bundle, "runtime": self.runtime, "passed": self.passed, "rungs": rungs}
+        about = {"bundle": self.bundle, "runtime": self.runtime, "detail": self.detail}
+        return {**about, "passed": self.passed, "rungs": rungs}
 
 
 def _reason(rung: Rung) -> str:

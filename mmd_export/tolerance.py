@@ -17,7 +17,7 @@ _ARTEFACT = {
         reason="float32 rounding through the chain; measured at most 4e-6 on digits and 2e-5 on the ddpm-cifar10 "
         "architecture, 5 steps, every state (benchmarks/results/artefacts.json)",
     ),
-    # Reference evaluation, 5 steps, every state, digits and the ddpm-cifar10 architecture: benchmarks/results/coreml.json
+    # Reference evaluation of digits and the ddpm-cifar10 architecture, 5 steps, every state: results/coreml.json
     ("coreml", "fp32"): Tolerance(atol=1e-4, reason="float32 rounding; measured at most 3e-6"),
     ("coreml", "fp16"): Tolerance(
         atol=1e-2, reason="half precision in the network, state in float32; measured at most 7e-3"

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from mmd_export.bundle import Bundle, update_card
 from mmd_export.card import model_card
 from mmd_export.commands.verify import BUILT_IN, usable_runtime
-from mmd_export.errors import LatencyGateError, MmdExportError, UsageError
+from mmd_export.errors import LatencyGateError, MmdExportError, NotAvailableError, UsageError
 from mmd_export.latency import GateVerdict, LatencyReport, gate, measure
 from mmd_export.parity import chunks
 from mmd_export.runtime import RunOptions
 
 BASELINES = ("torch", "per-step")
 MIN_ROUNDS, MAX_ROUNDS = 10, 200
+NOT_TIMED = {"coreml-reference": "reference evaluation says nothing of the speed of Core ML; bench it on macOS"}
 
 Inputs = dict[str, NDArray[Any]]
 
@@ -91,6 +92,8 @@ def affordable_rounds(run: dict[str, Callable[[], object]], seconds: float) -> i
 
 def _bundle_call(bundle: Bundle, inputs: Inputs, options: BenchOptions) -> Callable[[], object]:
     runtime = usable_runtime(bundle, options.runtime)
+    if reason := NOT_TIMED.get(runtime.name):
+        raise NotAvailableError(f"bundle {bundle.name}: runtime {runtime.name} is not timed: {reason}")
     session = runtime.open(bundle, RunOptions(options.threads, options.checkpoint))
     return lambda: session.run(inputs)
 

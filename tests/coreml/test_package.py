@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from mmd_export.bundle import Bundle
+from mmd_export.cli import app, run
 from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, ParityError
 from mmd_export.parity import ParityReport, check_artefact
 from mmd_export.runtime import RunOptions
@@ -102,6 +104,23 @@ def drop_clamp(spec: Any) -> None:
     for op in ops(spec, "const"):
         if op.outputs[0].name in bounds:
             number(op)[0] = 1e6 * bounds[op.outputs[0].name]
+
+
+def test_reports_say_what_was_run(
+    built: Callable[..., Bundle], tiny_attention: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(built(tiny_attention, steps=2).folder)
+    report = tmp_path / "report.json"
+    assert run(app, ["verify", folder, "--json", str(report)]) == 0
+    assert "coreml-reference: reference evaluation by numpy" in capfd.readouterr().err
+    facts = json.loads(report.read_text(encoding="utf-8"))
+    assert facts["runtime"] == "coreml-reference"
+    assert "not Core ML" in facts["detail"]
+    assert run(app, ["bench", folder]) == 3
+    assert "reference evaluation says nothing of the speed" in capfd.readouterr().err
+    if sys.platform != "darwin":
+        assert run(app, ["verify", folder, "--runtime", "coreml"]) == 3
+        assert "Core ML is on macOS alone" in capfd.readouterr().err
 
 
 def test_the_copy_passes(copy: Bundle) -> None:

@@ -145,7 +145,8 @@ class Odd(nn.Module):
     """An op that coremltools does not know."""
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return torch.special.bessel_j0(x) + timestep.float()
+        y: torch.Tensor = torch.special.bessel_j0(x)
+        return y + timestep.float()
 
 
 def test_an_op_that_cannot_be_converted_is_named(tiny_checkpoint: Checkpoint, tmp_path: Path, built: Built) -> None:
