@@ -121,13 +121,14 @@ def _name_states(exported: ExportedProgram, steps: int, finished: bool) -> set[s
     """
     graph = exported.graph
     for node in list(graph.nodes):
-        if _in_network(node):
+        if node.target is _ATEN.alias.default:  # what is left of a cast to the same type; the converter has none
+            _leave_out(node)
+        elif _in_network(node):
             continue
-        if node.target is _ATEN.clamp.default:
+        elif node.target is _ATEN.clamp.default:
             node.target = _ATEN.hardtanh.default
         elif node.target is _ATEN.mul.Tensor and node.args[1] == 1.0:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+            _leave_out(node)
     output = graph.output_node()
     sample, *states = output.args[0]
     for k, state in enumerate(states if finished else states[:-1], start=1):
@@ -137,6 +138,12 @@ def _name_states(exported: ExportedProgram, steps: int, finished: bool) -> set[s
     del specs[1 : 1 + steps]
     specs[0].arg.name = sample.name
     return {node.name for node in graph.nodes if node.op == "call_function" and not _in_network(node)}
+
+
+def _leave_out(node: fx.Node) -> None:
+    """Give everyone the node's first argument in its place."""
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    node.graph.erase_node(node)
 
 
 def _in_network(node: fx.Node) -> bool:
