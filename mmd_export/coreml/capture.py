@@ -66,13 +66,15 @@ def capture(program: SamplerProgram, output: str) -> Captured:
 
 
 def rewrite(module: nn.Module) -> None:
-    """Replace GroupNorm and attention in a captured call; the new functions are captured in their turn."""
+    """Replace norms, attention and gelu in a captured call; the new functions are captured in their turn."""
     assert isinstance(module, fx.GraphModule)
     for node in module.graph.nodes:
         if node.target is _ATEN.group_norm.default:
             node.target = group_norm
         elif node.target is _ATEN.scaled_dot_product_attention.default:
             node.target = attention
+        elif node.target is _ATEN.gelu.default and node.kwargs.get("approximate") == "tanh":
+            node.target, node.kwargs = gelu, {}
     module.recompile()
 
 
@@ -111,6 +113,16 @@ def attention(
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -1e4) if attn_mask.dtype == torch.bool else scores + attn_mask
     return torch.softmax(scores, dim=-1) @ value
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); Hendrycks and Gimpel 2016.
+
+    coremltools 9.0 reads ``approximate`` as a positional argument alone and would take the exact form, 5e-4 off
+    (converters/mil/frontend/torch/ops.py, gelu); delete this once it reads the keyword.
+    """
+    inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)
+    return 0.5 * x * (1.0 + torch.tanh(inner))
 
 
 def _name_states(exported: ExportedProgram, steps: int, finished: bool) -> set[str]:

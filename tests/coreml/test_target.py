@@ -25,6 +25,7 @@ from mmd_export.targets import CompileOptions, get_target
 from mmd_runtime.coreml_reference import RUNTIME
 from mmd_runtime.mil.evaluate import Evaluator
 from mmd_runtime.mil.program import Program, Type, read_package
+from tests.families import save_network
 
 Built = Callable[..., Bundle]
 IMAGE = (1, 1, 8, 8)
@@ -115,6 +116,13 @@ def test_latents_and_their_decoder(built: Built, latent: Path, decode: bool) -> 
     assert Evaluator(program_of(bundle)).types["sample"].shape == ((1, 3, 16, 16) if decode else (1, 4, 8, 8))
 
 
+def test_a_transformer_with_text(built: Built, tmp_path: Path) -> None:
+    """Casts that do nothing and the tanh form of gelu, both of which coremltools 9.0 would get wrong."""
+    bundle = built(save_network(tmp_path / "sd3", "sd3"))
+    assert worst(bundle) <= 1e-5
+    assert {"tanh", "softmax", "layer_norm"} <= set(bundle.manifest.graph.op_counts)
+
+
 # --- half precision where it does not reach
 
 
@@ -184,6 +192,7 @@ def test_norm_and_attention_are_those_of_torch() -> None:
     keep = bias > 0
     keep[:, 0] = True
     torch.testing.assert_close(capture.attention(q, k, v, keep), attend(q, k, v, keep))
+    torch.testing.assert_close(capture.gelu(x), nn.functional.gelu(x, approximate="tanh"))
     with pytest.raises(NotAvailableError, match="causal"):
         capture.attention(q, k, v, is_causal=True)
 
