@@ -17,6 +17,10 @@ _ARTEFACT = {
         reason="float32 rounding through the chain; measured at most 4e-6 on digits and 2e-5 on the ddpm-cifar10 "
         "architecture, 5 steps, every state (benchmarks/results/artefacts.json)",
     ),
+    ("torch", "fp32"): Tolerance(
+        atol=1e-4,
+        reason="float32 rounding through the chain; measured at most 2e-6 on a tiny network, 2 steps, the sample",
+    ),
     ("executorch", "fp32"): Tolerance(
         atol=1e-4,
         reason="float32 rounding through the chain; measured at most 5e-6 on digits, 2 steps, every state",

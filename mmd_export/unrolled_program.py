@@ -112,9 +112,7 @@ def _capture(program: SamplerProgram, module: nn.Module, states: tuple[str, ...]
         shapes[state] = {0: free}
     named = _with_named_inputs(module, tuple(inputs))  # no eval(): a captured call has no modes, and says so by raising
     with torch.no_grad():
-        return torch.export.export(
-            named, tuple(inputs.values()), dynamic_shapes=shapes if free else None, strict=False
-        )
+        return torch.export.export(named, tuple(inputs.values()), dynamic_shapes=shapes if free else None, strict=False)
 
 
 def _with_named_inputs(sampler: nn.Module, names: tuple[str, ...]) -> fx.GraphModule:

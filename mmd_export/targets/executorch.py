@@ -33,7 +33,9 @@ class ExecuTorchTarget:
     def availability(self) -> Availability:
         missing = [name for name in ("torch", "executorch") if find_spec(name) is None]
         if missing:
-            return Availability(False, f"{', '.join(missing)} not installed", "pip install 'mmd-export[tune,executorch]'")
+            return Availability(
+                False, f"{', '.join(missing)} not installed", "pip install 'mmd-export[tune,executorch]'"
+            )
         return Availability(True, f"executorch {version('executorch')}, XNNPACK")
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,40 @@ def target_here(name: str) -> Target:
     return target
 
 
+Files = dict[str, bytes]
+Made = tuple[Compiled, Files]
+
+
+@pytest.fixture(scope="module")
+def compiled(program: SamplerProgram, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    """What a target makes of the tiny model, compiled once for all tests that only need an artefact."""
+    made: dict[str, Made] = {}
+
+    def compile_once(name: str) -> Made:
+        if name not in made:
+            target, folder = target_here(name), tmp_path_factory.mktemp("compiled")
+            options = CompileOptions(target.precisions[0], target.outputs[0])
+            made[name] = target.compile(program, folder, options), files_in(folder)
+        return made[name]
+
+    return compile_once
+
+
+@pytest.fixture
+def quick(name: str, compiled: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target gives its artefact of the tiny model again instead of compiling it again."""
+    facts, files = compiled(name)
+
+    def compile_again(program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
+        assert program.plan.step_count == 2
+        for path, data in files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(data)
+        return facts
+
+    monkeypatch.setattr(get_target(name), "compile", compile_again)
+
+
 def files_in(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -58,18 +95,18 @@ def test_it_keeps_the_protocol(name: str) -> None:
         assert "measured" in tolerance.reason
 
 
-def test_it_compiles_the_same_bytes_twice(name: str, program: SamplerProgram, tmp_path: Path) -> None:
-    target, results = target_here(name), []
-    for folder in (tmp_path / "1", tmp_path / "2"):
-        folder.mkdir()
-        compiled = target.compile(program, folder, CompileOptions(target.precisions[0], target.outputs[0]))
-        assert isinstance(compiled, Compiled)
-        assert (folder / target.artefact).exists()
-        assert compiled.toolchain
-        results.append(files_in(folder))
-    assert results[0] == results[1]
-    for data in results[0].values():
-        for private in (str(tmp_path), str(Path.home()), str(Path(__file__).parents[2])):
+def test_it_compiles_the_same_bytes_twice(
+    name: str, program: SamplerProgram, compiled: Callable[[str], Made], tmp_path: Path
+) -> None:
+    target, (facts, files) = target_here(name), compiled(name)
+    again = target.compile(program, tmp_path, CompileOptions(target.precisions[0], target.outputs[0]))
+    assert isinstance(facts, Compiled)
+    assert facts.toolchain
+    assert again == facts
+    assert any(path.split("/")[0] == target.artefact for path in files)
+    assert files_in(tmp_path) == files
+    for data in files.values():
+        for private in (tempfile.gettempdir(), str(Path.home()), str(Path(__file__).parents[2]), sys.prefix):
             assert private.encode() not in data
 
 
@@ -89,8 +126,8 @@ def test_it_refuses_before_the_checkpoint_is_read(name: str, tmp_path: Path) -> 
         usable_target(options_for(f"{name}x", tmp_path, tmp_path))
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_build_is_a_whole_bundle(name: str, tiny: Path, tmp_path: Path) -> None:
-    target_here(name)
     stages: list[str] = []
     built = build(options_for(name, tiny, tmp_path / "out"), notify=stages.append)
     bundle = Bundle.open(tmp_path / "out")
@@ -104,10 +141,10 @@ def test_a_build_is_a_whole_bundle(name: str, tiny: Path, tmp_path: Path) -> Non
         build(options_for(name, tiny, tmp_path / "out"))
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_build_that_fails_its_parity_leaves_nothing(
     name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target_here(name)
     monkeypatch.setattr(pipeline, "artefact_tolerance", lambda *_: Tolerance(atol=0.0, reason="nothing passes"))
     with pytest.raises(ParityError, match=r"rung 6 \(artefact in its runtime\) failed: .* the tolerance is 0") as error:
         build(options_for(name, tiny, tmp_path / "out"))
