@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class CoreAiTarget:
-    """``model.aimodel``, a folder: functions ``main``, ``chain``, ``step_1`` ... ``step_K``; one static batch, float32."""
+    """``model.aimodel``, a folder with functions ``main``, ``chain``, ``step_1`` ... ``step_K``; one static batch."""
 
     name = "coreai"
     format = "aimodel"

@@ -1,4 +1,4 @@
-"""Target ``torch``: the sampler compiled by AOTInductor to one ``.pt2`` package, for torch without Python, or with it."""
+"""Target ``torch``: the sampler compiled by AOTInductor to one ``.pt2`` package, for torch with or without Python."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def require_torch_only(exported: ExportedProgram) -> None:
         namespace = getattr(node.target, "namespace", "aten")
         if node.op == "call_function" and namespace not in ("aten", "prims", "higher_order"):
             raise NotAvailableError(
-                f"target torch has no operator {node.target}, which is {namespace}'s own; write it with torch's operators"
+                f"target torch has no {node.target}, an operator of {namespace}; write it with torch's own operators"
             )
 
 

@@ -36,9 +36,7 @@ def write_asset(program: SamplerProgram, output: str, path: Path) -> dict[str, i
             lowered = exported.run_decompositions(get_decomp_table())
             inputs = [each for each in lowered.graph_signature.user_inputs if isinstance(each, str)]
             try:
-                converter.add_exported_program(
-                    lowered, input_names=inputs, output_names=outputs, entrypoint_name=name
-                )
+                converter.add_exported_program(lowered, input_names=inputs, output_names=outputs, entrypoint_name=name)
             except ValueError as error:
                 reason = " ".join(str(error).split()).split(". ")[0]
                 raise NotAvailableError(f"target coreai: {reason}; use --target onnx or coreml") from error
@@ -71,8 +69,8 @@ def _op_counts(exported: ExportedProgram) -> Counter[str]:
 def _fixed_names() -> Iterator[None]:
     """Names of composite operators that are the same each time: coreai-core 1.0.0b3 ends them in eight random letters.
 
-    ``choice`` of coreai/authoring/graph_builder.py, line 528, and func.py, line 447, is that of ``secrets``. Delete when
-    two conversions of one program are the same bytes without it.
+    ``choice`` in coreai/authoring/graph_builder.py, line 528, and func.py, line 447, is that of ``secrets``. Delete
+    when two conversions of one program are the same bytes without it.
     """
     from coreai.authoring import func, graph_builder
 

@@ -1,7 +1,7 @@
 """A sampler as an ExecuTorch program. One network call is lowered to XNNPACK, once; all K calls use its result.
 
-Lowering the unrolled graph would trace every call some thirty times. Here the sampler is exported with its network as
-one opaque operator, the captured call is lowered by itself, and the nodes of that call are put in the operator's places:
+Lowering the unrolled graph would trace every call some thirty times. Here the sampler is exported with its network
+as one opaque operator, the captured call is lowered by itself, and its nodes are put in the operator's places:
 
 ``forward``: inputs of the manifest -> sample. ``chain``: the same -> (sample, state.1, ..., state.K).
 ``step_<k>``: inputs, state.1, ..., state.<k-1> -> state.<k>. Weights and delegates are stored once for all of them.
@@ -10,12 +10,12 @@ one opaque operator, the captured call is lowered by itself, and the nodes of th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mmd_export.errors import NotAvailableError
@@ -28,13 +28,13 @@ NETWORK, DECODER = "network", "decoder"
 
 
 @torch.library.custom_op("mmd_export::lowered", mutates_args=())
-def lowered(inputs: list[Tensor], name: str, shape: list[int]) -> Tensor:
+def lowered(inputs: list[Tensor], name: str, shape: list[int]) -> Tensor:  # noqa: ARG001 - splice reads the name
     """Stands for the lowered call ``name``; only its shape is ever computed."""
     return inputs[0].new_empty(shape)
 
 
 @lowered.register_fake
-def _(inputs: list[Tensor], name: str, shape: list[int]) -> Tensor:
+def _(inputs: list[Tensor], name: str, shape: list[int]) -> Tensor:  # noqa: ARG001 - splice reads the name
     return inputs[0].new_empty(shape)
 
 

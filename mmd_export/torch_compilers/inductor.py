@@ -73,7 +73,7 @@ def settings(folder: Path, device: str) -> dict[str, Any]:
         "aot_inductor.enable_line_tables": False,
         "cpp.march": _MARCH.get(torch.backends.cpu.get_cpu_capability()) if device == "cpu" else None,
     }
-    known = torch._inductor.config.get_config_copy()  # type: ignore[attr-defined]  # made by install_config_module
+    known = torch._inductor.config.get_config_copy()
     return {name: value for name, value in options.items() if name in known and value is not None}
 
 

@@ -33,7 +33,7 @@ class AotInductorRuntime:
     def open(self, bundle: Bundle, options: RunOptions) -> Session:
         return _Session(bundle, options)
 
-    def open_chain(self, bundle: Bundle, options: RunOptions) -> ChainSession:
+    def open_chain(self, bundle: Bundle, options: RunOptions) -> ChainSession:  # noqa: ARG002 - the protocol's
         raise NotAvailableError(f"bundle {bundle.name}: runtime {self.name}: {self.unseen}; build --target executorch")
 
 

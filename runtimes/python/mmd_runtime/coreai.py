@@ -1,14 +1,15 @@
-"""Core AI assets in the runtime of coreai-core, off Apple's systems on the CPU: right or wrong, never how fast. Beta."""
+"""Core AI assets in the runtime of coreai-core, on the CPU off Apple's systems: right or wrong, not how fast. Beta."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import threading
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -32,12 +33,14 @@ class CoreAiRuntime:
     def availability(self) -> Availability:
         if importlib.util.find_spec("coreai") is None:
             return Availability(False, "coreai-core is not installed", INSTALL)
-        return Availability(True, f"coreai-core {importlib.metadata.version('coreai-core')}, beta, a correctness oracle")
+        return Availability(
+            True, f"coreai-core {importlib.metadata.version('coreai-core')}, beta, a correctness oracle"
+        )
 
-    def open(self, bundle: Bundle, options: RunOptions) -> Session:
+    def open(self, bundle: Bundle, options: RunOptions) -> Session:  # noqa: ARG002 - it has no such choices
         return _Session(bundle)
 
-    def open_chain(self, bundle: Bundle, options: RunOptions) -> ChainSession:
+    def open_chain(self, bundle: Bundle, options: RunOptions) -> ChainSession:  # noqa: ARG002
         return _Session(bundle)
 
 
@@ -45,11 +48,16 @@ class _Loop:
     """One thread with an event loop: the library is asynchronous, its caller may have a loop of its own."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._runner: asyncio.Runner = self._thread.submit(asyncio.Runner).result()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def run(self, work: Any) -> Any:
-        return self._thread.submit(self._runner.run, work).result()
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def close(self, stack: AsyncExitStack) -> None:
+        """Leave what ``stack`` entered, then stop."""
+        self.run(stack.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
 
 
 class _Session:
@@ -63,7 +71,7 @@ class _Session:
         self._loop, stack = _Loop(), AsyncExitStack()
         self._model = self._load(stack)
         self._functions: dict[str, Any] = {}
-        self._close = weakref.finalize(self, lambda loop: loop.run(stack.aclose()), self._loop)
+        weakref.finalize(self, self._loop.close, stack)
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         check_inputs(self._bundle, inputs)
@@ -87,13 +95,13 @@ class _Session:
         return self._call(f"step_{step}", known, names)[f"state_{step}"]
 
     def _load(self, stack: AsyncExitStack) -> Any:
+        _require_whole(self._bundle)
         authoring = importlib.import_module("coreai.authoring")
         try:
             asset = authoring.AIModelAsset.load(self._bundle.artefact_path)
             return self._loop.run(stack.enter_async_context(asset.executable()))
         except (RuntimeError, ValueError, OSError) as error:
-            name, artefact = self._bundle.name, self._bundle.manifest.artefact
-            raise BundleError(f"bundle {name}: {artefact} cannot be loaded: {_line(error)}; rebuild the bundle") from error
+            raise _broken(self._bundle, _line(error)) from error
 
     def _call(self, name: str, arrays: Arrays, order: Sequence[str]) -> dict[str, Array]:
         """The outputs of a function by name, copied out of its memory."""
@@ -101,13 +109,33 @@ class _Session:
         try:
             if name not in self._functions:
                 self._functions[name] = self._model.load_function(name)
-            given = {each.replace(".", "_"): runtime.NDArray(np.ascontiguousarray(arrays[each])) for each in order}
-            found = self._loop.run(self._functions[name](given))
+            function, given = self._functions[name], {}
+            for each in order:  # Core AI has no int64: the asset says int32 for labels
+                dtype = function.desc.input_descriptor(each.replace(".", "_")).dtype
+                given[each.replace(".", "_")] = runtime.NDArray(np.ascontiguousarray(arrays[each], dtype=dtype))
+            found = self._loop.run(function(given))
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
             raise MmdExportError(
                 f"bundle {self._bundle.name}: coreai failed while running '{name}': {_line(error)}"
             ) from error
         return {key: np.array(value.numpy()) for key, value in found.items()}
+
+
+def _require_whole(bundle: Bundle) -> None:
+    """Raise BundleError unless the program has the hash that lies beside it: the library aborts the process otherwise."""
+    try:
+        found = hashlib.sha256((bundle.artefact_path / "main.mlirb").read_bytes()).digest()
+        says = (bundle.artefact_path / "main.hash").read_bytes()
+    except OSError as error:
+        raise _broken(bundle, _line(error)) from error
+    if found != says:
+        raise _broken(bundle, f"its program has SHA-256 {found.hex()}, main.hash says {says.hex()}")
+
+
+def _broken(bundle: Bundle, reason: str) -> BundleError:
+    return BundleError(
+        f"bundle {bundle.name}: {bundle.manifest.artefact} cannot be loaded: {reason}; rebuild the bundle"
+    )
 
 
 def _line(error: Exception) -> str:
