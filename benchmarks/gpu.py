@@ -23,8 +23,9 @@ from benchmarks.common import save_cifar10, write_result  # noqa: E402
 from mmd_export.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from mmd_export.latency import measure  # noqa: E402
 from mmd_export.plan import StepPlan  # noqa: E402
-from mmd_export.program import export_program  # noqa: E402
+from mmd_export.program import SamplerProgram, export_program  # noqa: E402
 from mmd_export.reference import golden_inputs, run_chain, sampler_of  # noqa: E402
+from mmd_export.target_options import TargetOptions  # noqa: E402
 from mmd_export.targets import CompileOptions, get_target  # noqa: E402
 from mmd_export.unroll import UnrolledSampler  # noqa: E402
 
@@ -73,6 +74,7 @@ def prepare(
     folder = scratch / f"onnx-{batch}"
     folder.mkdir()
     get_target("onnx").compile(program, folder, CompileOptions())  # before the weights move to the device
+    package = compiled_ahead(program, scratch / f"torch-{batch}", arguments.device)
     special = UnrolledSampler(program.denoiser, plan).eval().to(device)
     makers: dict[str, Callable[[], Call]] = {
         "eager": lambda: synchronised(sampler_of(checkpoint, plan).to(device), noise),
@@ -80,7 +82,7 @@ def prepare(
         "specialised, CUDA graph": lambda: cuda_graph(special, noise),
         "torch.compile": lambda: synchronised(torch.compile(special), noise),
         "torch.compile, CUDA graphs": lambda: synchronised(torch.compile(special, mode="reduce-overhead"), noise),
-        "AOTInductor": lambda: synchronised(aot_inductor(special, noise, scratch / f"sampler-{batch}.pt2"), noise),
+        "AOTInductor": lambda: synchronised(package(), noise),
         "ONNX Runtime CUDA": lambda: onnx_cuda(folder, noise, graph=False),
         "ONNX Runtime CUDA, CUDA graph": lambda: onnx_cuda(folder, noise, graph=True),
     }
@@ -131,12 +133,20 @@ def cuda_graph(sampler: UnrolledSampler, noise: torch.Tensor) -> Call:
     return call
 
 
-def aot_inductor(sampler: UnrolledSampler, noise: torch.Tensor, package: Path) -> Callable[..., Any]:
-    """The chain compiled ahead of time to a .pt2 package and loaded from it."""
-    exported = torch.export.export(sampler, (noise,), strict=False)
-    path = torch._inductor.aoti_compile_and_package(exported, package_path=str(package))
-    loaded: Callable[..., Any] = torch._inductor.aoti_load_package(path)
-    return loaded
+def compiled_ahead(program: SamplerProgram, folder: Path, device: str) -> Callable[[], Callable[..., Any]]:
+    """What loads the package of target torch; if it could not be compiled, loading raises why."""
+    folder.mkdir()
+    target = get_target("torch")
+    try:
+        target.compile(program, folder, CompileOptions(target=TargetOptions(device=device)))
+    except Exception as error:  # noqa: BLE001 - one backend that fails must not lose the others; the JSON says why
+        failure = error
+
+        def fail() -> Callable[..., Any]:
+            raise failure
+
+        return fail
+    return lambda: torch._inductor.aoti_load_package(str(folder / target.artefact))
 
 
 def onnx_cuda(folder: Path, noise: torch.Tensor, *, graph: bool) -> Call:

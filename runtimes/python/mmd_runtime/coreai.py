@@ -122,7 +122,7 @@ class _Session:
 
 
 def _require_whole(bundle: Bundle) -> None:
-    """Raise BundleError unless the program has the hash that lies beside it: the library aborts the process otherwise."""
+    """Raise BundleError unless the program has the hash beside it: the library would abort the whole process."""
     try:
         found = hashlib.sha256((bundle.artefact_path / "main.mlirb").read_bytes()).digest()
         says = (bundle.artefact_path / "main.hash").read_bytes()
@@ -133,9 +133,8 @@ def _require_whole(bundle: Bundle) -> None:
 
 
 def _broken(bundle: Bundle, reason: str) -> BundleError:
-    return BundleError(
-        f"bundle {bundle.name}: {bundle.manifest.artefact} cannot be loaded: {reason}; rebuild the bundle"
-    )
+    artefact = bundle.manifest.artefact
+    return BundleError(f"bundle {bundle.name}: {artefact} cannot be loaded: {reason}; rebuild the bundle")
 
 
 def _line(error: Exception) -> str:
