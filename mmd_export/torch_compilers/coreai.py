@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def write_asset(program: SamplerProgram, output: str, path: Path) -> dict[str, i
 
     converter = TorchConverter(mode=TorchConverter.Mode.RELEASE)
     counts: Counter[str] = Counter()
-    with _fixed_names():
+    with _fixed_names(), redirect_stdout(sys.stderr):  # it draws a progress bar
         for name, (exported, outputs) in _functions(program, output).items():
             lowered = exported.run_decompositions(get_decomp_table())
             inputs = [each for each in lowered.graph_signature.user_inputs if isinstance(each, str)]
@@ -60,9 +61,9 @@ def _functions(program: SamplerProgram, output: str) -> dict[str, tuple[Exported
 
 
 def _op_counts(exported: ExportedProgram) -> Counter[str]:
-    """How often the program calls each operator."""
+    """How often the program calls each operator that computes something."""
     names = (str(node.target) for node in exported.graph.nodes if node.op == "call_function")
-    return Counter(name for name in names if "getitem" not in name)
+    return Counter(name for name in names if "getitem" not in name and "_assert" not in name)
 
 
 @contextmanager

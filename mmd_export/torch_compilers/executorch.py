@@ -9,6 +9,7 @@ as one opaque operator, the captured call is lowered by itself, and its nodes ar
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,17 +83,18 @@ def compile_sampler(program: SamplerProgram, output: str) -> Lowered:
     """All methods in one program; raises NotAvailableError that names an operator nobody can run."""
     from executorch.exir import EdgeCompileConfig, EdgeProgramManager, to_edge
 
-    parts = {NETWORK: lower(program.step)}
-    if program.decoder is not None:
-        parts[DECODER] = lower(program.decoder.call)
-    config = EdgeCompileConfig(_check_ir_validity=False)  # it would not know the opaque operator
-    edge = to_edge(_methods(program, output), compile_config=config)
-    whole = {name: splice(edge.exported_program(name), parts, lowered._opoverload) for name in sorted(edge.methods)}
-    made = EdgeProgramManager(whole, compile_config=config)
-    try:
-        finished = made.to_executorch()
-    except RuntimeError as error:
-        raise NotAvailableError(f"target executorch: {_line(error)}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # ExecuTorch 1.5 copies what torch 2.13 deprecates (LeafSpec)
+        parts = {NETWORK: lower(program.step)}
+        if program.decoder is not None:
+            parts[DECODER] = lower(program.decoder.call)
+        config = EdgeCompileConfig(_check_ir_validity=False)  # it would not know the opaque operator
+        edge = to_edge(_methods(program, output), compile_config=config)
+        whole = {name: splice(edge.exported_program(name), parts, lowered._opoverload) for name in sorted(edge.methods)}
+        try:
+            finished = EdgeProgramManager(whole, compile_config=config).to_executorch()
+        except RuntimeError as error:
+            raise NotAvailableError(f"target executorch: {_line(error)}") from error
     counts = _op_counts(finished.executorch_program, "forward")
     _require_kernels(counts)
     return Lowered(finished.buffer, counts)

@@ -17,16 +17,19 @@ from torch.utils import _pytree as pytree
 def splice(outer: ExportedProgram, parts: Mapping[str, ExportedProgram], opaque: Any) -> ExportedProgram:
     """``outer`` with each call of ``opaque(inputs, name, shape)`` replaced by the nodes of ``parts[name]``.
 
-    Weights and delegates of a part are there once, however often it is called.
+    Weights and delegates of a part are there once, however often it is called. An operator of the edge dialect has that
+    of torch as its ``_op``.
     """
     graph, module = outer.graph, outer.graph_module
-    spots = [node for node in graph.nodes if node.op == "call_function" and _operator(node) is opaque]
+    spots = [node for node in graph.nodes if opaque in (node.target, getattr(node.target, "_op", None))]
+    assert spots, f"no call of {opaque}"
     mode = next(node.meta["val"].fake_mode for node in graph.nodes if isinstance(node.meta.get("val"), FakeTensor))
-    state, constants, specs = dict(outer.state_dict), dict(outer.constants), []
+    state, constants = dict(outer.state_dict), dict(outer.constants)
+    specs: list[InputSpec] = []
     copiers = {}
     for name in sorted({str(spot.args[1]) for spot in spots}):
         copiers[name] = copier = _Copier(name, parts[name], mode)
-        specs += copier.add_weights(graph, module)
+        specs = [*copier.add_weights(graph, module), *specs]  # each goes before all that is there
         state |= {f"{name}.{key}": value for key, value in parts[name].state_dict.items()}
         constants |= {f"{name}.{key}": value for key, value in parts[name].constants.items()}
     for spot in spots:
@@ -47,11 +50,6 @@ def splice(outer: ExportedProgram, parts: Mapping[str, ExportedProgram], opaque:
         constants=constants,
         verifiers=outer.verifiers,
     )
-
-
-def _operator(node: fx.Node) -> Any:
-    """The operator of torch behind one of the edge dialect."""
-    return getattr(node.target, "_op", node.target)
 
 
 class _Copier:
