@@ -23,10 +23,12 @@ from benchmarks.common import save_cifar10, write_result  # noqa: E402
 from mmd_export.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from mmd_export.latency import measure  # noqa: E402
 from mmd_export.plan import StepPlan  # noqa: E402
-from mmd_export.program import export_program  # noqa: E402
+from mmd_export.program import SamplerProgram, export_program  # noqa: E402
 from mmd_export.reference import golden_inputs, run_chain, sampler_of  # noqa: E402
+from mmd_export.target_options import TargetOptions  # noqa: E402
 from mmd_export.targets import CompileOptions, get_target  # noqa: E402
 from mmd_export.unroll import UnrolledSampler  # noqa: E402
+from mmd_runtime.onnx_providers import get_provider, open_session, placement, record_placement  # noqa: E402
 
 STEPS = 5
 BATCHES = (1, 64)
@@ -73,6 +75,7 @@ def prepare(
     folder = scratch / f"onnx-{batch}"
     folder.mkdir()
     get_target("onnx").compile(program, folder, CompileOptions())  # before the weights move to the device
+    package = compiled_ahead(program, scratch / f"torch-{batch}", arguments.device)
     special = UnrolledSampler(program.denoiser, plan).eval().to(device)
     makers: dict[str, Callable[[], Call]] = {
         "eager": lambda: synchronised(sampler_of(checkpoint, plan).to(device), noise),
@@ -80,7 +83,7 @@ def prepare(
         "specialised, CUDA graph": lambda: cuda_graph(special, noise),
         "torch.compile": lambda: synchronised(torch.compile(special), noise),
         "torch.compile, CUDA graphs": lambda: synchronised(torch.compile(special, mode="reduce-overhead"), noise),
-        "AOTInductor": lambda: synchronised(aot_inductor(special, noise, scratch / f"sampler-{batch}.pt2"), noise),
+        "AOTInductor": lambda: synchronised(package(), noise),
         "ONNX Runtime CUDA": lambda: onnx_cuda(folder, noise, graph=False),
         "ONNX Runtime CUDA, CUDA graph": lambda: onnx_cuda(folder, noise, graph=True),
     }
@@ -131,24 +134,30 @@ def cuda_graph(sampler: UnrolledSampler, noise: torch.Tensor) -> Call:
     return call
 
 
-def aot_inductor(sampler: UnrolledSampler, noise: torch.Tensor, package: Path) -> Callable[..., Any]:
-    """The chain compiled ahead of time to a .pt2 package and loaded from it."""
-    exported = torch.export.export(sampler, (noise,), strict=False)
-    path = torch._inductor.aoti_compile_and_package(exported, package_path=str(package))
-    loaded: Callable[..., Any] = torch._inductor.aoti_load_package(path)
-    return loaded
+def compiled_ahead(program: SamplerProgram, folder: Path, device: str) -> Callable[[], Callable[..., Any]]:
+    """What loads the package of target torch; if it could not be compiled, loading raises why."""
+    folder.mkdir()
+    target = get_target("torch")
+    try:
+        target.compile(program, folder, CompileOptions(target=TargetOptions(device=device)))
+    except Exception as error:  # noqa: BLE001 - one backend that fails must not lose the others; the JSON says why
+        failure = error
+
+        def fail() -> Callable[..., Any]:
+            raise failure
+
+        return fail
+    return lambda: torch._inductor.aoti_load_package(str(folder / target.artefact))
 
 
 def onnx_cuda(folder: Path, noise: torch.Tensor, *, graph: bool) -> Call:
     """The shipped graph in ONNX Runtime's CUDA provider, input and output on the device."""
     import onnxruntime as ort
 
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise RuntimeError(f"onnxruntime {ort.__version__} has only {', '.join(ort.get_available_providers())}")
-    providers = [("CUDAExecutionProvider", {"enable_cuda_graph": "1" if graph else "0", "use_tf32": "0"})]
-    session = ort.InferenceSession(str(folder / get_target("onnx").artefact), providers=providers)
-    if session.get_providers()[0] != "CUDAExecutionProvider":
-        raise RuntimeError(f"fell back to {session.get_providers()[0]}")
+    provider, settings = get_provider("cuda"), ort.SessionOptions()
+    record_placement(settings)
+    session = open_session(ort, provider, str(folder / get_target("onnx").artefact), settings, graph=graph)
+    print(placement(provider, session).summary, flush=True)
     binding, sample = session.io_binding(), torch.empty_like(noise)
     for bind, name, tensor in ((binding.bind_input, "noise", noise), (binding.bind_output, "sample", sample)):
         bind(name, "cuda", 0, "float32", tuple(tensor.shape), tensor.data_ptr())

@@ -13,11 +13,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
 from benchmarks.target_tables import target_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/schedulers.md", "docs/compiler.md", "docs/siblings.md", "docs/targets.md")
+PAGES = (
+    "README.md",
+    "docs/schedulers.md",
+    "docs/compiler.md",
+    "docs/runtimes.md",
+    "docs/siblings.md",
+    "docs/targets.md",
+    "docs/precision.md",
+    "docs/coreml.md",
+)
 NOT_MEASURED = "not measured"
 
 
@@ -185,6 +195,28 @@ def speed() -> str:
     return markdown(("takes, times the one graph", *result["models"]), rows)
 
 
+def openvino() -> str:
+    """Size, load, parity and speed of OpenVINO IR and of the ONNX graph, for each model."""
+    result = read("openvino.json")
+    if result is None:
+        return NOT_MEASURED
+    rows = [
+        (
+            f"{model}, {name}",
+            f"{facts['bytes'] / 1e6:.2f}",
+            f"{facts['nodes']:,}",
+            f"{facts['build_cpu_seconds']:.0f}",
+            f"{facts['load_cpu_seconds']:.1f}",
+            f"{facts['worst_error']:.0e}",
+            interval(values["times_faster_than_eager"][name]),
+        )
+        for model, values in result["models"].items()
+        for name, facts in values["artefacts"].items()
+    ]
+    heads = ("", "MB", "nodes", "build, CPU s", "load, CPU s", "worst error", "times faster than eager")
+    return markdown(heads, rows)
+
+
 def interval(ratio: dict[str, Any]) -> str:
     """Median with its 95 % interval, if there were rounds enough for one."""
     median = f"{ratio['median']:.2f}"
@@ -227,7 +259,49 @@ def targets() -> str:
     return NOT_MEASURED if result is None else markdown(*target_rows(result["cells"]))
 
 
+def of_precisions(rows: Callable[[dict[str, Any]], Table]) -> Callable[[], str]:
+    """One table of docs/precision.md."""
+
+    def table() -> str:
+        result = read("precision.json")
+        return NOT_MEASURED if result is None else markdown(*rows(result))
+
+    return table
+
+
+def coreml() -> str:
+    """Size, cost and error of each Core ML package."""
+    result = read("coreml.json")
+    if result is None:
+        return NOT_MEASURED
+    rows = []
+    for row in result["packages"]:
+        cost = (f"{row['cpu_seconds']:.0f}", f"{row['with_imports']:.0f}", f"{row['peak_memory_mb'] / 1000:.2f}")
+        rows.append(
+            (f"{row['model']}, {row['precision']}", f"{row['bytes'] / 1e6:.2f}", f"{row['ops']:,}", *cost,
+             f"{row['worst']:.1e}", f"{row['evaluation_seconds']:.1f}")
+        )  # fmt: skip
+    heads = ("package", "MB", "ops", "conversion, CPU s", "with imports", "peak GB", "worst error", "evaluation, s")
+    return markdown(heads, rows)
+
+
+def coreml_norms() -> str:
+    """GroupNorm by the way it is written."""
+    result = read("coreml.json")
+    if result is None:
+        return NOT_MEASURED
+    rows = [
+        (row["way"], f"{row['network']}, {row['precision']}", f"{row['ops']:,}", f"{row['casts']}",
+         f"{row['cpu_seconds']:.0f}", f"{row['worst']:.1e}")
+        for row in result["norms"]
+    ]  # fmt: skip
+    heads = ("GroupNorm", "network", "ops", "of them casts", "conversion, CPU s", "worst error")
+    return markdown(heads, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "coreml": coreml,
+    "coreml_norms": coreml_norms,
     "targets": targets,
     "siblings": siblings,
     "quality": quality,
@@ -237,6 +311,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "example": example,
     "forms": forms,
     "speed": speed,
+    "openvino": openvino,
+    "precision": of_precisions(precision_rows),
+    "precision_steps": of_precisions(step_rows),
+    "islands": of_precisions(island_rows),
+    "int8": of_precisions(int8_rows),
 }
 
 

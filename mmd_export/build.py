@@ -12,6 +12,7 @@ from mmd_export.bundle import (
     Bundle,
     CheckpointRef,
     DecoderInfo,
+    DeferredInfo,
     GraphInfo,
     ManifestDraft,
     Measured,
@@ -22,17 +23,17 @@ from mmd_export.bundle import (
 from mmd_export.card import model_card
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.measured import log_beside, measured
 from mmd_export.network_options import AS_IT_IS, NetworkOptions
-from mmd_export.parity import ParityReport, check_artefact
 from mmd_export.plan_options import PlanOptions
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.reference import golden_arrays
-from mmd_export.runtime import RunOptions, Runtime
 from mmd_export.target_options import DEFAULTS, TargetOptions
-from mmd_export.targets import Compiled, CompileOptions, Target, get_target
+from mmd_export.targets import Compiled, CompileOptions, DeferrableTarget, Target, get_target, onnx
 from mmd_export.tolerance import artefact_tolerance
 from mmd_runtime.registry import runtime_for
 
+GRAPH = onnx.TARGET  # what a deferred bundle holds
 MIN_GOLDEN = 4  # parity is measured on several noises
 
 
@@ -52,6 +53,7 @@ class BuildOptions(PlanOptions):
     decode: bool = False
     network: NetworkOptions = AS_IT_IS
     of_target: TargetOptions = DEFAULTS
+    defer: bool = False
 
 
 def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None) -> Bundle:
@@ -78,20 +80,20 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
     draft = _draft(options, checkpoint, program, batch, target)
 
     def compile_into(folder: Path) -> ManifestDraft:
-        notify(f"compiling for {target.name}")
+        notify(f"compiling for {draft.format}, to be finalized for {target.name}" if options.defer
+               else f"compiling for {target.name}")  # fmt: skip
         chosen = CompileOptions(
-            options.precision, options.output, options.form, batch, options.of_target, notify=notify
+            options.precision, options.output, options.form, batch, options.of_target, notify, log_beside(options.out)
         )
-        return _with_facts(draft, target.compile(program, folder, chosen))
+        return _with_facts(draft, (GRAPH if options.defer else target).compile(program, folder, chosen))
 
     def measure(bundle: Bundle) -> Measured:
+        if not options.verify:
+            return Measured(model_card(bundle.manifest))
         notify("verifying the artefact")
-        return _measured(bundle, runtime_for(target.format))
+        return measured(bundle, runtime_for(draft.format))
 
-    card = model_card(draft)
-    return write_bundle(
-        options.out, draft, compile_into, golden, card, options.overwrite, measure if options.verify else None
-    )
+    return write_bundle(options.out, draft, compile_into, golden, model_card(draft), options.overwrite, measure)
 
 
 def usable_target(options: BuildOptions) -> Target:
@@ -105,8 +107,12 @@ def usable_target(options: BuildOptions) -> Target:
         if value not in known:
             raise NotAvailableError(f"target {target.name} has no {flag} {value}; it has {', '.join(known)}")
     options.of_target.require_known(target.name, target.options)
-    if not (found := target.availability()).available:
-        raise NotAvailableError(f"target {target.name} cannot build here: {found.detail}; {found.install}")
+    deferrable = isinstance(target, DeferrableTarget)
+    if options.defer and not deferrable:
+        raise NotAvailableError(f"target {target.name} has no --defer: what it builds runs anywhere; leave it out")
+    if not (found := (GRAPH if options.defer else target).availability()).available:
+        later = "; or add --defer and finalize the bundle where it will run" if deferrable and not options.defer else ""
+        raise NotAvailableError(f"target {target.name} cannot build here: {found.detail}; {found.install}{later}")
     return target
 
 
@@ -148,11 +154,13 @@ def _draft(
     uint8, decoder = options.output == "uint8", checkpoint.decoder
     channels, height, width = checkpoint.shape if program.decoder is None else program.decoder.shape
     sample = (rows, height, width, channels) if uint8 else (rows, channels, height, width)
+    made = GRAPH if options.defer else target
+    recipe = DeferredInfo(format=target.format, artefact=target.artefact, options=options.of_target.recipe())
     return ManifestDraft(
         name=f"{checkpoint.name}-{program.plan.step_count}",
         target=target.name,
-        format=target.format,
-        artefact=target.artefact,
+        format=made.format,
+        artefact=made.artefact,
         precision=options.precision,
         plan=program.plan.to_dict(),
         inputs=tuple(inputs),
@@ -163,6 +171,7 @@ def _draft(
         toolchain={},
         tolerance=artefact_tolerance(target.name, options.precision),
         graph=GraphInfo(nodes=0, unique_weight_bytes=0, op_counts={}),
+        deferred=recipe if options.defer else None,
     )
 
 
@@ -184,25 +193,3 @@ def _with_facts(draft: ManifestDraft, compiled: Compiled) -> ManifestDraft:
         "hardware": None if compiled.hardware is None else dict(compiled.hardware),
     }
     return draft.model_copy(update=facts)
-
-
-def _measured(bundle: Bundle, runtime: Runtime) -> Measured:
-    """Rung 6 on the finished bundle; raises ParityError, and says in the card if there is nothing to run it on."""
-    if not (found := runtime.availability()).available:
-        return Measured(model_card(bundle.manifest, f"not verified: runtime {runtime.name}: {found.detail}"))
-    rung = check_artefact(bundle, runtime, RunOptions())
-    ParityReport(bundle.name, runtime.name, (rung,)).require()
-    parity = {comparison.name: rounded_up(comparison.max_abs) for comparison in rung.comparisons}
-    draft = bundle.manifest.model_copy(update={"parity": parity})
-    unseen = f"; states not seen: {rung.unseen}" if rung.unseen else ""
-    return Measured(model_card(draft, f"runtime {runtime.name}, {found.detail}{unseen}"), parity)
-
-
-def rounded_up(error: float) -> float:
-    """``error`` to one significant digit, upwards: a bound that does not change with the thread count of a machine."""
-    if error == 0.0:
-        return 0.0
-    text = f"{error:.0e}"
-    bound = float(text)
-    exponent = int(text.split("e")[1])
-    return bound if bound >= error else float(f"{round(bound / 10.0**exponent) + 1}e{exponent}")

@@ -30,6 +30,7 @@ from mmd_export.manifest import (
     BatchSpec,
     CheckpointRef,
     DecoderInfo,
+    DeferredInfo,
     FileEntry,
     GraphInfo,
     Manifest,
@@ -46,6 +47,7 @@ __all__ = [
     "Bundle",
     "CheckpointRef",
     "DecoderInfo",
+    "DeferredInfo",
     "FileEntry",
     "Golden",
     "GraphInfo",
@@ -143,8 +145,9 @@ class Bundle:
 
     @property
     def artefact_bytes(self) -> int:
-        """The size of the artefact, with its files of weights (``model.onnx_data``)."""
-        return sum(entry.size for entry in self.manifest.files if entry.path.startswith(self.manifest.artefact))
+        """The size of the artefact, with its weights (``model.onnx_data``, ``model.bin``): all called ``model``."""
+        stem = self.manifest.artefact.split(".")[0]
+        return sum(entry.size for entry in self.manifest.files if entry.path.split("/")[0].split(".")[0] == stem)
 
     @property
     def gives_latents(self) -> bool:

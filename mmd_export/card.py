@@ -30,6 +30,7 @@ def model_card(manifest: ManifestDraft, verified: str = "not verified", latency:
         f"| precision | {manifest.precision}; the sampler state is float32 |",
         *_decoder(manifest),
         f"| graph | {graph} |",
+        *_compiled(manifest),
         f"| built with | {', '.join(f'{name} {version}' for name, version in sorted(manifest.toolchain.items()))} |",
         "",
         "## Parity with the float64 reference",
@@ -59,6 +60,17 @@ def _decoder(manifest: ManifestDraft) -> list[str]:
         formula = f"image = D(latent / {decoder.scale:g}{shift})"
         return [f"| decoder | {decoder.autoencoder}, in the graph; {formula}; {decoder.precision} |"]
     return ["| decoder | none in the graph; the sample is a latent |"] if _gives_latents(manifest) else []
+
+
+def _compiled(manifest: ManifestDraft) -> list[str]:
+    """The row of an engine, which runs on what it was compiled for only, or of one that is still to be compiled."""
+    if manifest.deferred is not None:
+        chosen = ", ".join(f"{name} {value}" for name, value in sorted(manifest.deferred.options.items()))
+        how = f" with {chosen}" if chosen else ""
+        return [f"| to be compiled | for {manifest.target}{how}, where it will run: `mmd-export finalize .` |"]
+    facts = {name: value for name, value in (manifest.hardware or {}).items() if value not in ("none", "any", "no")}
+    text = ", ".join(f"{name} {value[:16] if len(value) == 64 else value}" for name, value in facts.items())
+    return [f"| runs on | {text} |"] if text else []
 
 
 def _options(manifest: ManifestDraft) -> list[str]:

@@ -20,6 +20,7 @@ from mmd_export.cli_options import (
     Overwrite,
     RuntimeName,
     Sampler,
+    SkipVerify,
     Source,
     Spacing,
     Steps,
@@ -30,7 +31,7 @@ from mmd_export.cli_options import (
     with_ema,
     with_ema_if_given,
 )  # fmt: skip
-from mmd_export.cli_output import say, short, show, show_table, write_json
+from mmd_export.cli_output import built, say, short, show, show_table, write_json
 from mmd_export.cli_targets import (
     CacheFolder,
     Calibration,
@@ -156,10 +157,11 @@ def build(
             "--decode", help="latent models: put the autoencoder's decoder into the graph; else it gives latents"
         ),
     ] = False,
-    overwrite: Overwrite = False,
-    skip_verify: Annotated[
-        bool, typer.Option("--skip-verify", help="write the bundle without measuring parity")
+    defer: Annotated[
+        bool, typer.Option("--defer", help="TensorRT: pack the graph; finalize compiles it where it will run")
     ] = False,
+    overwrite: Overwrite = False,
+    skip_verify: SkipVerify = False,
     guidance_scale: GuidanceScale = None,
     guidance_form: GuidanceForm = "auto",
     null_label: NullLabel = None,
@@ -187,15 +189,29 @@ def build(
     )  # fmt: skip
     options = BuildOptions(
         with_ema(model, ema), target, out, precision, batch, output, overwrite, not skip_verify, form, decode,
-        NetworkOptions(guidance_scale, guidance_form, null_label, text_length), of_target,
+        NetworkOptions(guidance_scale, guidance_form, null_label, text_length), of_target, defer,
         steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps),
     )  # fmt: skip
-    bundle = make(options, say)
-    manifest = bundle.manifest
-    size = bundle.artefact_bytes / 1e6
-    parity = "parity not measured" if manifest.parity is None else f"worst error {max(manifest.parity.values()):.0e}"
-    show(f"{out}: {manifest.artefact} {size:.2f} MB, {manifest.graph.nodes:,} nodes, {parity} "
-           f"(tolerance {manifest.tolerance.atol:g})")  # fmt: skip
+    show(built(out, make(options, say)))
+
+
+@app.command(epilog="Example: mmd-export finalize digits-5.bundle --out digits-5.engine")
+def finalize(
+    bundle: BundleFolder,
+    out: Annotated[
+        Path | None, typer.Option(help="bundle folder to make; default: in the place of BUNDLE", show_default=False)
+    ] = None,
+    overwrite: Overwrite = False,
+    skip_verify: SkipVerify = False,
+    memory_limit: MemoryLimit = None,
+    cache: CacheFolder = None,
+) -> None:
+    """Compile a bundle built with --defer, on the machine where it will run, and verify it there."""
+    from mmd_export.commands.finalize import FinalizeOptions
+    from mmd_export.commands.finalize import finalize as make
+
+    options = FinalizeOptions(bundle, out, overwrite, not skip_verify, memory_limit, cache)
+    show(built(out or bundle, make(options, say)))
 
 
 @app.command(epilog="Example: mmd-export verify digits-5.bundle --json parity.json")
@@ -213,10 +229,13 @@ def verify(
     ]
     heads = ("rung", "checks", "worst", "tolerance", "verdict")
     show_table(f"Parity of {report.bundle} in {report.runtime}", heads, rows, json)
+    say(f"{report.runtime}: {report.detail}")
     for reason in sorted({rung.skipped for rung in report.rungs if rung.skipped}):
         say(f"not checked: {reason}")
     for reason in (rung.unseen for rung in report.rungs if rung.unseen):
         say(f"the sample alone was compared, not the states before it: {reason}")
+    for placement in (rung.placement for rung in report.rungs if rung.placement):
+        say(placement.summary)
     write_json(json, report.to_dict())
     report.require()
 
@@ -225,7 +244,7 @@ def verify(
 def bench(
     bundles: Annotated[list[Path], typer.Argument(help="bundle folders", show_default=False)],
     against: Annotated[
-        list[str] | None, typer.Option(help="torch, per-step or a bundle; repeatable", show_default=False)
+        list[str] | None, typer.Option(help="torch, per-step, a runtime or a bundle; repeatable", show_default=False)
     ] = None,
     runtime: RuntimeName = None,
     checkpoint: CheckpointOption = None,
@@ -234,6 +253,9 @@ def bench(
     ] = None,
     seconds: Annotated[float, typer.Option(help="time to spend when --rounds is not given")] = 30.0,
     threads: Annotated[int, typer.Option(help="CPU threads a run; 0: each library's choice")] = 0,
+    bound: Annotated[
+        bool, typer.Option("--bound", help="keep inputs and outputs on the device, where the runtime can")
+    ] = False,
     gate: Annotated[
         Path | None, typer.Option(help="JSON file with limits; exit 6 when one is broken", show_default=False)
     ] = None,
@@ -246,12 +268,16 @@ def bench(
     from mmd_export.commands import bench as command
 
     positive("--rounds", rounds)
-    options = command.BenchOptions(tuple(bundles), tuple(against or ()), runtime, checkpoint, rounds, seconds, threads)
+    options = command.BenchOptions(
+        tuple(bundles), tuple(against or ()), runtime, checkpoint, rounds, seconds, threads, bound
+    )
     report = command.bench(options, say)
     heads = ("", "median ms", "p90", "p99", f"times {report.candidates[0]} [95 %]")
     show_table(
         f"Latency, batch {report.batch}, {report.latency.rounds} rounds", heads, command.summary_rows(report), json
     )
+    for name, placement in report.placements.items():
+        say(f"{name}: {placement.summary}")
     for note in report.latency.notes:
         say(note)
     write_json(json, report.to_dict())
@@ -383,14 +409,12 @@ def inspect(
 def doctor(json: JsonFile = None) -> None:
     """What can be built and run on this machine, and the pip line for the rest."""
     from mmd_export.commands.inspect import doctor as look
+    from mmd_export.commands.inspect import doctor_rows
 
     facts = look()
-    rows = [
-        (part["kind"], part["name"], "yes" if part["available"] else "no", part["detail"], part["install"])
-        for part in facts["parts"]
-    ]
     title = f"mmd-export {facts['mmd_export']} on {facts['machine']}"
-    show_table(title, ("", "name", "works", "detail", "install"), rows, json)
+    heads = ("", "name", "builds here", "runs here", "detail", "install")
+    show_table(title, heads, doctor_rows(facts), json)
     write_json(json, facts)
 
 

@@ -62,7 +62,7 @@ Ema = Annotated[
 ]
 RuntimeName = Annotated[
     str | None,
-    typer.Option("--runtime", help="default: the first that fits; torch is the reference", show_default=False),
+    typer.Option("--runtime", help="NAME or onnxruntime:PROVIDER; default: the first that fits", show_default=False),
 ]
 CheckpointOption = Annotated[
     str | None, typer.Option("--checkpoint", help="the model or run folder a bundle was built from", show_default=False)
@@ -71,6 +71,7 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", help="also write the numbers to this file (- for stdout)", show_default=False)
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what stands at --out")]
+SkipVerify = Annotated[bool, typer.Option("--skip-verify", help="write the bundle without measuring parity")]
 
 
 def listed(timesteps: str | None) -> tuple[int, ...] | None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmd_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from mmd_export.bundle import Bundle
 
 
 def short(value: Any) -> str:
@@ -29,6 +32,17 @@ def say(text: str) -> None:
     """Progress, on stderr."""
     sys.stderr.write(f"mmd-export: {text}\n")
     sys.stderr.flush()
+
+
+def built(out: Path, bundle: Bundle) -> str:
+    """A new bundle in one line: size, nodes, error."""
+    manifest = bundle.manifest
+    parity = "parity not measured" if manifest.parity is None else f"worst error {max(manifest.parity.values()):.0e}"
+    after = "" if manifest.deferred is None else f"\nnext, where it will run: mmd-export finalize {out}"
+    return (
+        f"{out}: {manifest.artefact} {bundle.artefact_bytes / 1e6:.2f} MB, {manifest.graph.nodes:,} nodes, {parity} "
+        f"(tolerance {manifest.tolerance.atol:g}){after}"
+    )
 
 
 def show_table(title: str, heads: tuple[str, ...], rows: Any, json: Path | None = None) -> None:

@@ -27,7 +27,7 @@ LEAST_ROUNDS = 6  # the range of 6 draws covers the median with 1 - 2 / 2**6 = 9
 _WINDOW = 5
 _STABLE = 0.10
 _RESAMPLES = 2000
-_PACKAGES = ("mmd-export", "numpy", "onnx", "onnxruntime", "torch", "diffusers")
+_PACKAGES = ("mmd-export", "numpy", "onnx", "onnxruntime", "openvino", "torch", "diffusers")
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,17 @@ class GraphInfo(_Model):
     peak_activation_bytes: Annotated[int, Field(ge=0)] | None = None
 
 
+class DeferredInfo(_Model):
+    """What a bundle is still to be compiled to, where it will run; until then its artefact is the typed ONNX graph.
+
+    ``options``: those of the target, as on the command line.
+    """
+
+    format: Word
+    artefact: str
+    options: dict[str, int | str] = {}
+
+
 class FileEntry(_Model):
     """One file of the bundle: relative POSIX path, size in bytes, SHA-256."""
 
@@ -220,6 +231,13 @@ class ManifestDraft(_Model):
     tolerance: Tolerance
     parity: dict[str, Finite] | None = None
     graph: GraphInfo
+    deferred: DeferredInfo | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_empty_recipe(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Bundles that are not deferred have no such field, as those of older releases."""
+        fields: dict[str, Any] = whole(self)
+        return fields if self.deferred is not None else {name: fields[name] for name in fields if name != "deferred"}
 
     @field_validator("name")
     @classmethod

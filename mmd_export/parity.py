@@ -7,7 +7,7 @@ needs nothing but a bundle and a runtime. Rungs 1 to 5 need the checkpoint: ``mm
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mmd_export.bundle import Bundle, batch_axis
 from mmd_export.errors import ParityError
-from mmd_export.runtime import ChainSession, RunOptions, Runtime, Session
+from mmd_export.runtime import ChainSession, Placement, RunOptions, Runtime, Session, placement_of
 from mmd_export.tolerance import UINT8_LEVELS
 
 RUNGS = {
@@ -81,7 +81,8 @@ def compare(name: str, actual: NDArray[Any], expected: NDArray[Any], *, image: b
 class Rung:
     """One stage of the ladder against the stage before it.
 
-    ``skipped`` says why nothing was compared, ``unseen`` why the states inside an artefact were not.
+    ``skipped`` says why nothing was compared, ``unseen`` why the states inside an artefact were not; ``placement`` is
+    where its nodes ran, if the runtime can tell.
     """
 
     number: int
@@ -90,6 +91,7 @@ class Rung:
     skipped: str = ""
     sample_atol: float | None = None  # where the output is not of the states' scale (uint8)
     unseen: str = ""
+    placement: Placement | None = None
 
     @property
     def title(self) -> str:
@@ -126,16 +128,18 @@ class Rung:
             "rung": self.number, "title": self.title, "verdict": self.verdict, "atol": self.atol,
             "worst": self.worst if np.isfinite(self.worst) else None, "skipped": self.skipped, "unseen": self.unseen,
             "comparisons": [c.to_dict() for c in self.comparisons],
+            "placement": None if self.placement is None else self.placement.to_dict(),
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Every rung that was asked for, in order."""
+    """Every rung that was asked for, in order. ``detail`` says what the runtime is."""
 
     bundle: str
     runtime: str
     rungs: tuple[Rung, ...]
+    detail: str = ""
 
     @property
     def passed(self) -> bool:
@@ -153,7 +157,8 @@ class ParityReport:
 
     def to_dict(self) -> dict[str, Any]:
         rungs = [rung.to_dict() for rung in self.rungs]
-        return {"bundle": self.bundle, "runtime": self.runtime, "passed": self.passed, "rungs": rungs}
+        about = {"bundle": self.bundle, "runtime": self.runtime, "detail": self.detail}
+        return {**about, "passed": self.passed, "rungs": rungs}
 
 
 def _reason(rung: Rung) -> str:
@@ -191,7 +196,8 @@ def take(name: str, array: NDArray[Any], rows: slice) -> NDArray[Any]:
 def check_artefact(bundle: Bundle, runtime: Runtime, options: RunOptions) -> Rung:
     """Rung 6 of a bundle in ``runtime``, which must work here."""
     chain = None if runtime.unseen else runtime.open_chain(bundle, options)
-    return artefact_rung(bundle, runtime.open(bundle, options), chain, runtime.unseen)
+    session = runtime.open(bundle, options)
+    return replace(artefact_rung(bundle, session, chain, runtime.unseen), placement=placement_of(session))
 
 
 def artefact_rung(bundle: Bundle, session: Session, chain: ChainSession | None, unseen: str = "") -> Rung:

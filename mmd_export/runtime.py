@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -26,10 +27,46 @@ class Availability:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """``threads``: CPU threads of one run, 0 for the library's choice. ``checkpoint``: MODEL of the torch reference."""
+    """How to open an artefact.
+
+    ``threads``: CPU threads of one run, 0 for the library's choice. ``checkpoint``: MODEL of the torch reference.
+    ``cuda_graph``: record the run on the GPU once and replay it, where the runtime can.
+    """
 
     threads: int = 0
     checkpoint: str | None = None
+    cuda_graph: bool = False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the nodes of a graph run that its provider need not take whole.
+
+    ``taken``: how many the provider runs. ``elsewhere``: the names of the others, by the provider that runs them.
+    ``unknown`` says why none of this is known.
+    """
+
+    provider: str
+    taken: int = 0
+    elsewhere: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unknown: str = ""
+
+    @property
+    def summary(self) -> str:
+        """One line: the counts, and of the nodes elsewhere how many there are of each operator."""
+        if self.unknown:
+            return f"where the nodes run is not known: {self.unknown}"
+        others = sum(len(names) for names in self.elsewhere.values())
+        parts = [f"{self.taken:,} of {self.taken + others:,} nodes run on {self.provider}"]
+        for provider, names in self.elsewhere.items():
+            kinds = Counter(name.split(" ")[0] for name in names)
+            parts.append(f"{len(names)} on {provider} ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())})")
+        return "; ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, every node elsewhere by name."""
+        elsewhere = {provider: list(names) for provider, names in self.elsewhere.items()}
+        return {"provider": self.provider, "taken": self.taken, "elsewhere": elsewhere, "unknown": self.unknown}
 
 
 @runtime_checkable
@@ -55,6 +92,34 @@ class ChainSession(Protocol):
 
 
 @runtime_checkable
+class PlacedSession(Protocol):
+    """A session that knows where its nodes run."""
+
+    placement: Placement
+
+
+class Bound(Protocol):
+    """A session with its inputs and outputs on the device: a call runs it, and copies nothing."""
+
+    def __call__(self) -> None:
+        """One pass, waited for."""
+        ...
+
+    def outputs(self) -> dict[str, Array]:
+        """What the last pass gave, copied."""
+        ...
+
+
+@runtime_checkable
+class BindingSession(Protocol):
+    """A session whose inputs and outputs can stay on the device from pass to pass."""
+
+    def bind(self, inputs: Arrays) -> Bound:
+        """Copy ``inputs`` there once."""
+        ...
+
+
+@runtime_checkable
 class Runtime(Protocol):
     """One way of running artefacts of certain formats.
 
@@ -76,6 +141,22 @@ class Runtime(Protocol):
     def open_chain(self, bundle: Bundle, options: RunOptions) -> ChainSession:
         """Load the artefact with every state as an output; ``NotAvailableError`` where ``unseen`` says why."""
         ...
+
+
+@runtime_checkable
+class ProviderRuntime(Protocol):
+    """A runtime that hands its work to one of several providers: ``RUNTIME:PROVIDER`` by name."""
+
+    providers: tuple[str, ...]
+
+    def on(self, provider: str) -> Runtime:
+        """The same with ``provider``; UsageError lists the known ones."""
+        ...
+
+
+def placement_of(session: Session) -> Placement | None:
+    """Where the nodes run, of a session that can tell."""
+    return session.placement if isinstance(session, PlacedSession) else None
 
 
 def as_float32(values: Any) -> NDArray[np.float32]:

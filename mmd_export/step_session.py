@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mmd_export.chain import run_plan
 from mmd_export.checkpoint import Checkpoint
 from mmd_export.denoiser import timestep_tensor, typical_timestep
-from mmd_export.plan import StepPlan, Term
+from mmd_export.plan import StepPlan
 from mmd_export.specialise import capture
 
 
@@ -32,33 +33,18 @@ def per_step_session(
 
     def sample(inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         conditions = {name: array for name, array in inputs.items() if name not in ("noise", "step_noise")}
-        known: dict[tuple[str, int], NDArray[np.float32]] = {
-            ("noise", s): noise for s, noise in enumerate(inputs.get("step_noise", ()))
-        }
-        known["state", 0] = np.float32(plan.initial_scale) * inputs["noise"]
-        for k, step in enumerate(plan.steps):
-            x = known["state", k] if step.scale == 1.0 else np.float32(step.scale) * known["state", k]
-            output = session.run(None, {"x": x, "timestep": timesteps[k], **conditions})[0]
-            known["output", k] = output
-            if step.clean is not None and plan.clip is not None:
-                a, b = (np.float32(number) for number in step.clean)
-                known["clean", k] = np.clip(a * known["state", k] + b * output, -plan.clip, plan.clip)
-            known["state", k + 1] = _weighted_sum(step.update, known)
-        last = known["state", plan.step_count]
+
+        def network(k: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
+            output: NDArray[np.float32] = session.run(None, {"x": x, "timestep": timesteps[k], **conditions})[0]
+            return output
+
+        *_, last = run_plan(plan, inputs, network)
         if decode is not None:
             image: NDArray[np.float32] = decode.run(None, {"latent": last})[0]
             return np.clip(image, -1.0, 1.0)
         return np.clip(last, -1.0, 1.0) if plan.clamp_output else last
 
     return sample
-
-
-def _weighted_sum(terms: tuple[Term, ...], known: dict[tuple[str, int], NDArray[np.float32]]) -> NDArray[np.float32]:
-    first, *rest = terms
-    total = np.float32(first.weight) * known[first.source, first.index]
-    for term in rest:
-        total = total + np.float32(term.weight) * known[term.source, term.index]
-    return total
 
 
 def _one_step_session(checkpoint: Checkpoint, timestep: float, batch: int, threads: int) -> Any:

@@ -5,11 +5,18 @@ A field that is None was not given: the target's own default holds. A target nam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from mmd_export.errors import NotAvailableError
+from mmd_export.errors import NotAvailableError, UsageError
+
+HARDWARE_COMPAT = ("ampere+", "same-compute-capability")
+
+# Of the building machine, or used up when the graph was made: no part of a recipe.
+_NOT_LATER = ("cache", "memory_limit", "calibration")
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,36 @@ class TargetOptions:
     compute_units: str | None = None
     calibration: int | None = None
     device: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a value that no target could take."""
+        for name in ("workspace", "memory_limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"{flag(name)} is {value} MiB; it must be at least 1")
+        if self.hardware_compat not in (None, *HARDWARE_COMPAT):
+            raise UsageError(f"--hardware-compat is {self.hardware_compat!r}; give {' or '.join(HARDWARE_COMPAT)}")
+        if self.compute_capability is not None and not re.fullmatch(r"\d+\.\d(,\d+\.\d)*", self.compute_capability):
+            raise UsageError(f"--compute-capability is {self.compute_capability!r}; give numbers such as 8.9,12.0")
+        if self.calibration is not None and self.calibration < 1:
+            raise UsageError(
+                f"--calibration is {self.calibration}, it takes at least 1 image; leave it out for the default"
+            )
+
+    def recipe(self) -> dict[str, int | str]:
+        """What was given and still matters when a deferred bundle is compiled, as plain values."""
+        return {name: getattr(self, name) for name in self.given if name not in _NOT_LATER}
+
+    @classmethod
+    def from_recipe(
+        cls, recipe: Mapping[str, int | str], cache: Path | None, memory_limit: int | None
+    ) -> TargetOptions:
+        """The options of a recipe on a machine; raises UsageError for one that is not known."""
+        known = [field.name for field in fields(cls) if field.name not in _NOT_LATER]
+        for name in recipe:
+            if name not in known:
+                raise UsageError(f"the bundle's recipe has the unknown option {name!r}; update mmd-export")
+        given: dict[str, Any] = dict(recipe)
+        return cls(**given, cache=cache, memory_limit=memory_limit)
 
     @property
     def given(self) -> tuple[str, ...]:

@@ -221,3 +221,28 @@ def makes_a_number() -> int:
 
 network = Plain()
 number = 3
+
+
+class Bessel(Plain):
+    """An operator of torch that few compilers know."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(torch.special.bessel_j0(x), timestep)
+
+
+@torch.library.custom_op("foreign_nets::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    """An operator of this test alone."""
+    return 2 * x
+
+
+@twice.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Custom(Plain):
+    """An operator that torch has not."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(twice(x), timestep)

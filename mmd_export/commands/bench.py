@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,27 @@ from numpy.typing import NDArray
 from mmd_export.bundle import Bundle, update_card
 from mmd_export.card import model_card
 from mmd_export.commands.verify import BUILT_IN, usable_runtime
-from mmd_export.errors import LatencyGateError, MmdExportError, UsageError
+from mmd_export.errors import LatencyGateError, MmdExportError, NotAvailableError, UsageError
 from mmd_export.latency import GateVerdict, LatencyReport, gate, measure
 from mmd_export.parity import chunks
-from mmd_export.runtime import RunOptions
+from mmd_export.runtime import BindingSession, Placement, RunOptions, placement_of
+from mmd_runtime.registry import runtime_names
 
 BASELINES = ("torch", "per-step")
 MIN_ROUNDS, MAX_ROUNDS = 10, 200
+NOT_TIMED = {"coreml-reference": "reference evaluation says nothing of the speed of Core ML; bench it on macOS"}
 
 Inputs = dict[str, NDArray[Any]]
+Prepared = tuple[Callable[[], object], Placement | None]
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """``rounds`` None: as many as fit into ``seconds``, between 10 and 200. ``threads`` 0: each library's choice."""
+    """What to measure.
+
+    ``rounds`` None: as many as fit into ``seconds``, between 10 and 200. ``threads`` 0: each library's choice.
+    ``bound``: inputs and outputs stay on the device, so that a run copies nothing.
+    """
 
     bundles: tuple[Path, ...]
     against: tuple[str, ...] = ()
@@ -36,15 +43,20 @@ class BenchOptions:
     rounds: int | None = None
     seconds: float = 30.0
     threads: int = 0
+    bound: bool = False
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """``candidates``: the names of the bundles; all else in ``latency`` is a baseline."""
+    """``candidates``: the names of the bundles; all else in ``latency`` is a baseline.
+
+    ``placements``: where the nodes of each ran, if its runtime can tell.
+    """
 
     latency: LatencyReport
     candidates: tuple[str, ...]
     batch: int
+    placements: Mapping[str, Placement] = field(default_factory=dict)
 
     @property
     def baselines(self) -> tuple[str, ...]:
@@ -52,7 +64,10 @@ class BenchReport:
         return tuple(name for name in self.latency.seconds if name not in self.candidates)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"candidates": list(self.candidates), "batch": self.batch, **self.latency.to_dict()}
+        places = {name: place.to_dict() for name, place in self.placements.items()}
+        return {
+            "candidates": list(self.candidates), "batch": self.batch, "placements": places, **self.latency.to_dict(),
+        }  # fmt: skip
 
 
 def bench(options: BenchOptions, notify: Callable[[str], None] = lambda _: None) -> BenchReport:
@@ -61,15 +76,19 @@ def bench(options: BenchOptions, notify: Callable[[str], None] = lambda _: None)
     first = bundles[0]
     inputs, _ = next(chunks(first))
     run: dict[str, Callable[[], object]] = {}
+    places: dict[str, Placement | None] = {}
     for bundle in bundles:
-        run[_free_name(bundle, run)] = _bundle_call(bundle, inputs, options)
+        name = _free_name(bundle, run)
+        run[name], places[name] = _bundle_call(bundle, inputs, options)
     candidates = tuple(run)
-    for name in options.against or default_baselines(first, options):
-        notify(f"preparing {name}")
-        run[_free_name_of(name, run)] = _baseline(name, first, inputs, options)
+    for against in options.against or default_baselines(first, options):
+        notify(f"preparing {against}")
+        name = _free_name_of(against, run)
+        run[name], places[name] = _baseline(against, first, inputs, options)
+    known = {name: place for name, place in places.items() if place is not None}
     rounds = options.rounds or affordable_rounds(run, options.seconds)
     notify(f"measuring {len(run)} candidates, {rounds} interleaved rounds")
-    return BenchReport(measure(run, rounds), candidates, len(inputs["noise"]))
+    return BenchReport(measure(run, rounds), candidates, len(inputs["noise"]), known)
 
 
 def default_baselines(bundle: Bundle, options: BenchOptions) -> tuple[str, ...]:
@@ -89,20 +108,27 @@ def affordable_rounds(run: dict[str, Callable[[], object]], seconds: float) -> i
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(cost, 1e-6))))
 
 
-def _bundle_call(bundle: Bundle, inputs: Inputs, options: BenchOptions) -> Callable[[], object]:
+def _bundle_call(bundle: Bundle, inputs: Inputs, options: BenchOptions) -> Prepared:
     runtime = usable_runtime(bundle, options.runtime)
+    if reason := NOT_TIMED.get(runtime.name):
+        raise NotAvailableError(f"bundle {bundle.name}: runtime {runtime.name} is not timed: {reason}")
     session = runtime.open(bundle, RunOptions(options.threads, options.checkpoint))
-    return lambda: session.run(inputs)
+    if not options.bound:
+        return lambda: session.run(inputs), placement_of(session)
+    if not isinstance(session, BindingSession):
+        raise NotAvailableError(f"runtime {runtime.name} keeps no inputs on the device; leave out --bound")
+    return session.bind(inputs), placement_of(session)
 
 
-def _baseline(name: str, bundle: Bundle, inputs: Inputs, options: BenchOptions) -> Callable[[], object]:
+def _baseline(name: str, bundle: Bundle, inputs: Inputs, options: BenchOptions) -> Prepared:
+    """Another way to run the first bundle, or another bundle; ``--bound`` is for the bundles themselves."""
     if name == "per-step":
-        return _per_step(bundle, inputs, options)
-    if name == "torch":
-        return _bundle_call(bundle, inputs, BenchOptions((), (), "torch", options.checkpoint, threads=options.threads))
+        return _per_step(bundle, inputs, options), None
+    if name.partition(":")[0] in runtime_names():
+        return _bundle_call(bundle, inputs, replace(options, runtime=name, bound=False))
     if not Path(name).is_dir():
-        raise UsageError(f"--against {name!r} is neither {' nor '.join(BASELINES)} nor a bundle")
-    return _bundle_call(Bundle.open(name), inputs, options)
+        raise UsageError(f"--against {name!r} is neither {' nor '.join(BASELINES)} nor a runtime nor a bundle")
+    return _bundle_call(Bundle.open(name), inputs, replace(options, bound=False))
 
 
 def _per_step(bundle: Bundle, inputs: Inputs, options: BenchOptions) -> Callable[[], object]:

@@ -37,7 +37,8 @@ def verify(
     stages = stage_rungs(bundle, checkpoint, notify)
     notify(f"rung 6: the artefact in {runtime.name}")
     options = RunOptions(checkpoint=checkpoint)
-    return ParityReport(bundle.name, runtime.name, (*stages, check_artefact(bundle, runtime, options)))
+    rungs = (*stages, check_artefact(bundle, runtime, options))
+    return ParityReport(bundle.name, runtime.name, rungs, runtime.availability().detail)
 
 
 def stage_rungs(bundle: Bundle, model: str | None, notify: Callable[[str], None]) -> tuple[Rung, ...]:

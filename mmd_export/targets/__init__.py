@@ -16,6 +16,7 @@ from mmd_export.target_options import DEFAULTS, TargetOptions
 
 if TYPE_CHECKING:
     from mmd_export.program import SamplerProgram
+    from mmd_export.trt.lock import LockFacts
 
 ONE = BatchSpec(sizes=(1,))
 
@@ -25,7 +26,7 @@ class CompileOptions:
     """What the user may choose; ``form`` is unrolled, loop, or auto, which is one of the two.
 
     ``batch``: the sizes that the artefact must take; the program is static where that is one. ``notify`` hears what a
-    long compilation is doing.
+    long compilation is doing; ``log`` is where a compiler's own log goes when it fails.
     """
 
     precision: str = "fp32"
@@ -34,6 +35,7 @@ class CompileOptions:
     batch: BatchSpec = ONE
     target: TargetOptions = DEFAULTS
     notify: Callable[[str], None] = lambda _: None
+    log: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,19 @@ class Target(Protocol):
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
         """Write the artefact into ``folder``; deterministic where the compiler is."""
+        ...
+
+
+@runtime_checkable
+class DeferrableTarget(Target, Protocol):
+    """One that compiles an ONNX file, and so can do it later, without torch, where the result will run."""
+
+    def compiler(self) -> Availability:
+        """Whether it can compile here; ``availability`` also asks for what makes the graph."""
+        ...
+
+    def compile_onnx(self, model: Path, folder: Path, options: CompileOptions) -> LockFacts:
+        """Write the artefact of the graph ``model`` into ``folder``; returns what it is locked to."""
         ...
 
 

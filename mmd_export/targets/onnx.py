@@ -29,15 +29,19 @@ _INLINE_BYTES = 1024  # shapes and numbers of the plan stay in the graph, where 
 
 
 class OnnxTarget:
-    """ONNX, opset 20, float32; ``model.onnx_data`` beside it where one file would pass ``largest_file`` bytes."""
+    """ONNX; ``model.onnx_data`` beside it where one file would pass ``largest_file`` bytes.
+
+    Opset 20, but 21 for w4 and 22 for bf16, which have it from there on. What a precision is, and what it costs:
+    ``docs/precision.md``.
+    """
 
     name = "onnx"
     format = "onnx"
     artefact = "model.onnx"
-    precisions: tuple[str, ...] = ("fp32",)
+    precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "fp8", "w8", "w4")
     outputs: tuple[str, ...] = ("float32", "uint8")
     forms: tuple[str, ...] = ("unrolled", "loop")
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ("calibration",)
     several_batches = True
     extra = "onnx"
 
@@ -56,16 +60,26 @@ class OnnxTarget:
         from mmd_export.onnx_lint import report, require_clean
         from mmd_export.onnx_loop import compose_loop
         from mmd_export.onnx_translate import translate
+        from mmd_export.precision.lower import lower
+        from mmd_export.precision.quantise import Recipe
+        from mmd_export.precision.trajectory import Calls
 
         decoder = None if program.decoder is None else (translate(program.decoder.call), program.decoder.shape)
         spec = GraphSpec(program.shape, program.batch, program.conditions, options.output, decoder)
         constants = [
             [value.detach().cpu().numpy() for value in program.constants(k)] for k in range(program.plan.step_count)
         ]
-        write = compose_loop if chosen_form(options.form, program.plan.step_count) == "loop" else compose
-        model = write(translate(program.step), program.plan, constants, spec)
+        exact = Calls(
+            translate(program.step), constants, program.plan, program.shape, program.batch, program.conditions
+        )
+        form = chosen_form(options.form, program.plan.step_count)
+        # TensorRT takes a scale that is a constant, not one that a loop reads from a table.
+        recipe = Recipe(per_step=form == "unrolled")
+        calls = lower(exact, options.precision, options.target.calibration, recipe, options.notify)
+        write = compose_loop if form == "loop" else compose
+        model = write(calls.model, program.plan, calls.constants, spec)
         clean_up(model)
-        require_clean(model, program.conditions)
+        require_clean(model, program.conditions, options.precision)
         save(model, folder / self.artefact, self.largest_file)
         toolchain = {name: version(name) for name in PACKAGES}
         folded = [value for k in range(program.plan.step_count) for value in program.constants(k)]

@@ -83,6 +83,9 @@ def test_unknown_scheduler_setting(command: Command, model: Path, tmp_path: Path
         (("--spacing", "odd"), 2, "odd"),
         (("--eta", "-1"), 2, "-1"),
         (("--precision", "fp3"), 3, "fp3"),
+        (("--precision", "int8", "--calibration", "0"), 2, "--calibration is 0, it takes at least 1 image"),
+        (("--precision", "int8", "--calibration", "-3"), 2, "--calibration is -3, it takes at least 1 image"),
+        (("--calibration", "8"), 2, "--calibration is 8, but --precision fp32 has no ranges to set"),
         (("--output", "int3"), 3, "int3"),
     ],
 )

@@ -101,6 +101,65 @@ def test_doctor_lists_targets_and_runtimes(command: Command) -> None:
     assert {("target", "onnx"), ("runtime", "onnxruntime"), ("runtime", "torch")} <= parts
 
 
+def test_doctor_says_what_runs_what(command: Command) -> None:
+    code, out, _ = command("doctor", "--json", "-")
+    assert code == 0
+    parts = json.loads(out)["parts"]
+    targets = {part["name"]: part for part in parts if part["kind"] == "target"}
+    runtimes = {part["name"]: part for part in parts if part["kind"] == "runtime"}
+    for part in targets.values():
+        known = {*part["runs_in"], *part["could_run_in"]}
+        assert known == {name for name, runtime in runtimes.items() if part["format"] in runtime["formats"]}
+        assert all(runtimes[name]["available"] for name in part["runs_in"])
+        assert not any(runtimes[name]["available"] for name in part["could_run_in"])
+    assert {"onnxruntime", "onnxruntime:cpu"} <= set(targets["onnx"]["runs_in"])
+    for part in parts:
+        assert part["detail"]
+        by_pip = part["kind"] == "target" or part["name"].startswith("onnxruntime")  # a GPU or a Mac does not come so
+        assert part["available"] or not by_pip or "pip install" in part["install"]
+    code, out, _ = command("doctor")
+    assert code == 0
+    assert "builds here" in out
+    assert "fp32" in out
+
+
+def test_openvino_from_build_to_picture(command: Command, tmp_path: Path) -> None:
+    bundle, report = tmp_path / "b", tmp_path / "report.json"
+    code, out, err = command("build", "digits", "--target", "openvino", "--steps", 1, "--out", bundle)
+    assert code == 0, err
+    assert "model.xml" in out
+    assert command("verify", bundle, "--checkpoint", "digits", "--json", report)[0] == 0
+    assert json.loads(report.read_text())["runtime"] == "openvino"
+    code, _, err = command("bench", bundle, "--against", "openvino", "--rounds", 2, "--json", report)
+    assert code == 0, err
+    assert set(json.loads(report.read_text())["seconds"]) == {"digits-1", "openvino"}
+    assert command("sample", bundle, "--seed", 5, "--count", 3, "--out", tmp_path / "openvino.png")[0] == 0
+    command("sample", "digits", "--steps", 1, "--seed", 5, "--count", 3, "--out", tmp_path / "model.png")
+    drawn, model = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("openvino", "model"))
+    assert np.abs(drawn - model).max() <= 1
+    code, _, err = command("verify", bundle, "--runtime", "onnxruntime:cpu")
+    assert code == 2
+    assert "holds openvino, runtime onnxruntime:cpu opens onnx" in err
+
+
+def test_verify_and_bench_say_where_nodes_run(command: Command, digits_bundle: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    code, _, err = command("verify", digits_bundle, "--runtime", "onnxruntime:cpu", "--json", report)
+    assert code == 0, err
+    assert "nodes run on CPUExecutionProvider" in err
+    assert json.loads(report.read_text())["rungs"][-1]["placement"]["taken"] > 100
+    code, _, err = command(
+        "bench", digits_bundle, "--runtime", "onnxruntime:cpu", "--bound", "--against", "onnxruntime", "--rounds", 2,
+        "--json", report,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "digits-2: " in err
+    assert json.loads(report.read_text())["placements"]["digits-2"]["elsewhere"] == {}
+    code, _, err = command("verify", digits_bundle, "--runtime", "onnxruntime:dml")
+    assert code == 3
+    assert "pip install onnxruntime-directml" in err
+
+
 def test_evaluate_scores_on_both_encoders(command: Command, digits_bundle: Path) -> None:
     code, out, err = command("evaluate", digits_bundle, "--count", 128, "--json", "-")
     assert code == 0, err

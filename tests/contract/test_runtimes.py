@@ -14,7 +14,7 @@ from mmd_export.errors import MmdExportError, NotAvailableError, UsageError
 from mmd_export.parity import artefact_rung
 from mmd_export.runtime import ChainSession, RunOptions, Runtime, Session
 from mmd_export.targets import get_target, target_names
-from mmd_runtime.registry import get_runtime, runtime_names
+from mmd_runtime.registry import get_runtime, runtime_for, runtime_names
 
 STEPS = 2
 Opened = tuple[Bundle, Session, ChainSession | None]
@@ -28,10 +28,12 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def bundles(tiny_labels: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """One bundle a format that can be built here; step noise and class labels, batches 1 to 3 or the 3 alone."""
+    """One bundle a format that can be built and run here; step noise, class labels, batches 1 to 3 or the 3 alone."""
     found: dict[str, Bundle] = {}
     for target_name in target_names():
         target = get_target(target_name)
+        if not runtime_for(target.format).availability().available:
+            continue
         if target.availability().available and target.format not in found:
             out = tmp_path_factory.mktemp("bundles") / target_name
             batch = "1..3" if target.several_batches else "3"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +12,16 @@ from typing import Any
 import pytest
 
 from mmd_export import build as pipeline
+from mmd_export import measured
 from mmd_export.build import BuildOptions, build, usable_target
 from mmd_export.bundle import Bundle, Tolerance
 from mmd_export.checkpoint import Checkpoint
-from mmd_export.errors import NotAvailableError, ParityError, UsageError
+from mmd_export.errors import MmdExportError, NotAvailableError, ParityError, UsageError
 from mmd_export.program import SamplerProgram, export_program
+from mmd_export.target_options import DEFAULTS, TargetOptions
 from mmd_export.targets import Compiled, CompileOptions, Target, get_target, target_names
 from mmd_export.tolerance import artefact_tolerance
+from mmd_runtime.registry import runtime_for
 
 pytestmark = pytest.mark.parametrize("name", target_names())
 
@@ -33,6 +39,40 @@ def target_here(name: str) -> Target:
         assert "pip install" in found.install
         pytest.skip(f"target {name}: {found.detail}; {found.install}")
     return target
+
+
+Files = dict[str, bytes]
+Made = tuple[Compiled, Files]
+
+
+@pytest.fixture(scope="module")
+def compiled(program: SamplerProgram, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    """What a target makes of the tiny model, compiled once for all tests that only need an artefact."""
+    made: dict[str, Made] = {}
+
+    def compile_once(name: str) -> Made:
+        if name not in made:
+            target, folder = target_here(name), tmp_path_factory.mktemp("compiled")
+            options = CompileOptions(target.precisions[0], target.outputs[0])
+            made[name] = target.compile(program, folder, options), files_in(folder)
+        return made[name]
+
+    return compile_once
+
+
+@pytest.fixture
+def quick(name: str, compiled: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target gives its artefact of the tiny model again instead of compiling it again."""
+    facts, files = compiled(name)
+
+    def compile_again(program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
+        assert program.plan.step_count == 2
+        for path, data in files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(data)
+        return facts
+
+    monkeypatch.setattr(get_target(name), "compile", compile_again)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -58,18 +98,20 @@ def test_it_keeps_the_protocol(name: str) -> None:
         assert "measured" in tolerance.reason
 
 
-def test_it_compiles_the_same_bytes_twice(name: str, program: SamplerProgram, tmp_path: Path) -> None:
-    target, results = target_here(name), []
-    for folder in (tmp_path / "1", tmp_path / "2"):
-        folder.mkdir()
-        compiled = target.compile(program, folder, CompileOptions(target.precisions[0], target.outputs[0]))
-        assert isinstance(compiled, Compiled)
-        assert (folder / target.artefact).exists()
-        assert compiled.toolchain
-        results.append(files_in(folder))
-    assert results[0] == results[1]
-    for data in results[0].values():
-        for private in (str(tmp_path), str(Path.home()), str(Path(__file__).parents[2])):
+def test_it_compiles_the_same_bytes_twice(
+    name: str, program: SamplerProgram, compiled: Callable[[str], Made], tmp_path: Path
+) -> None:
+    target, (facts, files), folder = target_here(name), compiled(name), tmp_path / "again"
+    anew = TargetOptions(cache=tmp_path / "cache") if "cache" in target.options else DEFAULTS
+    folder.mkdir()
+    again = target.compile(program, folder, CompileOptions(target.precisions[0], target.outputs[0], target=anew))
+    assert isinstance(facts, Compiled)
+    assert facts.toolchain
+    assert again == facts
+    assert any(path.split("/")[0] == target.artefact for path in files)
+    assert files_in(folder) == files
+    for data in files.values():
+        for private in (tempfile.gettempdir(), str(Path.home()), str(Path(__file__).parents[2]), sys.prefix):
             assert private.encode() not in data
 
 
@@ -89,8 +131,8 @@ def test_it_refuses_before_the_checkpoint_is_read(name: str, tmp_path: Path) -> 
         usable_target(options_for(f"{name}x", tmp_path, tmp_path))
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_build_is_a_whole_bundle(name: str, tiny: Path, tmp_path: Path) -> None:
-    target_here(name)
     stages: list[str] = []
     built = build(options_for(name, tiny, tmp_path / "out"), notify=stages.append)
     bundle = Bundle.open(tmp_path / "out")
@@ -100,18 +142,40 @@ def test_a_build_is_a_whole_bundle(name: str, tiny: Path, tmp_path: Path) -> Non
     assert bundle.golden().count >= 4
     assert stages[0] == "reading the checkpoint"
     assert any(name in stage for stage in stages)
+    runs = runtime_for(bundle.manifest.format).availability()
+    assert (bundle.manifest.parity is not None) == runs.available
+    assert ("not verified" in bundle.card) == (not runs.available)
+    assert runs.detail in bundle.card
     with pytest.raises(UsageError, match="already exists"):
         build(options_for(name, tiny, tmp_path / "out"))
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_build_that_fails_its_parity_leaves_nothing(
     name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target_here(name)
+    if not (found := runtime_for(get_target(name).format).availability()).available:
+        pytest.skip(f"target {name}: nothing runs it here: {found.detail}; {found.install}")
     monkeypatch.setattr(pipeline, "artefact_tolerance", lambda *_: Tolerance(atol=0.0, reason="nothing passes"))
     with pytest.raises(ParityError, match=r"rung 6 \(artefact in its runtime\) failed: .* the tolerance is 0") as error:
         build(options_for(name, tiny, tmp_path / "out"))
     assert error.value.exit_code == 4
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_artefact_that_its_runtime_cannot_run_is_not_published(
+    name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (found := runtime_for(get_target(name).format).availability()).available:
+        pytest.skip(f"target {name}: nothing runs it here: {found.detail}; {found.install}")
+
+    def fails(*_: Any) -> None:
+        raise MmdExportError("a kernel gave up")
+
+    monkeypatch.setattr(measured, "check_artefact", fails)
+    with pytest.raises(NotAvailableError, match=f"target {name} made what its runtime cannot run: a kernel gave up"):
+        build(options_for(name, tiny, tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
 

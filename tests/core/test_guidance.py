@@ -168,8 +168,10 @@ def test_a_manifest_without_options_is_as_it_was() -> None:
     assert json.loads(guided.model_dump_json())["options"] == {"guidance_scale": 2.5, "null_label": 3}
 
 
-def test_auto_is_what_was_measured_faster() -> None:
+def test_auto_is_what_was_measured_faster_on_the_largest_network() -> None:
     rows = json.loads((ROOT / "benchmarks/results/guidance.json").read_text())["rows"]
+    largest = max(row["parameters"] for row in rows)
+    rows = [row for row in rows if row["parameters"] == largest]
     mean = math.prod(row["doubled_over_two_calls"]["median"] for row in rows) ** (1 / len(rows))
     assert ("two-calls" if mean > 1 else "doubled") == FASTER
 

@@ -8,7 +8,7 @@ from functools import cache
 
 import mmd_runtime
 from mmd_export.errors import NotAvailableError, UsageError
-from mmd_export.runtime import Runtime
+from mmd_export.runtime import ProviderRuntime, Runtime
 
 
 def runtime_names() -> tuple[str, ...]:
@@ -16,12 +16,28 @@ def runtime_names() -> tuple[str, ...]:
     return tuple(_runtimes())
 
 
+def every_runtime() -> tuple[Runtime, ...]:
+    """All runtimes, each followed by itself with every provider that it has."""
+    found: list[Runtime] = []
+    for runtime in _runtimes().values():
+        found.append(runtime)
+        if isinstance(runtime, ProviderRuntime):
+            found += [runtime.on(provider) for provider in runtime.providers]
+    return tuple(found)
+
+
 def get_runtime(name: str) -> Runtime:
-    """The runtime of that name; ``UsageError`` lists the known ones."""
+    """The runtime of that name, ``RUNTIME`` or ``RUNTIME:PROVIDER``; ``UsageError`` lists the known ones."""
     runtimes = _runtimes()
-    if name not in runtimes:
+    family, colon, provider = name.partition(":")
+    if family not in runtimes:
         raise UsageError(f"runtime {name!r} is unknown; known: {', '.join(runtimes)}")
-    return runtimes[name]
+    runtime = runtimes[family]
+    if not colon:
+        return runtime
+    if not isinstance(runtime, ProviderRuntime):
+        raise UsageError(f"runtime {family} has no providers, {name!r} names one; leave out ':{provider}'")
+    return runtime.on(provider)
 
 
 def runtime_for(artefact_format: str) -> Runtime:

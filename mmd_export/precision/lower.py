@@ -1,0 +1,63 @@
+"""One network call in the precision that was asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from mmd_export.errors import UsageError
+from mmd_export.precision.formats import GRIDS, HALVES
+from mmd_export.precision.half import to_half
+from mmd_export.precision.islands import islands
+from mmd_export.precision.quantise import Recipe, quantise
+from mmd_export.precision.scan import scan
+from mmd_export.precision.trajectory import Calls
+
+SCANNED = 4  # images, for 16 bits: maxima, with headroom for the others
+CALIBRATED = 32  # images, for ranges without headroom
+
+
+def lower(
+    calls: Calls,
+    precision: str,
+    images: int | None = None,
+    recipe: Recipe | None = None,
+    notify: Callable[[str], None] = lambda _: None,
+) -> Calls:
+    """``calls`` in ``precision``, a new model; ``images``: how many trajectories to look at, None for the default.
+
+    Raises UsageError for images where no range is needed, and for a trajectory that is not finite.
+    """
+    if precision == "fp32":
+        return _refuse(images, precision, calls)
+    lowered = Calls(typed(calls.model), calls.constants, calls.plan, calls.shape, calls.batch, calls.conditions)
+    if precision in HALVES:
+        half = HALVES[precision]
+        seen = scan(lowered, images or SCANNED)
+        kept = islands(lowered.model, seen, half)
+        counts = ", ".join(f"{count} for their {reason}" for reason, count in sorted(Counter(kept.values()).items()))
+        nodes = sum(1 for _ in lowered.model.graph)
+        notify(f"{precision}: {len(kept)} of {nodes} operations of a call stay float32 ({counts or 'none'})")
+        lowered = to_half(lowered, kept, half)
+    else:
+        grid = GRIDS[precision]
+        if not grid.activations:
+            _refuse(images, precision, calls)
+        lowered = quantise(lowered, grid, recipe or Recipe(), images or CALIBRATED)
+    passes.RemoveUnusedNodesPass()(lowered.model)
+    return lowered
+
+
+def _refuse(images: int | None, precision: str, calls: Calls) -> Calls:
+    if images is not None:
+        raise UsageError(f"--calibration is {images}, but --precision {precision} has no ranges to set; leave it out")
+    return calls
+
+
+def typed(model: ir.Model) -> ir.Model:
+    """A copy in which every value has its type: what a rewrite made has none."""
+    copy = model.clone()
+    return passes.ShapeInferencePass(strict_mode=False)(copy).model

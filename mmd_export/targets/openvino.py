@@ -1,0 +1,61 @@
+"""Target ``openvino``: OpenVINO IR, converted from the ONNX graph."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmd_export import openvino_library
+from mmd_export.runtime import Availability
+from mmd_export.targets import Compiled, CompileOptions
+from mmd_export.targets.onnx import TARGET as ONNX
+
+if TYPE_CHECKING:
+    from mmd_export.program import SamplerProgram
+
+
+class OpenVinoTarget:
+    """``model.xml`` and ``model.bin``: float32, or with weights in float16 (w16) and arithmetic in float32."""
+
+    name = "openvino"
+    format = "openvino"
+    artefact = "model.xml"
+    precisions: tuple[str, ...] = ("fp32", "w16")
+    outputs: tuple[str, ...] = ("float32", "uint8")
+    forms: tuple[str, ...] = ("unrolled",)
+    options: tuple[str, ...] = ()
+    several_batches = True
+    extra = "openvino"
+
+    def availability(self) -> Availability:
+        if not (found := ONNX.availability()).available:
+            return Availability(False, found.detail, "pip install 'mmd-export[tune,openvino]'")
+        if find_spec("openvino") is None:
+            return Availability(False, "openvino not installed", "pip install 'mmd-export[tune,openvino]'")
+        return openvino_library.availability()
+
+    def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
+        """The states keep their names in the file, so that the runtime can find them."""
+        from mmd_export import openvino_ir
+
+        states = [f"state.{k}" for k in range(1, program.plan.step_count + 1)]
+        with tempfile.TemporaryDirectory() as scratch:
+            plain = replace(options, precision="fp32", form="unrolled")
+            onnx = ONNX.compile(program, Path(scratch), plain)
+            options.notify("converting the ONNX graph to OpenVINO IR")
+            model = openvino_ir.convert(Path(scratch) / ONNX.artefact, states)
+            if options.precision == "w16":
+                openvino_ir.halve_weights(model)
+            openvino_ir.save(model, folder / self.artefact)
+        folded = {name: onnx.graph[name] for name in ("folded_values", "folded_bytes")}
+        return Compiled(
+            openvino_ir.facts(folder / self.artefact) | folded,
+            {**onnx.toolchain, "openvino": version("openvino")},
+        )
+
+
+TARGET = OpenVinoTarget()

@@ -1,0 +1,73 @@
+"""Target ``tensorrt``: the typed ONNX graph compiled to an engine for the GPU at hand, TensorRT 10 and 11."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from mmd_export.runtime import Availability
+from mmd_export.targets import Compiled, CompileOptions, onnx
+from mmd_export.trt.device import find_device
+from mmd_export.trt.library import TENSORRT, Library
+
+if TYPE_CHECKING:
+    from mmd_export.program import SamplerProgram
+    from mmd_export.trt.lock import LockFacts
+
+
+class EngineTarget:
+    """ONNX to an engine of either library; precision is written in the graph, the network is strongly typed.
+
+    The same graph, release and options give the same bytes in TensorRT-RTX. TensorRT chooses kernels by their measured
+    times, so its bytes repeat only as far as its timing cache does; the cache of finished engines gives the same bytes.
+    """
+
+    artefact = "model.plan"
+    precisions: tuple[str, ...] = onnx.TARGET.precisions
+    outputs: tuple[str, ...] = onnx.TARGET.outputs
+    forms: tuple[str, ...] = onnx.TARGET.forms
+    several_batches = True
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.name = self.format = self.extra = library.name
+        self.options: tuple[str, ...] = (*library.options, *onnx.TARGET.options)
+
+    def availability(self) -> Availability:
+        graph = onnx.TARGET.availability()
+        found = self.compiler()
+        return graph if found.available and not graph.available else found
+
+    def compiler(self) -> Availability:
+        """Whether the library is whole, and there is a GPU if it needs one."""
+        found = self.library.installed()
+        if found.available and self.library.needs_gpu and find_device() is None:
+            return Availability(False, f"{found.detail}, but no NVIDIA GPU with a driver is here", self.library.install)
+        if found.available and find_spec("onnx_ir") is None:
+            return Availability(False, "onnx_ir is not installed", self.library.install)
+        return found
+
+    def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
+        """``model.plan``, and ``model.onnx`` beside an engine without weights."""
+        with TemporaryDirectory() as scratch:
+            graph = onnx.TARGET.compile(program, Path(scratch), options)
+            model = Path(scratch) / onnx.TARGET.artefact
+            facts = self.compile_onnx(model, folder, options)
+        return Compiled(graph.graph, {**graph.toolchain, facts.library: facts.version}, facts.to_dict())
+
+    def compile_onnx(self, model: Path, folder: Path, options: CompileOptions) -> LockFacts:
+        """The engine of a graph, and what it is locked to."""
+        from mmd_export.trt.engine import Request, build_engine, onnx_files
+
+        request = Request(model, options.batch, options.target, options.precision, options.log, options.notify)
+        facts = build_engine(self.library, request, folder / self.artefact)
+        if options.target.strip_weights:
+            for path in onnx_files(model):
+                shutil.copyfile(path, folder / path.name)
+        return facts
+
+
+TARGET = EngineTarget(TENSORRT)

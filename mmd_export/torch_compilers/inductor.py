@@ -1,0 +1,122 @@
+"""AOTInductor: a program of torch.export to one shared library, in a ``.pt2`` archive that holds nothing else.
+
+Torch's own packer adds the generated sources with their compiler command lines, and the C++ macros of its headers leave
+paths in the library. Neither is in this archive: the first is left out, the second overwritten.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from mmd_export.errors import NotAvailableError
+
+FOLDER = "model/data/aotinductor/model"
+_STEM = "sampler"
+_MARCH = {"AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}  # instead of `native`: runs wherever the vector width is there
+_DATE = (1980, 1, 1, 0, 0, 0)  # the first day of zip
+_BUILD_ID = re.compile(rb"(\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0).{20}", re.DOTALL)
+
+
+def moved(exported: ExportedProgram, device: str) -> ExportedProgram:
+    """The program with its weights and example inputs on ``device``."""
+    if device == "cpu":
+        return exported
+    from torch.export.passes import move_to_device_pass
+
+    return move_to_device_pass(exported, device)
+
+
+def compile_package(exported: ExportedProgram, path: Path, device: str) -> dict[str, int]:
+    """Compile ``exported`` and write the archive; returns the calls of kernels and operators in one run, by name.
+
+    Raises NotAvailableError for what Inductor cannot compile.
+    """
+    from torch._inductor import aot_compile
+    from torch._inductor.exc import InductorError
+
+    assert exported.example_inputs is not None
+    arguments, keywords = exported.example_inputs
+    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a library above 2 GB carries a random number
+        folder = Path(scratch) / _STEM
+        folder.mkdir()
+        module = exported.module(check_guards=False)
+        try:
+            aot_compile(module, arguments, keywords, options=settings(folder, device))
+        except InductorError as error:
+            raise NotAvailableError(f"target torch cannot compile it: {_line(error)}") from error
+        write_archive(folder, path, (scratch, sysconfig.get_path("purelib"), sys.prefix))
+        return _calls((folder / f"{_STEM}.wrapper.cpp").read_text(encoding="utf-8"))
+
+
+def settings(folder: Path, device: str) -> dict[str, Any]:
+    """Inductor's options: weights once (no freezing), no debug lines, nothing that depends on the thread count."""
+    options: dict[str, Any] = {
+        "aot_inductor.package": True,
+        "aot_inductor.output_path": str(folder),
+        "aot_inductor.model_name_for_generated_files": _STEM,
+        "freezing": False,
+        "cpp.dynamic_threads": True,
+        "comment_origin": False,
+        "aot_inductor.compile_wrapper_opt_level": "O0",
+        "aot_inductor.enable_line_tables": False,
+        "cpp.march": _MARCH.get(torch.backends.cpu.get_cpu_capability()) if device == "cpu" else None,
+    }
+    known = torch._inductor.config.get_config_copy()
+    return {name: value for name, value in options.items() if name in known and value is not None}
+
+
+def write_archive(folder: Path, path: Path, private: tuple[str, ...]) -> None:
+    """The library, its metadata and what makes a zip a ``.pt2``; ``private`` are paths to be overwritten."""
+    entries = {
+        "model/archive_format": b"pt2",
+        "model/archive_version": b"0",
+        "model/.data/version": b"6\n",
+        "model/byteorder": sys.byteorder.encode(),
+    }
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".so", ".cubin", ".json") and "kernel_metadata" not in file.name:
+            data = file.read_bytes()
+            entries[f"{FOLDER}/{file.name}"] = without_paths(data, private) if file.suffix == ".so" else data
+    entries[f"{FOLDER}/{_STEM}.wrapper.cpp"] = b""  # the loader derives the name of the metadata from it
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in entries.items():
+            archive.writestr(zipfile.ZipInfo(name, _DATE), data)
+
+
+def without_paths(library: bytes, private: tuple[str, ...]) -> bytes:
+    """The library with each of those paths overwritten by slashes, and without the linker's hash, made with them in."""
+    for folder in private:
+        library = library.replace(folder.encode(), b"/" * len(folder.encode()))
+    return _BUILD_ID.sub(rb"\g<1>" + bytes(20), library, count=1)
+
+
+def _calls(wrapper: str) -> dict[str, int]:
+    """Calls in the wrapper: generated kernels together, torch's operators by name."""
+    found = Counter(re.findall(r"\baoti_torch_(?:cpu|cuda)_(\w+)\(", wrapper))
+    found["generated kernel"] = len(re.findall(r"^ +(?:cpp_fused|call_triton)\w*\(", wrapper, re.MULTILINE))
+    return dict(sorted(found.items()))
+
+
+def _line(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def hardware(device: str) -> dict[str, str]:
+    """What the compiled code needs, to be compared before it is loaded."""
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return {"device": "cuda", "gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
+    return {"device": "cpu", "machine": platform.machine(), "vectors": torch.backends.cpu.get_cpu_capability()}

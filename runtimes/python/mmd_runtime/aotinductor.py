@@ -1,0 +1,110 @@
+"""AOTInductor packages in torch. A package is machine code: opening a bundle runs it, so open those that you trust."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from mmd_export.bundle import Bundle
+from mmd_export.errors import BundleError, MmdExportError, NotAvailableError
+from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session
+from mmd_runtime.chunks import check_inputs
+
+INSTALL = "pip install 'mmd-export[tune]'"
+
+
+class AotInductorRuntime:
+    """Runs ``pt2`` bundles on the device that they were compiled for."""
+
+    name = "aotinductor"
+    formats: tuple[str, ...] = ("pt2",)
+    unseen = "the states are inside one compiled library, which returns the sample alone"
+
+    def availability(self) -> Availability:
+        if importlib.util.find_spec("torch") is None:
+            return Availability(False, "torch not installed", INSTALL)
+        return Availability(True, f"torch {importlib.metadata.version('torch')}")
+
+    def open(self, bundle: Bundle, options: RunOptions) -> Session:
+        return _Session(bundle, options)
+
+    def open_chain(self, bundle: Bundle, options: RunOptions) -> ChainSession:  # noqa: ARG002 - the protocol's
+        raise NotAvailableError(f"bundle {bundle.name}: runtime {self.name}: {self.unseen}; build --target executorch")
+
+
+class _Session:
+    """One loaded library; inputs and output on the host, whatever the device."""
+
+    def __init__(self, bundle: Bundle, options: RunOptions) -> None:
+        if not (found := RUNTIME.availability()).available:
+            raise NotAvailableError(f"runtime aotinductor: {found.detail}; {found.install}")
+        import torch
+
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self._bundle = bundle
+        self._names = [spec.name for spec in bundle.manifest.inputs]
+        self._device = torch.device(_usable_device(bundle))
+        self._library = _load(bundle)
+
+    def run(self, inputs: Arrays) -> dict[str, Array]:
+        import torch
+
+        check_inputs(self._bundle, inputs)
+        given = [torch.from_numpy(np.ascontiguousarray(inputs[name])).to(self._device) for name in self._names]
+        try:
+            # float32 means float32: convolutions on a GPU would round to TF32
+            with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                sample = self._library(*given)
+        except RuntimeError as error:
+            raise MmdExportError(
+                f"bundle {self._bundle.name}: torch failed while running it: {_line(error)}"
+            ) from error
+        return {"sample": sample.cpu().numpy()}
+
+
+def _usable_device(bundle: Bundle) -> str:
+    """The device of the package, if this machine can run its code; raises NotAvailableError with both values."""
+    import torch
+
+    wants = bundle.manifest.hardware or {}
+    has = {"machine": platform.machine(), "vectors": torch.backends.cpu.get_cpu_capability()}
+    if wants.get("device") == "cuda":
+        if not torch.cuda.is_available():
+            raise NotAvailableError(f"bundle {bundle.name} runs on CUDA, torch {torch.__version__} finds no GPU")
+        has = {"compute_capability": ".".join(map(str, torch.cuda.get_device_capability()))}
+    for name, value in has.items():
+        wider = name == "vectors" and (wants.get(name), value) == ("AVX2", "AVX512")
+        if wants.get(name) != value and not wider:
+            raise NotAvailableError(
+                f"bundle {bundle.name} is code for {name} {wants.get(name)}, this machine has {value}; rebuild it here"
+            )
+    return wants.get("device", "cpu")
+
+
+def _load(bundle: Bundle) -> Any:
+    """The library, taken out of an archive that is complete."""
+    from torch._inductor import aoti_load_package
+
+    artefact = bundle.manifest.artefact
+    try:
+        with zipfile.ZipFile(bundle.artefact_path) as archive:
+            archive.namelist()
+        return aoti_load_package(str(bundle.artefact_path))
+    except (zipfile.BadZipFile, RuntimeError, OSError) as error:
+        raise BundleError(
+            f"bundle {bundle.name}: {artefact} cannot be loaded: {_line(error)}; rebuild the bundle"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    """The message in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+RUNTIME = AotInductorRuntime()

@@ -1,0 +1,74 @@
+"""The few calls of the CUDA runtime that running an engine takes, through cuda-python; numpy on the host. No torch."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from mmd_export.errors import MmdExportError, NotAvailableError
+from mmd_export.runtime import Array
+
+INSTALL = "pip install cuda-python"
+
+
+def installed() -> bool:
+    """Whether cuda-python is there; imports none of it."""
+    try:
+        return importlib.util.find_spec("cuda.bindings.runtime") is not None
+    except ImportError:
+        return False
+
+
+class Cuda:
+    """``cuda.bindings.runtime``, or one that behaves as it does; every failed call raises MmdExportError."""
+
+    def __init__(self, runtime: Any = None) -> None:
+        self.runtime = _imported() if runtime is None else runtime
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """What the function gives beside its error code."""
+        code, *values = getattr(self.runtime, name)(*arguments)
+        if int(code):
+            raise MmdExportError(f"{name} failed: {getattr(code, 'name', code)}; is the GPU's memory full?")
+        return values[0] if values else None
+
+    def stream(self) -> Any:
+        """A new stream."""
+        return self.call("cudaStreamCreate")
+
+    def allocate(self, size: int) -> int:
+        """The address of so many bytes on the device."""
+        return int(self.call("cudaMalloc", max(size, 1)))
+
+    def to_device(self, address: int, array: Array, stream: Any) -> None:
+        """Start copying a contiguous array to the device."""
+        kind = self.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, stream)
+
+    def to_host(self, array: Array, address: int, stream: Any) -> None:
+        """Start copying from the device into a contiguous array."""
+        kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream)
+
+    def wait(self, stream: Any) -> None:
+        """Until all work of the stream is done."""
+        self.call("cudaStreamSynchronize", stream)
+
+    def capture(self, stream: Any, work: Any) -> Any:
+        """The graph of what ``work`` puts on the stream, ready to launch; None where it cannot be captured."""
+        self.call("cudaStreamBeginCapture", stream, self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        ok = work()
+        code, graph = self.runtime.cudaStreamEndCapture(stream)
+        if not ok or int(code):
+            return None
+        ready = self.call("cudaGraphInstantiate", graph, 0)
+        self.call("cudaGraphDestroy", graph)
+        return ready
+
+
+def _imported() -> Any:
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise NotAvailableError(f"cuda-python is not available here ({error}); {INSTALL}") from error

@@ -1,0 +1,214 @@
+"""Target ``coreml``: what is in its packages, and that reference evaluation of them is the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import fx, nn
+
+from mmd_export.build import BuildOptions, build
+from mmd_export.bundle import Bundle
+from mmd_export.checkpoint import Checkpoint, load_checkpoint
+from mmd_export.coreml import capture, probe
+from mmd_export.errors import NotAvailableError, ParityError, UsageError
+from mmd_export.parity import ParityReport, check_artefact
+from mmd_export.program import export_program
+from mmd_export.reference import sampler_of
+from mmd_export.runtime import RunOptions
+from mmd_export.target_options import TargetOptions
+from mmd_export.targets import CompileOptions, get_target
+from mmd_runtime.coreml_reference import RUNTIME
+from mmd_runtime.mil.evaluate import Evaluator
+from mmd_runtime.mil.program import Program, Type, read_package
+from tests.families import save_network
+
+Built = Callable[..., Bundle]
+IMAGE = (1, 1, 8, 8)
+
+
+def program_of(bundle: Bundle) -> Program:
+    return read_package(bundle.artefact_path)
+
+
+def worst(bundle: Bundle) -> float:
+    assert bundle.manifest.parity is not None
+    return max(bundle.manifest.parity.values())
+
+
+def test_weights_are_stored_once(built: Built, tiny: Path) -> None:
+    weights = sum(value.numel() for value in load_checkpoint(tiny).denoiser.parameters())
+    assert built(tiny).manifest.graph.unique_weight_bytes <= 4 * weights + 128 * 200
+
+
+# precision, oldest system, opset and specification version of that system
+PACKAGES = [("fp16", None, "CoreML7", 8), ("w8", "iOS16", "CoreML6", 7), ("w6", None, "CoreML7", 8),
+            ("w4", "macOS15", "CoreML8", 9)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("precision", "system", "opset", "version"), PACKAGES)
+def test_state_and_interface_stay_float32(
+    built: Built, tiny: Path, precision: str, system: str | None, opset: str, version: int
+) -> None:
+    bundle = built(tiny, precision=precision, system=system)
+    program = program_of(bundle)
+    types = Evaluator(program).types
+    assert {feature.kind for feature in program.features} == {"fp32"}
+    assert types["noise"] == types["sample"] == types["state_1"] == Type("fp32", IMAGE)
+    half = {op.kind for op in program.ops if op.outputs[0][1].dtype == "fp16"}
+    assert {"conv", "layer_norm"} <= half
+    single = {op.kind for op in program.ops if op.outputs[0][1].dtype == "fp32"} - {"const", "cast"}
+    assert single <= {"add", "mul", "clip", "sub"}
+    assert (program.opset, program.version) == (opset, version)
+    assert bundle.manifest.hardware == {"deployment_target": system or "iOS17", "compute_units": "all"}
+
+
+def test_each_precision_is_smaller_and_further_off(built: Built, tiny: Path) -> None:
+    bundles = [built(tiny), *(built(tiny, precision=name, system=system) for name, system, _, _ in PACKAGES)]
+    sizes = [bundle.manifest.graph.unique_weight_bytes for bundle in bundles]
+    assert sizes == sorted(sizes, reverse=True)
+    errors = [worst(bundle) for bundle in bundles]
+    assert errors[0] < errors[1] < errors[2] < errors[4]
+    assert errors[1] <= 1e-2
+    packed = [{kind for kind in bundle.manifest.graph.op_counts if "constexpr" in kind} for bundle in bundles]
+    assert packed[2:] == [{"constexpr_affine_dequantize"}, {"constexpr_lut_to_dense"}, {"constexpr_lut_to_dense"}]
+
+
+def test_bytes_are_a_picture(built: Built, tiny: Path) -> None:
+    bundle = built(tiny, output="uint8")
+    assert [feature.kind for feature in program_of(bundle).features] == ["fp32", "grayscale"]
+    assert bundle.manifest.spec("sample").shape == (1, 8, 8, 1)
+    assert (bundle.manifest.parity or {})["sample"] <= 1.0
+    assert bundle.golden().sample.dtype == np.uint8
+
+
+def test_what_no_picture_holds_is_refused(tiny: Path, tiny_attention: Path, tmp_path: Path, built: Built) -> None:
+    options = BuildOptions(model=str(tiny), target="coreml", out=tmp_path / "out", steps=2, output="uint8")
+    for wrong in (replace(options, batch="2"), replace(options, model=str(tiny_attention))):
+        with pytest.raises(NotAvailableError, match=r"one picture of 1 or 3 channels, asked are \d of \d"):
+            build(wrong)
+    with pytest.raises(NotAvailableError, match="one batch size an artefact, --batch is 1,2"):
+        build(replace(options, batch="1,2"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (TargetOptions(deployment_target="iOS15"), "--deployment-target 'iOS15' is unknown; known: iOS16, .*macOS15"),
+        (TargetOptions(compute_units="gpu"), "--compute-units 'gpu' is unknown; known: all, cpu, cpu-gpu, cpu-ane"),
+    ],
+)
+def test_unknown_options(tiny: Path, tmp_path: Path, options: TargetOptions, message: str, built: Built) -> None:
+    with pytest.raises(UsageError, match=message):
+        build(BuildOptions(model=str(tiny), target="coreml", out=tmp_path / "out", steps=2, of_target=options))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_latents_and_their_decoder(built: Built, latent: Path, decode: bool) -> None:
+    bundle = built(latent, decode=decode)
+    assert worst(bundle) <= 1e-4
+    assert bundle.gives_latents is not decode
+    assert Evaluator(program_of(bundle)).types["sample"].shape == ((1, 3, 16, 16) if decode else (1, 4, 8, 8))
+
+
+def test_a_transformer_with_text(built: Built, tmp_path: Path) -> None:
+    """Casts that do nothing and the tanh form of gelu, both of which coremltools 9.0 would get wrong."""
+    bundle = built(save_network(tmp_path / "sd3", "sd3"))
+    assert worst(bundle) <= 1e-5
+    assert {"tanh", "softmax", "layer_norm"} <= set(bundle.manifest.graph.op_counts)
+
+
+# --- half precision where it does not reach
+
+
+def test_norms_beyond_half_precision_are_computed_in_float32(built: Built, wild: Path) -> None:
+    bundle = built(wild, precision="fp16", steps=2)
+    assert worst(bundle) <= 1e-2
+    norms = [op.outputs[0][1].dtype for op in program_of(bundle).ops if op.kind == "layer_norm"]
+    assert {"fp32", "fp16"} == set(norms)
+
+
+def test_without_the_repair_they_are_finite_and_wrong(
+    wild: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Built
+) -> None:
+    monkeypatch.setattr(probe, "find_islands", lambda *_: frozenset())
+    options = BuildOptions(
+        model=str(wild), target="coreml", out=tmp_path / "out", steps=2, precision="fp16", verify=False
+    )
+    bundle = build(options)
+    golden = bundle.golden()
+    sample = Evaluator(program_of(bundle)).run({"noise": golden.noise[:1]}, ["sample"])["sample"]
+    assert np.isfinite(sample).all()
+    assert np.abs(sample - golden.sample[:1]).max() > 0.05
+    with pytest.raises(ParityError, match=r"rung 6 .* the tolerance is 0.0"):
+        ParityReport(bundle.name, RUNTIME.name, (check_artefact(bundle, RUNTIME, RunOptions()),)).require()
+
+
+class Odd(nn.Module):
+    """An op that coremltools does not know."""
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.special.bessel_j0(x)
+        return y + timestep.float()
+
+
+def test_an_op_that_cannot_be_converted_is_named(tiny_checkpoint: Checkpoint, tmp_path: Path, built: Built) -> None:
+    program = export_program(Odd(), tiny_checkpoint.plan_for(1), tiny_checkpoint.shape, 1)
+    with pytest.raises(NotAvailableError, match=r"coremltools cannot convert it: .*bessel_j0.*; use --target onnx"):
+        get_target("coreml").compile(program, tmp_path, CompileOptions())
+
+
+class Exploding(nn.Module):
+    """Not finite from the second step on."""
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return (100.0 * x).exp().exp() + timestep.float()
+
+
+def test_a_trajectory_that_is_not_finite_is_refused(tiny_checkpoint: Checkpoint) -> None:
+    checkpoint = replace(tiny_checkpoint, denoiser=Exploding())
+    program = export_program(checkpoint.denoiser, checkpoint.plan_for(2), checkpoint.shape, 1)
+    captured = capture.capture(program, "float32")
+    with pytest.raises(UsageError, match="the sampler is not finite at"):
+        probe.find_islands(captured.program, program)
+
+
+# --- the graph that is converted
+
+
+def test_norm_and_attention_are_those_of_torch() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, gamma, beta = (torch.randn(shape, generator=draw) for shape in ((2, 6, 4, 5), (6,), (6,)))
+    expected = nn.functional.group_norm(x, 3, gamma, beta, 1e-3)
+    torch.testing.assert_close(capture.group_norm(x, 3, gamma, beta, 1e-3), expected)
+    q, k, v, bias = (torch.randn(shape, generator=draw) for shape in ((2, 3, 4, 8), (2, 3, 5, 8), (2, 3, 5, 6), (4, 5)))
+    attend = nn.functional.scaled_dot_product_attention
+    torch.testing.assert_close(capture.attention(q, k, v, bias, scale=0.3), attend(q, k, v, bias, scale=0.3))
+    keep = bias > 0
+    keep[:, 0] = True
+    torch.testing.assert_close(capture.attention(q, k, v, keep), attend(q, k, v, keep))
+    torch.testing.assert_close(capture.gelu(x), nn.functional.gelu(x, approximate="tanh"))
+    with pytest.raises(NotAvailableError, match="causal"):
+        capture.attention(q, k, v, is_causal=True)
+
+
+def test_states_are_named_and_the_plan_is_told_from_the_network(tiny_checkpoint: Checkpoint) -> None:
+    plan = tiny_checkpoint.plan_for(3)
+    program = export_program(tiny_checkpoint.denoiser, plan, tiny_checkpoint.shape, 1)
+    captured = capture.capture(program, "float32")
+    graph = captured.program.graph
+    names = {node.name: node for node in graph.nodes}
+    assert {"state_1", "state_2", "state_3"} <= captured.plan <= set(names)
+    assert len(graph.output_node().args[0]) == 1
+    targets = {str(names[name].target) for name in captured.plan}
+    assert targets <= {"aten.mul.Tensor", "aten.add.Tensor", "aten.hardtanh.default"}
+    assert not any("conv" in str(names[name].target) for name in captured.plan)
+    noise = torch.randn(1, *tiny_checkpoint.shape)
+    with torch.no_grad():
+        (sample,) = fx.Interpreter(captured.program.graph_module).run(*probe.lifted(captured.program), noise)
+        torch.testing.assert_close(sample, sampler_of(tiny_checkpoint, plan)(noise), rtol=0, atol=1e-5)

@@ -1,0 +1,163 @@
+"""What the contract does not ask of executorch, torch (AOTInductor) and coreai: bytes, states, and what they refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmd_export.build import BuildOptions, build
+from mmd_export.bundle import Bundle
+from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, UsageError
+from mmd_export.runtime import RunOptions
+from mmd_export.target_options import TargetOptions
+from mmd_export.targets import get_target
+from mmd_runtime.registry import runtime_for
+
+STEPS = 3
+NAMES = ("coreai", "executorch", "torch")
+PACKAGES = {"coreai": "coreai", "executorch": "executorch", "torch": "torch"}
+OPTIONS = RunOptions(threads=1)
+each_target = pytest.mark.parametrize("name", NAMES)
+
+
+def options(name: str, out: Path, network: str = "Plain", **changes: Any) -> BuildOptions:
+    if not (found := get_target(name).availability()).available:
+        pytest.skip(f"target {name}: {found.detail}; {found.install}")
+    return BuildOptions(model=f"python:tests.foreign_nets:{network}", target=name, out=out, steps=STEPS, **changes)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """Two convolutions, three steps, bytes as output, batch 2; with each target that is here."""
+    folder = tmp_path_factory.mktemp("built")
+    usable = [name for name in NAMES if get_target(name).availability().available]
+    return {name: build(options(name, folder / name, output="uint8", batch="2")) for name in usable}
+
+
+def bundle_of(built: dict[str, Bundle], name: str) -> Bundle:
+    if name not in built:
+        pytest.skip(f"target {name}: {get_target(name).availability().detail}")
+    return built[name]
+
+
+@each_target
+def test_bytes_are_those_of_the_reference(name: str, built: dict[str, Bundle]) -> None:
+    bundle = bundle_of(built, name)
+    golden = bundle.golden()
+    session = runtime_for(bundle.manifest.format).open(bundle, OPTIONS)
+    sample = session.run({"noise": golden.noise[:2]})["sample"]
+    assert sample.dtype == np.uint8
+    assert sample.shape == (2, 8, 8, 1)
+    assert np.abs(sample.astype(int) - golden.sample[:2]).max() <= 1
+    assert bundle.manifest.parity is not None
+    assert ("state.3 teacher-forced" in bundle.manifest.parity) == (name != "torch")
+
+
+@each_target
+def test_weights_are_stored_once(name: str, built: dict[str, Bundle]) -> None:
+    bundle = bundle_of(built, name)
+    files = [path for path in bundle.folder.rglob("*") if path.relative_to(bundle.folder).parts[0].startswith("model.")]
+    data = b"".join(path.read_bytes() for path in files if path.is_file())
+    from tests.foreign_nets import Plain
+
+    weight = Plain().last.weight.detach().numpy()
+    layouts = {weight.tobytes(), weight.transpose(0, 2, 3, 1).tobytes()}  # XNNPACK has channels last
+    assert sum(data.count(layout) for layout in layouts) == 1
+
+
+def test_executorch_says_what_is_not_delegated(built: dict[str, Bundle]) -> None:
+    counts = bundle_of(built, "executorch").manifest.graph.op_counts
+    assert counts["XnnpackBackend"] == STEPS  # both convolutions of a call in one delegate
+    assert counts["aten::round.out"] == 1
+    assert "aten::convolution.out" not in counts
+
+
+@each_target
+def test_an_operator_that_it_lacks_is_named(name: str, tmp_path: Path) -> None:
+    network, operator = ("Custom", "foreign_nets.twice") if name == "torch" else ("Bessel", "bessel_j0")
+    with pytest.raises(NotAvailableError, match=rf"^target {name}.*{operator}") as error:
+        build(options(name, tmp_path / "out", network))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@each_target
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.95])
+def test_a_truncated_artefact_is_a_damaged_bundle(
+    name: str, keep: float, built: dict[str, Bundle], tmp_path: Path
+) -> None:
+    whole = bundle_of(built, name)
+    folder = Path(shutil.copytree(whole.folder, tmp_path / "cut"))
+    largest = max((path for path in folder.rglob("*") if "model." in str(path) and path.is_file()), key=_size)
+    data = largest.read_bytes()
+    largest.write_bytes(data[: int(keep * len(data))])
+    with pytest.raises(BundleError, match=r"has .* bytes, the manifest says"):
+        Bundle.open(folder)
+    unchecked = Bundle(folder, whole.manifest)  # as if its maker had sealed it so
+    runtime = runtime_for(whole.manifest.format)
+    with pytest.raises(BundleError, match=r"model\.\w+ cannot be loaded: .*; rebuild the bundle") as error:
+        runtime.open(unchecked, OPTIONS)
+    assert "\n" not in str(error.value)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+@each_target
+def test_a_missing_package_is_named_with_its_line(
+    name: str, built: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, wanted = bundle_of(built, name), options(name, tmp_path / "out")
+    found = importlib.util.find_spec
+    hidden = PACKAGES[name]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda each: None if each == hidden else found(each))
+    monkeypatch.setattr(f"mmd_export.targets.{name}.find_spec", importlib.util.find_spec)
+    with pytest.raises(NotAvailableError, match=rf"target {name} cannot build here: {hidden} not .*; pip install") as e:
+        build(wanted)
+    assert e.value.exit_code == 3
+    with pytest.raises(NotAvailableError, match=r"not installed; pip install"):
+        runtime_for(bundle.manifest.format).open(bundle, OPTIONS)
+
+
+def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = options("torch", tmp_path / "out")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NotAvailableError, match=r"target torch cannot build here: no C\+\+ compiler .*apt-get install"):
+        build(wanted)
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "says"),
+    [("tpu", UsageError, "--device is 'tpu'; target torch has cpu, cuda"), ("cuda", NotAvailableError, "finds no GPU")],
+)
+def test_a_device_that_is_not_there(device: str, error: type[MmdExportError], says: str, tmp_path: Path) -> None:
+    import torch
+
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(error, match=says):
+        build(options("torch", tmp_path / "out", of_target=TargetOptions(device=device)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"vectors": "SVE256"}, "is code for vectors SVE256, this machine has"),
+        ({"machine": "riscv64"}, "is code for machine riscv64, this machine has"),
+        ({"device": "cuda", "compute_capability": "3.5"}, "CUDA|compute_capability 3.5"),
+    ],
+)
+def test_code_of_another_machine_is_not_loaded(changes: dict[str, str], says: str, built: dict[str, Bundle]) -> None:
+    bundle = bundle_of(built, "torch")
+    assert bundle.manifest.hardware is not None
+    other = bundle.manifest.model_copy(update={"hardware": {**bundle.manifest.hardware, **changes}})
+    with pytest.raises(NotAvailableError, match=says):
+        runtime_for("pt2").open(Bundle(bundle.folder, other), OPTIONS)

@@ -1,0 +1,283 @@
+"""Engines and deferred bundles of TensorRT-RTX, built for real; nothing here runs an engine, which takes a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmd_export.build import BuildOptions, build
+from mmd_export.bundle import BatchSpec, Bundle
+from mmd_export.checkpoint import Checkpoint, load_checkpoint
+from mmd_export.commands.finalize import FinalizeOptions, finalize
+from mmd_export.commands.verify import usable_runtime, verify
+from mmd_export.errors import BundleError, NotAvailableError, UsageError
+from mmd_export.program import SamplerProgram, export_program
+from mmd_export.runtime import Availability, RunOptions
+from mmd_export.target_options import TargetOptions
+from mmd_export.targets import CompileOptions, DeferrableTarget, get_target
+from mmd_export.targets.onnx import OnnxTarget
+from mmd_export.trt.engine import onnx_sha256
+from mmd_export.trt.library import RTX, TENSORRT
+from mmd_export.trt.lock import LockFacts
+from mmd_runtime.engines import require_graph
+from mmd_runtime.registry import get_runtime
+from tests.cli.conftest import Command
+from tests.export.bundles import contents, draft, make
+
+CAPABILITIES = "8.9,12.0"
+GPU = get_runtime(RTX.name).availability()
+
+
+def options(model: object, out: Path, **changes: Any) -> BuildOptions:
+    given = {"steps": 1, "of_target": TargetOptions(compute_capability=CAPABILITIES), **changes}
+    return BuildOptions(str(model), RTX.name, out, **given)
+
+
+@pytest.fixture(scope="session")
+def deferred(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The built-in model in one step, to be compiled later for two compute capabilities."""
+    return build(options("digits", tmp_path_factory.mktemp("deferred") / "digits", defer=True))
+
+
+@pytest.fixture(scope="session")
+def engine(_rtx: None, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same, compiled at once."""
+    return build(options("digits", tmp_path_factory.mktemp("engine") / "digits"))
+
+
+@pytest.fixture(scope="session")
+def finalized(_rtx: None, deferred: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The deferred bundle, finalized with an empty cache."""
+    folder = tmp_path_factory.mktemp("finalized")
+    return finalize(FinalizeOptions(deferred.folder, folder / "digits", cache=folder / "cache"))
+
+
+def test_the_manifest_says_what_it_is_locked_to(engine: Bundle, deferred: Bundle) -> None:
+    facts = LockFacts.read(engine.name, engine.manifest.hardware)
+    assert (facts.library, facts.version, facts.capabilities) == (RTX.name, RTX.version, CAPABILITIES)
+    assert facts.onnx_sha256 == onnx_sha256(deferred.artefact_path)
+    assert engine.manifest.format == RTX.name
+    assert engine.manifest.toolchain[RTX.name] == RTX.version
+    assert engine.manifest.graph == deferred.manifest.graph
+    assert f"capabilities {CAPABILITIES}" in engine.card
+
+
+def test_two_builds_are_the_same_bytes(engine: Bundle, finalized: Bundle) -> None:
+    """One at once, one deferred and finalized with another cache: nothing but the way there differs."""
+    assert contents(engine.folder) == contents(finalized.folder)
+    assert finalized.manifest.deferred is None
+    assert finalized.manifest.hardware == engine.manifest.hardware
+
+
+@pytest.mark.skipif(GPU.available, reason="a GPU is here: it was verified")
+def test_without_a_gpu_it_is_not_verified_and_says_so(finalized: Bundle) -> None:
+    assert finalized.manifest.parity is None
+    assert "not verified: runtime tensorrt-rtx: " in finalized.card
+    assert "no NVIDIA GPU" in finalized.card or "cuda-python" in finalized.card
+    with pytest.raises(NotAvailableError, match="runtime tensorrt-rtx: "):
+        get_runtime(RTX.name).open(finalized, RunOptions())
+    with pytest.raises(NotAvailableError, match="runtime tensorrt-rtx does not work here"):
+        usable_runtime(finalized, None)
+
+
+def test_an_engine_was_built_before(engine: Bundle, deferred: Bundle, tmp_path: Path) -> None:
+    heard: list[str] = []
+    again = finalize(FinalizeOptions(deferred.folder, tmp_path / "again"), heard.append)
+    assert any("was built before, taken from" in line for line in heard)
+    assert not any("takes " in line for line in heard)
+    assert contents(again.folder) == contents(engine.folder)
+
+
+@pytest.fixture(scope="session")
+def attention(tiny_attention: Path) -> SamplerProgram:
+    checkpoint = load_checkpoint(str(tiny_attention))
+    return export_program(checkpoint.denoiser, checkpoint.plan_for(1), checkpoint.shape, 1)
+
+
+@pytest.mark.usefixtures("_rtx")
+@pytest.mark.parametrize("precision", get_target(RTX.name).precisions)
+def test_every_precision_is_the_same_bytes_twice(precision: str, attention: SamplerProgram, tmp_path: Path) -> None:
+    """A small network with attention, in a process of its own each time, with a cache of its own."""
+    get_target("onnx").compile(attention, tmp_path, CompileOptions(precision))
+    target, engines = get_target(RTX.name), []
+    assert isinstance(target, DeferrableTarget)
+    for name in ("1", "2"):
+        chosen = TargetOptions(compute_capability=CAPABILITIES, cache=tmp_path / f"cache-{name}")
+        (folder := tmp_path / name).mkdir()
+        facts = target.compile_onnx(tmp_path / "model.onnx", folder, CompileOptions(precision, target=chosen))
+        engines.append((folder / "model.plan").read_bytes())
+        assert facts.capabilities == CAPABILITIES
+    assert engines[0] == engines[1]
+    assert len(engines[0]) > 2**20
+
+
+@pytest.mark.usefixtures("_rtx")
+def test_weights_beside_the_graph_are_found(attention: SamplerProgram, tmp_path: Path) -> None:
+    target, engines = get_target(RTX.name), []
+    assert isinstance(target, DeferrableTarget)
+    for name, limit in (("inside", 2**30), ("beside", 1000)):
+        (folder := tmp_path / name).mkdir()
+        OnnxTarget(limit).compile(attention, folder, CompileOptions())
+        chosen = TargetOptions(compute_capability=CAPABILITIES)
+        target.compile_onnx(folder / "model.onnx", folder, CompileOptions(target=chosen))
+        engines.append((folder / "model.plan").read_bytes())
+    assert (tmp_path / "beside" / "model.onnx_data").exists()
+    assert len(engines[0]) == len(engines[1])
+    assert onnx_sha256(tmp_path / "inside" / "model.onnx") != onnx_sha256(tmp_path / "beside" / "model.onnx")
+
+
+@pytest.mark.usefixtures("_rtx")
+def test_a_cache_that_cannot_be(deferred: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"--cache .*file/cache cannot be made: Not a directory; choose another"):
+        finalize(FinalizeOptions(deferred.folder, tmp_path / "b", cache=tmp_path / "file" / "cache"))
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.usefixtures("_rtx")
+def test_finalizing_takes_no_torch(deferred: Bundle, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['diffusers'] = None; from pathlib import Path; "
+        "from mmd_export.commands.finalize import FinalizeOptions, finalize; "
+        "print(finalize(FinalizeOptions(Path(sys.argv[1]), Path(sys.argv[2]))).manifest.format)"
+    )
+    command = [sys.executable, "-c", code, str(deferred.folder), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [RTX.name]
+
+
+@pytest.mark.usefixtures("_rtx")
+def test_a_list_of_batches_is_a_profile_each(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    free = export_program(tiny_checkpoint.denoiser, tiny_checkpoint.plan_for(1), tiny_checkpoint.shape, None)
+    heard: list[str] = []
+    chosen, batch = TargetOptions(compute_capability="8.9"), BatchSpec.parse("1,2")
+    told = CompileOptions(batch=batch, target=chosen, notify=heard.append)
+    compiled = get_target(RTX.name).compile(free, tmp_path, told)
+    nodes = compiled.graph["nodes"]
+    assert f"TensorRT-RTX takes {nodes:,} of {nodes:,} nodes" in heard
+    assert (tmp_path / "model.plan").stat().st_size > 2**20
+
+
+def test_a_deferred_bundle_is_verified_through_its_graph(deferred: Bundle) -> None:
+    assert deferred.manifest.target == RTX.name
+    assert deferred.manifest.format == "onnx"
+    assert deferred.manifest.parity is not None
+    report = verify(deferred)
+    assert report.passed
+    assert report.runtime == "onnxruntime"
+    assert "to be compiled | for tensorrt-rtx with compute_capability 8.9,12.0" in deferred.card
+    recipe = deferred.manifest.deferred
+    assert recipe is not None
+    assert recipe.options == {"compute_capability": CAPABILITIES}
+
+
+def test_it_is_made_where_the_library_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    missing = Availability(False, "tensorrt is not installed", TENSORRT.install)
+    monkeypatch.setattr("mmd_export.trt.library.Library.installed", lambda _: missing)
+    arguments = ("build", "digits", "--target", TENSORRT.name, "--steps", 1, "--workspace", 64, "--out", tmp_path / "b")
+    code, _, err = command(*arguments)
+    assert code == 3
+    assert "tensorrt is not installed; pip install 'mmd-export[tensorrt]'; or add --defer" in err
+    code, out, err = command(*arguments, "--defer", "--skip-verify")
+    assert code == 0, err
+    assert f"next, where it will run: mmd-export finalize {tmp_path / 'b'}" in out
+    bundle, before = Bundle.open(tmp_path / "b"), contents(tmp_path / "b")
+    assert bundle.manifest.deferred is not None
+    assert bundle.manifest.deferred.options == {"workspace": 64}
+    assert "| graph | 0 nodes" not in bundle.card
+    code, _, err = command("finalize", tmp_path / "b")
+    assert code == 3
+    assert "target tensorrt cannot build here: tensorrt is not installed" in err
+    assert contents(bundle.folder) == before
+
+
+def test_in_place_all_of_it_or_nothing(deferred: Bundle, engine: Bundle, tmp_path: Path, command: Command) -> None:
+    import shutil
+
+    place = tmp_path / "mine"
+    shutil.copytree(deferred.folder, place)
+    before = contents(place)
+    code, _, err = command("finalize", place, "--memory-limit", 150, "--cache", tmp_path / "empty")
+    assert code == 3
+    assert "--memory-limit is 150 MiB, try more" in err
+    assert contents(place) == before
+    code, out, err = command("finalize", place)
+    assert code == 0, err
+    assert "model.plan" in out
+    assert "parity not measured" in out or GPU.available
+    assert contents(place) == contents(engine.folder)
+
+
+def test_what_is_not_deferred_is_not_finalized(engine: Bundle, tmp_path: Path, command: Command) -> None:
+    code, _, err = command("finalize", engine.folder, "--out", tmp_path / "b")
+    assert code == 2
+    assert "is not deferred, it holds model.plan; use it as it is" in err
+    assert not (tmp_path / "b").exists()
+
+
+def test_it_replaces_nothing_unasked(deferred: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    with pytest.raises(UsageError, match="already exists"):
+        finalize(FinalizeOptions(deferred.folder, tmp_path / "b"))
+
+
+def test_only_compilers_of_graphs_defer(tmp_path: Path) -> None:
+    with pytest.raises(NotAvailableError, match="target onnx has no --defer"):
+        build(BuildOptions("digits", "onnx", tmp_path / "b", steps=1, defer=True))
+
+
+@pytest.mark.parametrize(("name", "flag"), [("hardware_compat", "ampere+"), ("version_compat", True)])
+def test_options_of_the_other_library(name: str, flag: Any, tmp_path: Path) -> None:
+    wanted = options("digits", tmp_path / "b", of_target=TargetOptions(**{name: flag}))
+    with pytest.raises(NotAvailableError, match=f"target tensorrt-rtx has no --{name.replace('_', '-')}; it has "):
+        build(wanted)
+    other = TargetOptions(compute_capability="8.9")
+    with pytest.raises(NotAvailableError, match="target tensorrt has no --compute-capability"):
+        build(BuildOptions("digits", TENSORRT.name, tmp_path / "b", steps=1, of_target=other))
+
+
+def damaged(bundle: Bundle, folder: Path, change: Callable[[dict[str, Any]], None]) -> Bundle:
+    """A sealed bundle whose manifest says something else."""
+    fields = bundle.manifest.model_dump(mode="json")
+    change(fields)
+    kept = {name: value for name, value in fields.items() if name not in ("files", "manifest_sha256")}
+    return make(folder / "damaged", draft=draft(**{**kept, "artefact": "model.onnx", "inputs": draft().inputs,
+                                                   "outputs": draft().outputs, "plan": draft().plan}))  # fmt: skip
+
+
+def test_a_recipe_of_a_newer_release(deferred: Bundle, tmp_path: Path) -> None:
+    def faster(fields: dict[str, Any]) -> None:
+        fields["deferred"]["options"]["warp_speed"] = 9
+
+    newer = damaged(deferred, tmp_path, faster)
+    with pytest.raises(UsageError, match="unknown option 'warp_speed'; update mmd-export"):
+        finalize(FinalizeOptions(newer.folder, tmp_path / "out"))
+
+
+def test_a_recipe_for_a_target_that_compiles_no_graph(deferred: Bundle, tmp_path: Path) -> None:
+    wrong = damaged(deferred, tmp_path, lambda fields: fields.update(target="onnx"))
+    with pytest.raises(UsageError, match="deferred for onnx, which compiles no graph"):
+        finalize(FinalizeOptions(wrong.folder, tmp_path / "out"))
+
+
+def test_bundles_that_are_not_deferred_have_no_such_field(tmp_path: Path) -> None:
+    bundle = make(tmp_path / "old")
+    assert "deferred" not in json.loads((bundle.folder / "manifest.json").read_text())
+    assert Bundle.open(bundle.folder).manifest.deferred is None
+
+
+def test_the_graph_beside_a_stripped_engine_must_be_its_own(tmp_path: Path) -> None:
+    bundle = make(tmp_path / "b")
+    facts = LockFacts("tensorrt", "10.1", "any", "8.9", onnx_sha256(bundle.folder / "model.onnx"))
+    require_graph(bundle, facts)
+    with pytest.raises(BundleError, match=r"model.onnx has SHA-256 [0-9a-f]{64}, its engine was built from 000"):
+        require_graph(bundle, LockFacts("tensorrt", "10.1", "any", "8.9", "0" * 64))
