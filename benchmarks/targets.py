@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import os
 import resource
 import subprocess
@@ -84,8 +85,16 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "sample_error": None if parity is None else parity["sample"],
         "worst_state_error": max(states) if states else None,
         "states_unseen": runtime.unseen,
-        "not_verified": "" if parity is not None else found.detail or "its runtime does not run it",
+        "not_verified": "" if parity is not None else unverified_because(bundle.card),
     }
+
+
+def unverified_because(card: str) -> str:
+    """The reason in a model card, on one line."""
+    found = re.search(r"\*\*not verified: (.*?)\*\*", card, re.DOTALL)
+    if found is None:
+        raise ValueError("the card says neither how it was verified nor why not")
+    return " ".join(found[1].split())
 
 
 def run_cell(model: str, target: str, precision: str) -> dict[str, Any]:
