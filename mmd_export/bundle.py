@@ -21,13 +21,13 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+from mmd_export.batch import BatchSpec
 from mmd_export.errors import BundleError, MmdExportError, UsageError
 from mmd_export.folders import require_absent, staged_folder
 from mmd_export.manifest import (
     CARD_NAME,
     GOLDEN_NAME,
     MANIFEST_NAME,
-    BatchSpec,
     CheckpointRef,
     DecoderInfo,
     DeferredInfo,

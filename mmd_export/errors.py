@@ -39,3 +39,8 @@ class LatencyGateError(MmdExportError):
     """Slower than the gate allows."""
 
     exit_code: ClassVar[int] = 6
+
+
+def one_line(error: BaseException) -> str:
+    """The message of a foreign library in one line of at most 300 characters, or the kind of error."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -14,7 +14,7 @@ from mmd_export.conditions import Condition, names_of
 from mmd_export.errors import NotAvailableError
 from mmd_export.onnx_memory import peak_activation_bytes
 
-_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 _CONTROL_FLOW = {"If", "Loop", "Scan", "SequenceMap"}
 _TRAINING = {"Dropout"}
 # Beyond float32, integers of 32 and 64 bits, bool, and the bytes of an image.
@@ -69,7 +69,7 @@ def faults(model: ir.Model, conditions: Sequence[Condition] = (), precision: str
     for node in model.graph.all_nodes():
         if node.domain:
             found.append(f"node {node.name!r} of the custom domain {node.domain!r}")
-        if node.op_type in _RANDOM | _CONTROL_FLOW | _TRAINING and not (len(loops) == 1 and _counts(loops[0], node)):
+        if node.op_type in RANDOM | _CONTROL_FLOW | _TRAINING and not (len(loops) == 1 and _counts(loops[0], node)):
             found.append(f"node {node.name!r} ({node.op_type})")
         if node.metadata_props or node.doc_string:
             found.append(f"metadata on node {node.name!r}")

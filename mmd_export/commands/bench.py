@@ -50,13 +50,15 @@ class BenchOptions:
 class BenchReport:
     """``candidates``: the names of the bundles; all else in ``latency`` is a baseline.
 
-    ``placements``: where the nodes of each ran, if its runtime can tell.
+    ``placements``: where the nodes of each ran, if its runtime can tell. ``bound``: the candidates copied nothing, the
+    baselines did.
     """
 
     latency: LatencyReport
     candidates: tuple[str, ...]
     batch: int
     placements: Mapping[str, Placement] = field(default_factory=dict)
+    bound: bool = False
 
     @property
     def baselines(self) -> tuple[str, ...]:
@@ -65,9 +67,8 @@ class BenchReport:
 
     def to_dict(self) -> dict[str, Any]:
         places = {name: place.to_dict() for name, place in self.placements.items()}
-        return {
-            "candidates": list(self.candidates), "batch": self.batch, "placements": places, **self.latency.to_dict(),
-        }  # fmt: skip
+        facts = {"candidates": list(self.candidates), "batch": self.batch, "bound": self.bound, "placements": places}
+        return {**facts, **self.latency.to_dict()}
 
 
 def bench(options: BenchOptions, notify: Callable[[str], None] = lambda _: None) -> BenchReport:
@@ -88,7 +89,7 @@ def bench(options: BenchOptions, notify: Callable[[str], None] = lambda _: None)
     known = {name: place for name, place in places.items() if place is not None}
     rounds = options.rounds or affordable_rounds(run, options.seconds)
     notify(f"measuring {len(run)} candidates, {rounds} interleaved rounds")
-    return BenchReport(measure(run, rounds), candidates, len(inputs["noise"]), known)
+    return BenchReport(measure(run, rounds), candidates, len(inputs["noise"]), known, options.bound)
 
 
 def default_baselines(bundle: Bundle, options: BenchOptions) -> tuple[str, ...]:
@@ -162,6 +163,8 @@ def check_gates(report: BenchReport, path: Path) -> list[GateVerdict]:
     The file is ``{"gates": [{"against": "torch", "max_ratio": 0.5}]}``: the first bundle may take at most so many times
     the time of the other.
     """
+    if report.bound:
+        raise UsageError("--gate compares like with like; with --bound the bundles alone copy nothing; leave one out")
     verdicts = [
         gate(report.latency, report.candidates[0], against, max_ratio - 1.0)
         for against, max_ratio in _read_gates(path, report)
@@ -207,7 +210,8 @@ def latency_table(report: BenchReport) -> str:
         summary = report.latency.summary(name)
         ratio = "1" if name == first else _ratio_text(report.latency, name, first)
         rows.append(f"| {name} | {summary.median * 1e3:.2f} | {ratio} |")
-    head = f"Batch {report.batch}, {report.latency.rounds} interleaved rounds, {environment.get('cpu', 'CPU')}."
+    bound = " Inputs and outputs of the bundles stay on the device, the others copy theirs." if report.bound else ""
+    head = f"Batch {report.batch}, {report.latency.rounds} interleaved rounds, {environment.get('cpu', 'CPU')}.{bound}"
     return "\n".join([head, "", f"| | median ms | times {first} |", "|---|---|---|", *rows])
 
 

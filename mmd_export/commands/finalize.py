@@ -20,7 +20,10 @@ from mmd_runtime.registry import runtime_for
 
 @dataclass(frozen=True)
 class FinalizeOptions:
-    """What ``mmd-export finalize`` takes; without ``out`` the new bundle takes the place of the old one."""
+    """What ``mmd-export finalize`` takes.
+
+    Without ``out`` the new bundle takes the place of the old one, if it can be verified or ``verify`` is off.
+    """
 
     bundle: Path
     out: Path | None = None
@@ -39,6 +42,8 @@ def finalize(options: FinalizeOptions, notify: Callable[[str], None] = lambda _:
     out, overwrite = options.out or options.bundle, options.overwrite or options.out is None
     require_free(out, overwrite)
     target = _usable_target(bundle)
+    if options.out is None and options.verify:
+        _require_runtime(bundle, recipe)
     chosen = TargetOptions.from_recipe(recipe.options, options.cache, options.memory_limit)
     chosen.require_known(target.name, target.options)
     draft = _draft(bundle, recipe)
@@ -54,7 +59,10 @@ def finalize(options: FinalizeOptions, notify: Callable[[str], None] = lambda _:
         if not options.verify:
             return Measured(model_card(made.manifest))
         notify("verifying the artefact")
-        return measured(made, runtime_for(draft.format))
+        found = measured(made, runtime_for(draft.format))
+        if found.parity is None and options.out is None:
+            raise NotAvailableError(_unverifiable(bundle, "its runtime refuses it here"))
+        return found
 
     return write_bundle(out, draft, compile_into, _golden(bundle), model_card(draft), overwrite, measure)
 
@@ -67,6 +75,21 @@ def _usable_target(bundle: Bundle) -> DeferrableTarget:
     if not (found := target.compiler()).available:
         raise NotAvailableError(f"target {target.name} cannot build here: {found.detail}; {found.install}")
     return target
+
+
+def _require_runtime(bundle: Bundle, recipe: DeferredInfo) -> None:
+    """Raise NotAvailableError where nothing could verify the engine, before the long build."""
+    runtime = runtime_for(recipe.format)
+    if not (found := runtime.availability()).available:
+        raise NotAvailableError(_unverifiable(bundle, f"runtime {runtime.name}: {found.detail}"))
+
+
+def _unverifiable(bundle: Bundle, reason: str) -> str:
+    """Why a verified graph is not replaced by an engine that nobody checked."""
+    return (
+        f"bundle {bundle.name}: its engine cannot be verified here ({reason}) and would take the place of a graph that "
+        "was; name another folder with --out, or pass --skip-verify"
+    )
 
 
 def _draft(bundle: Bundle, recipe: DeferredInfo) -> ManifestDraft:

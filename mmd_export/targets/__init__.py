@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from mmd_export.batch import BatchSpec
 from mmd_export.errors import UsageError
-from mmd_export.manifest import BatchSpec
 from mmd_export.runtime import Availability
 from mmd_export.target_options import DEFAULTS, TargetOptions
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from mmd_export.errors import NotAvailableError
+from mmd_export.errors import NotAvailableError, one_line
 from mmd_export.program import SamplerProgram
 from mmd_export.torch_compilers.splice import splice
 from mmd_export.unrolled_program import Calls, unroll, unroll_step
@@ -94,7 +94,7 @@ def compile_sampler(program: SamplerProgram, output: str) -> Lowered:
         try:
             finished = EdgeProgramManager(whole, compile_config=config).to_executorch()
         except RuntimeError as error:
-            raise NotAvailableError(f"target executorch: {_line(error)}") from error
+            raise NotAvailableError(f"target executorch: {one_line(error)}") from error
     counts = _op_counts(finished.executorch_program, "forward")
     _require_kernels(counts)
     return Lowered(finished.buffer, counts)
@@ -146,8 +146,3 @@ def _require_kernels(counts: Mapping[str, int]) -> None:
             raise NotAvailableError(
                 f"target executorch has no kernel for {name}, which XNNPACK does not take either; use --target onnx"
             )
-
-
-def _line(error: Exception) -> str:
-    """The message in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

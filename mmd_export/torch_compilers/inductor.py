@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from mmd_export.errors import NotAvailableError
+from mmd_export.errors import NotAvailableError, one_line
 
 FOLDER = "model/data/aotinductor/model"
 _STEM = "sampler"
@@ -55,8 +55,8 @@ def compile_package(exported: ExportedProgram, path: Path, device: str) -> dict[
         try:
             aot_compile(module, arguments, keywords, options=settings(folder, device))
         except InductorError as error:
-            raise NotAvailableError(f"target torch cannot compile it: {_line(error)}") from error
-        write_archive(folder, path, (scratch, sysconfig.get_path("purelib"), sys.prefix))
+            raise NotAvailableError(f"target torch cannot compile it: {one_line(error)}") from error
+        write_archive(folder, path, private_folders(scratch))
         return _calls((folder / f"{_STEM}.wrapper.cpp").read_text(encoding="utf-8"))
 
 
@@ -77,6 +77,14 @@ def settings(folder: Path, device: str) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in known and value is not None}
 
 
+def private_folders(scratch: str) -> tuple[str, ...]:
+    """Where the code that is compiled comes from on this machine, longest first: none of it may be in the archive."""
+    torch_home = Path(torch.__file__).parent
+    schemes = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sys.prefix, sys.base_prefix)
+    places = {scratch, str(torch_home), str(torch_home.parent), str(Path.home()), *schemes}
+    return tuple(sorted(places - {"/"}, key=lambda place: (-len(place), place)))
+
+
 def write_archive(folder: Path, path: Path, private: tuple[str, ...]) -> None:
     """The library, its metadata and what makes a zip a ``.pt2``; ``private`` are paths to be overwritten."""
     entries = {
@@ -88,18 +96,22 @@ def write_archive(folder: Path, path: Path, private: tuple[str, ...]) -> None:
     for file in sorted(folder.iterdir()):
         if file.suffix in (".so", ".cubin", ".json") and "kernel_metadata" not in file.name:
             data = file.read_bytes()
-            entries[f"{FOLDER}/{file.name}"] = without_paths(data, private) if file.suffix == ".so" else data
+            entries[f"{FOLDER}/{file.name}"] = without_paths(data, private)
     entries[f"{FOLDER}/{_STEM}.wrapper.cpp"] = b""  # the loader derives the name of the metadata from it
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, data in entries.items():
             archive.writestr(zipfile.ZipInfo(name, _DATE), data)
 
 
-def without_paths(library: bytes, private: tuple[str, ...]) -> bytes:
-    """The library with each of those paths overwritten by slashes, and without the linker's hash, made with them in."""
+def without_paths(data: bytes, private: tuple[str, ...]) -> bytes:
+    """Each of those folders overwritten by slashes, and the linker's hash, which was made with them in, by zeros.
+
+    Only where text goes on behind it, to the end of a string: weights may hold the bytes of a short folder by chance.
+    """
     for folder in private:
-        library = library.replace(folder.encode(), b"/" * len(folder.encode()))
-    return _BUILD_ID.sub(rb"\g<1>" + bytes(20), library, count=1)
+        name = folder.encode()
+        data = re.sub(re.escape(name) + rb"(?=/[ -~]*[\0\n\"])", b"/" * len(name), data)
+    return _BUILD_ID.sub(rb"\g<1>" + bytes(20), data, count=1)
 
 
 def _calls(wrapper: str) -> dict[str, int]:
@@ -109,14 +121,10 @@ def _calls(wrapper: str) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _line(error: Exception) -> str:
-    """What went wrong, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def hardware(device: str) -> dict[str, str]:
     """What the compiled code needs, to be compared before it is loaded."""
+    host = {"device": device, "system": platform.system(), "machine": platform.machine()}
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
-        return {"device": "cuda", "gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
-    return {"device": "cpu", "machine": platform.machine(), "vectors": torch.backends.cpu.get_cpu_capability()}
+        return {**host, "gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
+    return {**host, "vectors": torch.backends.cpu.get_cpu_capability()}

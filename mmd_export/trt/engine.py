@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmd_export.batch import BatchSpec
 from mmd_export.errors import NotAvailableError, UsageError
-from mmd_export.manifest import BatchSpec
 from mmd_export.target_options import TargetOptions
 from mmd_export.trt.cache import cache_folder, find, key_of, sha256_of, store
 from mmd_export.trt.device import Device, find_device
@@ -19,6 +19,7 @@ from mmd_export.trt.lock import ANY_SYSTEM, LockFacts
 from mmd_export.trt.process import run_job
 
 AMPERE = "8.0"
+_BUILDER = Path(__file__).with_name("worker.py")
 # TensorRT-RTX 1.7.1 refuses float8 below 8.9 (measured); full TensorRT builds for the GPU at hand.
 _LEAST_CAPABILITY = {"fp8": "8.9"}
 _NOT_IN_THE_BYTES = ("onnx", "engine", "memory_limit", "timing_cache")
@@ -51,7 +52,7 @@ def build_engine(library: Library, request: Request, engine: Path) -> LockFacts:
         request.notify(f"{library.title}: building an engine of {nodes:,} nodes")
         _make(folder)
         said = run_job(job, library.title, request.log, request.notify)
-        store(folder, key, engine, said)
+        _keep(folder, key, engine, said, request.notify)
     return _facts(library, request.options, digest, said, device)
 
 
@@ -61,6 +62,14 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--cache {folder} cannot be made: {error.strerror}; choose another folder") from error
+
+
+def _keep(folder: Path, key: str, engine: Path, said: dict[str, Any], notify: Callable[[str], None]) -> None:
+    """Put the engine into the cache; a full or read-only one costs the next build its time, not this one its engine."""
+    try:
+        store(folder, key, engine, said)
+    except OSError as error:
+        notify(f"warning: --cache {folder} cannot keep the engine: {error.strerror or error}")
 
 
 def require_gpu_where_needed(library: Library, options: TargetOptions, device: Device | None) -> None:
@@ -115,7 +124,8 @@ def engine_key(library: Library, job: Job, digest: str, version: str, device: De
     facts: dict[str, Any] = {name: value for name, value in vars(job).items() if name not in _NOT_IN_THE_BYTES}
     if library.needs_gpu and device is not None:
         facts |= {"device": vars(device), "system": system()}
-    return key_of({**facts, "onnx_sha256": digest, "version": version})
+    builder = sha256_of([_BUILDER])  # what we ask the library for beside the job
+    return key_of({**facts, "onnx_sha256": digest, "version": version, "builder": builder})
 
 
 def _facts(

@@ -49,10 +49,14 @@ class Library:
     @property
     def version(self) -> str:
         """The version of the installed package; raises NotAvailableError where there is none."""
-        try:
-            return importlib.metadata.version(self.name)
-        except importlib.metadata.PackageNotFoundError:
-            raise NotAvailableError(f"{self.title} is not installed; {self.install}") from None
+        for name in (self.name, f"{self.name}-cu13", f"{self.name}-cu12"):
+            try:
+                return importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        raise NotAvailableError(
+            f"the release of {self.title} is unknown, as no package of it is installed; {self.install}"
+        )
 
     def installed(self) -> Availability:
         """Whether the package is there with its native parts; imports nothing."""

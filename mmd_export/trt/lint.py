@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 NEWEST_OPSET = 22  # the newest that ours have
 # The builder of TensorRT-RTX 1.7.1 crashes on this op of opset 23 (tests/trt/test_process.py).
 _CRASHES = {"Attention"}
-# Its parser takes these, and an engine would draw numbers of its own.
-_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 
 
 def require_buildable(path: Path, title: str) -> int:
@@ -33,10 +31,12 @@ def require_buildable(path: Path, title: str) -> int:
 
 def engine_faults(model: ir.Model) -> list[str]:
     """Each in a phrase; empty if there is none."""
+    from mmd_export.onnx_lint import RANDOM  # which loads onnx_ir
+
     opset = model.graph.opset_imports.get("", 0)
     found = [f"opset {opset}, at most {NEWEST_OPSET} is known to build"] if opset > NEWEST_OPSET else []
     for node in model.graph.all_nodes():
-        if node.op_type in _CRASHES | _RANDOM:
+        if node.op_type in _CRASHES | RANDOM:
             found.append(f"node {node.name!r} ({node.op_type})")
         found += [f"float64 value {value.name!r}" for value in node.outputs if _is_float64(value)]
     return found

@@ -15,6 +15,7 @@ from mmd_export.parity import artefact_rung
 from mmd_export.runtime import ChainSession, RunOptions, Runtime, Session
 from mmd_export.targets import get_target, target_names
 from mmd_runtime.registry import get_runtime, runtime_for, runtime_names
+from tests.contract.required import skip
 
 STEPS = 2
 Opened = tuple[Bundle, Session, ChainSession | None]
@@ -47,11 +48,11 @@ def opened(name: str, bundles: dict[str, Bundle], tiny_labels: Path) -> Opened:
     """The bundle in the runtime; a skip says why it cannot run here. A runtime without formats opens any bundle."""
     runtime = get_runtime(name)
     if not (found := runtime.availability()).available:
-        pytest.skip(f"runtime {name}: {found.detail}; {found.install}")
+        skip("runtime", name, f"{found.detail}; {found.install}")
     formats = runtime.formats or tuple(bundles)
     usable = [bundles[known] for known in formats if known in bundles]
     if not usable:
-        pytest.skip(f"runtime {name}: no target builds {', '.join(formats)} here")
+        skip("runtime", name, f"no target builds {', '.join(formats)} here")
     options = RunOptions(threads=1, checkpoint=str(tiny_labels))
     chain = None if runtime.unseen else runtime.open_chain(usable[0], options)
     return usable[0], runtime.open(usable[0], options), chain

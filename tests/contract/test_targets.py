@@ -22,6 +22,7 @@ from mmd_export.target_options import DEFAULTS, TargetOptions
 from mmd_export.targets import Compiled, CompileOptions, Target, get_target, target_names
 from mmd_export.tolerance import artefact_tolerance
 from mmd_runtime.registry import runtime_for
+from tests.contract.required import skip
 
 pytestmark = pytest.mark.parametrize("name", target_names())
 
@@ -37,7 +38,7 @@ def target_here(name: str) -> Target:
     if not (found := target.availability()).available:
         assert found.detail
         assert "pip install" in found.install
-        pytest.skip(f"target {name}: {found.detail}; {found.install}")
+        skip("target", name, f"{found.detail}; {found.install}")
     return target
 
 

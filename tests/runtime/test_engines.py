@@ -7,6 +7,7 @@ shapes, profiles, copies, captured graphs, and what is said where the other side
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from enum import IntEnum
 from pathlib import Path
@@ -49,6 +50,7 @@ class HostCuda:
         work: dict[str, Any] = {
             "cudaStreamCreate": lambda: 7,
             "cudaMalloc": self.allocate,
+            "cudaFree": self.buffers.pop,
             "cudaMemcpyAsync": self.copy,
             "cudaStreamBeginCapture": self.begin,
             "cudaStreamEndCapture": self.end,
@@ -164,6 +166,45 @@ def test_a_static_batch_is_captured_when_it_is_opened(tmp_path: Path) -> None:
         np.testing.assert_array_equal(session.run({"noise": noise(1, seed)})["sample"], expected(noise(1, seed)))
     assert cuda.calls.count("cudaGraphLaunch") == 2
     assert cuda.calls.count("cudaMalloc") == 2
+
+
+def test_a_session_leaves_nothing_on_the_device(tmp_path: Path) -> None:
+    cuda = HostCuda()
+    session = EngineSession(bundle_for(tmp_path, "1,2"), AddsOne(cuda, profiles=2), Cuda(cuda))
+    for count in (1, 2):
+        session.run({"noise": noise(count)})
+        assert session.is_captured(count)
+    assert len(cuda.buffers) == 4
+    del session
+    gc.collect()
+    assert not cuda.buffers
+    for given_back in ("cudaFree", "cudaStreamDestroy", "cudaGraphExecDestroy"):
+        assert cuda.calls.count(given_back) == (4 if given_back == "cudaFree" else 2)
+
+
+def test_a_session_that_cannot_open_leaves_nothing_on_the_device(tmp_path: Path) -> None:
+    cuda = HostCuda()
+    cuda.fail = "cudaGraphInstantiate"
+    with pytest.raises(MmdExportError, match="cudaGraphInstantiate failed"):
+        EngineSession(bundle_for(tmp_path), AddsOne(cuda), Cuda(cuda))
+    gc.collect()
+    assert not cuda.buffers
+    assert cuda.calls.count("cudaGraphDestroy") == 1
+
+
+def test_a_capture_that_fails_is_ended_and_said(tmp_path: Path) -> None:
+    cuda = HostCuda()
+
+    def fails() -> bool:
+        raise MmdExportError("no")
+
+    with pytest.raises(MmdExportError, match="no"):
+        Cuda(cuda).capture(7, fails)
+    assert cuda.calls == ["cudaStreamBeginCapture", "cudaStreamEndCapture"]
+    cuda.fail = "cudaStreamEndCapture"
+    session = EngineSession(bundle_for(tmp_path), AddsOne(cuda), Cuda(cuda))
+    assert not session.is_captured(1)
+    np.testing.assert_array_equal(session.run({"noise": noise(1)})["sample"], expected(noise(1)))
 
 
 def test_results_are_not_overwritten_by_the_next_run(tmp_path: Path) -> None:

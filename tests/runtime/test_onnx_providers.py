@@ -6,6 +6,7 @@ The wheels that are tested have the CPU's provider and, on Linux, Azure's, which
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import onnxruntime as ort
 import pytest
 
 from mmd_export.bundle import BatchSpec, Bundle
-from mmd_export.commands.bench import BenchOptions, bench
+from mmd_export.commands.bench import BenchOptions, bench, check_gates, latency_table
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.parity import check_artefact
 from mmd_export.runtime import BindingSession, Placement, ProviderRuntime, RunOptions, placement_of
@@ -187,7 +188,15 @@ def test_a_bound_run_gives_what_a_run_gives(ranged: Bundle) -> None:
 
 def test_bench_measures_bound_runs_where_there_are_any(bundle: Bundle) -> None:
     options = BenchOptions((bundle.folder,), ("onnxruntime",), rounds=2, threads=1, bound=True)
-    assert bench(options).candidates == ("chain-2",)
+    report = bench(options)
+    assert report.candidates == ("chain-2",)
+    assert report.to_dict()["bound"] is True
+    assert "the others copy theirs" in latency_table(report)
+    assert "the others copy theirs" not in latency_table(replace(report, bound=False))
+    gates = bundle.folder.parent / "gates.json"
+    gates.write_text('{"gates": [{"against": "onnxruntime", "max_ratio": 9}]}')
+    with pytest.raises(UsageError, match="with --bound the bundles alone copy nothing"):
+        check_gates(report, gates)
 
 
 def test_a_recorded_run_reads_new_inputs_where_the_first_were(bundle: Bundle) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
@@ -16,6 +18,7 @@ from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, Us
 from mmd_export.runtime import RunOptions
 from mmd_export.target_options import TargetOptions
 from mmd_export.targets import get_target
+from mmd_export.torch_compilers.inductor import private_folders, without_paths
 from mmd_runtime.registry import runtime_for
 
 STEPS = 3
@@ -152,6 +155,7 @@ def test_a_device_that_is_not_there(device: str, error: type[MmdExportError], sa
     [
         ({"vectors": "SVE256"}, "is code for vectors SVE256, this machine has"),
         ({"machine": "riscv64"}, "is code for machine riscv64, this machine has"),
+        ({"system": "Plan9"}, "is code for system Plan9, this machine has"),
         ({"device": "cuda", "compute_capability": "3.5"}, "CUDA|compute_capability 3.5"),
     ],
 )
@@ -161,3 +165,17 @@ def test_code_of_another_machine_is_not_loaded(changes: dict[str, str], says: st
     other = bundle.manifest.model_copy(update={"hardware": {**bundle.manifest.hardware, **changes}})
     with pytest.raises(NotAvailableError, match=says):
         runtime_for("pt2").open(Bundle(bundle.folder, other), OPTIONS)
+
+
+def test_paths_are_blanked_in_text_alone() -> None:
+    folders = ("/opt/env", "/usr")
+    text = b"at /opt/env/include/a.h:3\0weights \x01/usr\x02 and /usr/lib/b.so\0"
+    found = without_paths(text, folders)
+    assert len(found) == len(text)
+    assert found == b"at ////////" + b"/include/a.h:3\0weights \x01/usr\x02 and ////" + b"/lib/b.so\0"
+
+
+def test_where_torch_lies_is_private() -> None:
+    folders = private_folders("/scratch/x")
+    assert {"/scratch/x", str(Path(torch.__file__).parent), str(Path.home()), sys.prefix} <= set(folders)
+    assert list(folders) == sorted(folders, key=lambda folder: (-len(folder), folder))

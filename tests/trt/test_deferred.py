@@ -141,6 +141,20 @@ def test_a_cache_that_cannot_be(deferred: Bundle, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_rtx")
+def test_a_cache_that_is_full_costs_no_engine(
+    deferred: Bundle, engine: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    heard: list[str] = []
+    monkeypatch.setattr("mmd_export.trt.engine.store", full)
+    made = finalize(FinalizeOptions(deferred.folder, tmp_path / "b", cache=tmp_path / "cache"), heard.append)
+    assert contents(made.folder) == contents(engine.folder)
+    assert any(line.endswith("cannot keep the engine: No space left on device") for line in heard)
+
+
+@pytest.mark.usefixtures("_rtx")
 def test_finalizing_takes_no_torch(deferred: Bundle, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['diffusers'] = None; from pathlib import Path; "
@@ -206,15 +220,22 @@ def test_in_place_all_of_it_or_nothing(deferred: Bundle, engine: Bundle, tmp_pat
     place = tmp_path / "mine"
     shutil.copytree(deferred.folder, place)
     before = contents(place)
-    code, _, err = command("finalize", place, "--memory-limit", 150, "--cache", tmp_path / "empty")
+    if not GPU.available:
+        code, _, err = command("finalize", place)
+        assert code == 3
+        assert "its engine cannot be verified here (runtime tensorrt-rtx: " in err
+        assert "name another folder with --out, or pass --skip-verify" in err
+        assert contents(place) == before
+    limits = ("--memory-limit", 150, "--cache", tmp_path / "empty")
+    code, _, err = command("finalize", place, "--skip-verify", *limits)
     assert code == 3
     assert "--memory-limit is 150 MiB, try more" in err
     assert contents(place) == before
-    code, out, err = command("finalize", place)
+    code, out, err = command("finalize", place, "--skip-verify")
     assert code == 0, err
     assert "model.plan" in out
-    assert "parity not measured" in out or GPU.available
-    assert contents(place) == contents(engine.folder)
+    assert "parity not measured" in out
+    assert (place / "model.plan").read_bytes() == engine.artefact_path.read_bytes()
 
 
 def test_what_is_not_deferred_is_not_finalized(engine: Bundle, tmp_path: Path, command: Command) -> None:

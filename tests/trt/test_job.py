@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from mmd_export.batch import BatchSpec
 from mmd_export.errors import NotAvailableError, UsageError
-from mmd_export.manifest import BatchSpec
 from mmd_export.target_options import TargetOptions
 from mmd_export.trt.cache import cache_folder, find, key_of, store
 from mmd_export.trt.device import Device
@@ -51,7 +51,9 @@ def key(library: Library, asked: Request, device: Device | None = None) -> str:
     return engine_key(library, job, "0" * 64, "1.0", device)
 
 
-def test_the_key_covers_what_the_bytes_depend_on(one_node: OneNode, tmp_path: Path) -> None:
+def test_the_key_covers_what_the_bytes_depend_on(
+    one_node: OneNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = request(one_node("Relu", (1, 1)))
     base = key(RTX, plain)
     for changed in (
@@ -66,6 +68,10 @@ def test_the_key_covers_what_the_bytes_depend_on(one_node: OneNode, tmp_path: Pa
     job = job_for(RTX, plain, Path("e"), Path("c"), None)
     assert engine_key(RTX, job, "1" * 64, "1.0", None) != base
     assert engine_key(RTX, job, "0" * 64, "1.1", None) != base
+    with monkeypatch.context() as patch:  # a builder that asks the library for something else
+        (tmp_path / "worker.py").write_text("other")
+        patch.setattr("mmd_export.trt.engine._BUILDER", tmp_path / "worker.py")
+        assert engine_key(RTX, job, "0" * 64, "1.0", None) != base
     for same in (request(plain.onnx, memory_limit=4096), request(plain.onnx, cache=tmp_path)):
         assert key(RTX, same) == base
     assert key(RTX, plain, GPU) == base  # TensorRT-RTX builds the same on every machine

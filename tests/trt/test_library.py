@@ -36,7 +36,7 @@ def test_what_is_not_installed_says_how_to_install_it(packages: Path) -> None:
     assert not found.available
     assert found.detail == "mmd-fake-rt is not installed"
     assert found.install == "pip install 'mmd-export[mmd-fake-rt]'"
-    with pytest.raises(NotAvailableError, match="is not installed; pip install"):
+    with pytest.raises(NotAvailableError, match="no package of it is installed; pip install"):
         _ = FAKE.version
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmd_export.bundle import Bundle
-from mmd_export.errors import BundleError, MmdExportError, NotAvailableError
+from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, one_line
 from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session
 from mmd_runtime.chunks import check_inputs
 
@@ -63,7 +63,7 @@ class _Session:
                 sample = self._library(*given)
         except RuntimeError as error:
             raise MmdExportError(
-                f"bundle {self._bundle.name}: torch failed while running it: {_line(error)}"
+                f"bundle {self._bundle.name}: torch failed while running it: {one_line(error)}"
             ) from error
         return {"sample": sample.cpu().numpy()}
 
@@ -73,11 +73,13 @@ def _usable_device(bundle: Bundle) -> str:
     import torch
 
     wants = bundle.manifest.hardware or {}
-    has = {"machine": platform.machine(), "vectors": torch.backends.cpu.get_cpu_capability()}
+    has = {"system": platform.system(), "machine": platform.machine()}
     if wants.get("device") == "cuda":
         if not torch.cuda.is_available():
             raise NotAvailableError(f"bundle {bundle.name} runs on CUDA, torch {torch.__version__} finds no GPU")
-        has = {"compute_capability": ".".join(map(str, torch.cuda.get_device_capability()))}
+        has["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+    else:
+        has["vectors"] = torch.backends.cpu.get_cpu_capability()
     for name, value in has.items():
         wider = name == "vectors" and (wants.get(name), value) == ("AVX2", "AVX512")
         if wants.get(name) != value and not wider:
@@ -98,13 +100,8 @@ def _load(bundle: Bundle) -> Any:
         return aoti_load_package(str(bundle.artefact_path))
     except (zipfile.BadZipFile, RuntimeError, OSError) as error:
         raise BundleError(
-            f"bundle {bundle.name}: {artefact} cannot be loaded: {_line(error)}; rebuild the bundle"
+            f"bundle {bundle.name}: {artefact} cannot be loaded: {one_line(error)}; rebuild the bundle"
         ) from error
-
-
-def _line(error: Exception) -> str:
-    """The message in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 RUNTIME = AotInductorRuntime()

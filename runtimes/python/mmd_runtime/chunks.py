@@ -45,6 +45,24 @@ def check_array(bundle: Bundle, array: Any, spec: TensorSpec, count: int | None 
     raise UsageError(f"{where} is {array.shape}, the manifest says {says}; give that shape")
 
 
+def check_step(bundle: Bundle, step: int, known: Arrays) -> list[str]:
+    """The names that a teacher-forced ``step`` reads, in order: all inputs, then the states before it.
+
+    Raises UsageError unless the step exists and each is given as the manifest says.
+    """
+    where, steps = f"bundle {bundle.name}:", bundle.golden().steps
+    if not 1 <= step <= steps:
+        raise UsageError(f"{where} step {step} is asked for; it has steps 1 to {steps}")
+    noise = bundle.manifest.spec("noise")
+    states = [noise.model_copy(update={"name": f"state.{k}"}) for k in range(1, step)]
+    specs = [*bundle.manifest.inputs, *states]
+    for spec in specs:
+        if spec.name not in known:
+            raise UsageError(f"{where} step {step} starts from '{spec.name}', given: {sorted(known)}; add it")
+        check_array(bundle, known[spec.name], spec)
+    return [spec.name for spec in specs]
+
+
 def batches(batch: BatchSpec, arrays: Arrays) -> Iterator[tuple[dict[str, NDArray[Any]], int]]:
     """Cut arrays of N images into batches that the graph takes; yields each with its number of real images.
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from mmd_export.bundle import Bundle
-from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, UsageError
+from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, one_line
 from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session
-from mmd_runtime.chunks import check_array, check_inputs
+from mmd_runtime.chunks import check_inputs, check_step
 
 INSTALL = "pip install 'mmd-export[coreai]'"
 
@@ -49,15 +49,23 @@ class _Loop:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
 
     def run(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def close(self, stack: AsyncExitStack) -> None:
-        """Leave what ``stack`` entered, then stop."""
-        self.run(stack.aclose())
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        """Leave what ``stack`` entered, then stop; waits for neither, so that any thread may call it."""
+
+        async def leave() -> None:
+            await stack.aclose()
+            self._loop.stop()
+
+        asyncio.run_coroutine_threadsafe(leave(), self._loop)
 
 
 class _Session:
@@ -69,9 +77,9 @@ class _Session:
         self._bundle, self._steps = bundle, bundle.golden().steps
         self._inputs = [spec.name for spec in bundle.manifest.inputs]
         self._loop, stack = _Loop(), AsyncExitStack()
+        weakref.finalize(self, self._loop.close, stack)
         self._model = self._load(stack)
         self._functions: dict[str, Any] = {}
-        weakref.finalize(self, self._loop.close, stack)
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         check_inputs(self._bundle, inputs)
@@ -82,16 +90,7 @@ class _Session:
         return {name.replace("_", "."): array for name, array in self._call("chain", inputs, self._inputs).items()}
 
     def run_step(self, step: int, known: Arrays) -> Array:
-        where, noise = f"bundle {self._bundle.name}:", self._bundle.manifest.spec("noise")
-        if not 1 <= step <= self._steps:
-            raise UsageError(f"{where} step {step} is asked for; it has steps 1 to {self._steps}")
-        names = [*self._inputs, *(f"state.{k}" for k in range(1, step))]
-        for name in names:
-            if name not in known:
-                raise UsageError(f"{where} step {step} starts from '{name}', given: {sorted(known)}; add it")
-            is_state = name.startswith("state.")
-            spec = noise.model_copy(update={"name": name}) if is_state else self._bundle.manifest.spec(name)
-            check_array(self._bundle, known[name], spec)
+        names = check_step(self._bundle, step, known)
         return self._call(f"step_{step}", known, names)[f"state_{step}"]
 
     def _load(self, stack: AsyncExitStack) -> Any:
@@ -101,7 +100,7 @@ class _Session:
             asset = authoring.AIModelAsset.load(self._bundle.artefact_path)
             return self._loop.run(stack.enter_async_context(asset.executable()))
         except (RuntimeError, ValueError, OSError) as error:
-            raise _broken(self._bundle, _line(error)) from error
+            raise _broken(self._bundle, one_line(error)) from error
 
     def _call(self, name: str, arrays: Arrays, order: Sequence[str]) -> dict[str, Array]:
         """The outputs of a function by name, copied out of its memory."""
@@ -116,7 +115,7 @@ class _Session:
             found = self._loop.run(function(given))
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
             raise MmdExportError(
-                f"bundle {self._bundle.name}: coreai failed while running '{name}': {_line(error)}"
+                f"bundle {self._bundle.name}: coreai failed while running '{name}': {one_line(error)}"
             ) from error
         return {key: np.array(value.numpy()) for key, value in found.items()}
 
@@ -127,7 +126,7 @@ def _require_whole(bundle: Bundle) -> None:
         found = hashlib.sha256((bundle.artefact_path / "main.mlirb").read_bytes()).digest()
         says = (bundle.artefact_path / "main.hash").read_bytes()
     except OSError as error:
-        raise _broken(bundle, _line(error)) from error
+        raise _broken(bundle, one_line(error)) from error
     if found != says:
         raise _broken(bundle, f"its program has SHA-256 {found.hex()}, main.hash says {says.hex()}")
 
@@ -135,11 +134,6 @@ def _require_whole(bundle: Bundle) -> None:
 def _broken(bundle: Bundle, reason: str) -> BundleError:
     artefact = bundle.manifest.artefact
     return BundleError(f"bundle {bundle.name}: {artefact} cannot be loaded: {reason}; rebuild the bundle")
-
-
-def _line(error: Exception) -> str:
-    """The message in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 RUNTIME = CoreAiRuntime()

@@ -58,13 +58,23 @@ class Cuda:
     def capture(self, stream: Any, work: Any) -> Any:
         """The graph of what ``work`` puts on the stream, ready to launch; None where it cannot be captured."""
         self.call("cudaStreamBeginCapture", stream, self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
-        ok = work()
-        code, graph = self.runtime.cudaStreamEndCapture(stream)
-        if not ok or int(code):
+        done = False
+        try:
+            done = work()
+        finally:  # a stream that stays in capture mode takes no other work
+            code, graph = self.runtime.cudaStreamEndCapture(stream)
+        if int(code):
             return None
-        ready = self.call("cudaGraphInstantiate", graph, 0)
-        self.call("cudaGraphDestroy", graph)
-        return ready
+        try:
+            return self.call("cudaGraphInstantiate", graph, 0) if done else None
+        finally:
+            self.call("cudaGraphDestroy", graph)
+
+    def release(self, held: list[tuple[str, Any]]) -> None:
+        """Give back what was made, newest first, by the calls that do it; nothing is left to do about a failure."""
+        while held:
+            name, handle = held.pop()
+            getattr(self.runtime, name)(handle)
 
 
 def _imported() -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -123,6 +124,11 @@ class EngineSession:
         with self._lock:
             self._context(count).run_on_device()
 
+    def is_captured(self, count: int) -> bool:
+        """Whether a batch runs as one CUDA graph; an engine that cannot be captured is enqueued call by call."""
+        with self._lock:
+            return self._context(count).captured
+
     def another(self) -> EngineSession:
         """A session of the same engine with contexts of its own, to run at the same time; weights are shared."""
         return EngineSession(self._bundle, self._engine, self._cuda)
@@ -138,6 +144,8 @@ class _Context:
 
     def __init__(self, bundle: Bundle, engine: Any, cuda: Cuda, count: int) -> None:
         self._name, self._cuda, self._stream = bundle.name, cuda, cuda.stream()
+        held: list[tuple[str, Any]] = [("cudaStreamDestroy", self._stream)]
+        weakref.finalize(self, cuda.release, held)
         self._context = engine.create_execution_context()
         if self._context is None:
             raise MmdExportError(f"bundle {bundle.name}: no execution context; is the GPU's memory full?")
@@ -156,6 +164,7 @@ class _Context:
             else:
                 self._require(self._context.set_input_shape(spec.name, shape), f"shape of {spec.name}")
             self.addresses[spec.name] = cuda.allocate(array.nbytes)
+            held.append(("cudaFree", self.addresses[spec.name]))
             self._require(self._context.set_tensor_address(spec.name, self.addresses[spec.name]), spec.name)
             cuda.to_device(self.addresses[spec.name], array, self._stream)
             cuda.wait(self._stream)
@@ -163,6 +172,8 @@ class _Context:
         cuda.wait(self._stream)
         # In a range TensorRT-RTX replaces kernels by better ones while it runs, which a graph would not see.
         self._graph = cuda.capture(self._stream, self._execute) if manifest.batch.sizes else None
+        if self._graph is not None:
+            held.append(("cudaGraphExecDestroy", self._graph))
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         """Copy, run, copy back."""
@@ -175,6 +186,10 @@ class _Context:
             self._cuda.to_host(array, self.addresses[name], self._stream)
         self._cuda.wait(self._stream)
         return results
+
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
 
     def run_on_device(self) -> None:
         self._launch()

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from mmd_export.bundle import Bundle
-from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, UsageError
+from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, one_line
 from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session
-from mmd_runtime.chunks import check_array, check_inputs
+from mmd_runtime.chunks import check_inputs, check_step
 
 INSTALL = "pip install 'mmd-export[tune,executorch]'"
 
@@ -57,17 +57,7 @@ class _Session:
         return dict(zip(names, self._call("chain", inputs, self._inputs), strict=True))
 
     def run_step(self, step: int, known: Arrays) -> Array:
-        where = f"bundle {self._bundle.name}:"
-        if not 1 <= step <= self._steps:
-            raise UsageError(f"{where} step {step} is asked for; it has steps 1 to {self._steps}")
-        names = [*self._inputs, *(f"state.{k}" for k in range(1, step))]
-        noise = self._bundle.manifest.spec("noise")
-        for name in names:
-            if name not in known:
-                raise UsageError(f"{where} step {step} starts from '{name}', given: {sorted(known)}; add it")
-            is_state = name.startswith("state.")
-            spec = noise.model_copy(update={"name": name}) if is_state else self._bundle.manifest.spec(name)
-            check_array(self._bundle, known[name], spec)
+        names = check_step(self._bundle, step, known)
         return self._call(f"step_{step}", known, names)[0]
 
     def _method(self, name: str, inputs: int) -> Any:
@@ -80,7 +70,7 @@ class _Session:
         except RuntimeError as error:
             raise MmdExportError(
                 f"{where}: executorch {importlib.metadata.version('executorch')} cannot run method '{name}': "
-                f"{_line(error)}; update executorch"
+                f"{one_line(error)}; update executorch"
             ) from error
         if method.metadata.num_inputs() != inputs:
             found = method.metadata.num_inputs()
@@ -96,7 +86,7 @@ class _Session:
             return [output.numpy() for output in method.execute(given)]
         except RuntimeError as error:
             raise MmdExportError(
-                f"bundle {self._bundle.name}: executorch failed while running '{name}': {_line(error)}"
+                f"bundle {self._bundle.name}: executorch failed while running '{name}': {one_line(error)}"
             ) from error
 
 
@@ -113,13 +103,8 @@ def _load(bundle: Bundle, options: RunOptions) -> Any:
     except RuntimeError as error:
         artefact = bundle.manifest.artefact
         raise BundleError(
-            f"bundle {bundle.name}: {artefact} cannot be loaded: {_line(error)}; rebuild the bundle"
+            f"bundle {bundle.name}: {artefact} cannot be loaded: {one_line(error)}; rebuild the bundle"
         ) from error
-
-
-def _line(error: Exception) -> str:
-    """The message in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 RUNTIME = ExecuTorchRuntime()

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from mmd_export.bundle import Bundle, TensorSpec
-from mmd_export.errors import MmdExportError
+from mmd_export.errors import MmdExportError, one_line
 from mmd_export.runtime import Array, Arrays
-from mmd_runtime.onnx_providers import failures, line
+from mmd_runtime.onnx_providers import failures
 
 
 class BoundRun:
@@ -42,7 +42,7 @@ class BoundRun:
             self._binding.synchronize_outputs()
         except failures() as error:
             name = self._bundle.name
-            raise MmdExportError(f"bundle {name}: onnxruntime failed while running it: {line(error)}") from error
+            raise MmdExportError(f"bundle {name}: onnxruntime failed while running it: {one_line(error)}") from error
 
     def outputs(self) -> dict[str, Array]:
         """What the last run gave, copied."""

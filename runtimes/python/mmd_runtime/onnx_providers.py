@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.errors import NotAvailableError, UsageError, one_line
 from mmd_export.runtime import Availability, Placement
 
 _INSTEAD = "pip uninstall -y onnxruntime; pip install"  # these wheels overwrite each other
@@ -122,7 +122,7 @@ def availability(ort: Any, provider: Provider) -> Availability:
     except ProviderMissingError as error:
         return Availability(False, error.reason, provider.install)
     except failures() as error:
-        return Availability(False, f"{detail}: {line(error)}", provider.install)
+        return Availability(False, f"{detail}: {one_line(error)}", provider.install)
     return Availability(True, detail)
 
 
@@ -147,11 +147,6 @@ def failures() -> tuple[type[Exception], ...]:
     state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     kinds = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     return tuple(kinds)
-
-
-def line(error: Exception) -> str:
-    """The message in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _load_cuda(ort: Any, provider: Provider) -> None:
@@ -188,7 +183,7 @@ def _register(ort: Any, provider: Provider) -> None:
         library = importlib.import_module(provider.plugin).get_library_path()
         ort.register_execution_provider_library(provider.full_name, library)
     except (ImportError, AttributeError, OSError) as error:
-        raise ProviderMissingError(provider, line(error)) from error
+        raise ProviderMissingError(provider, one_line(error)) from error
     except failed as error:
         if "already registered" not in str(error):
-            raise ProviderMissingError(provider, line(error)) from error
+            raise ProviderMissingError(provider, one_line(error)) from error

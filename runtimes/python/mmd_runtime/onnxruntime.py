@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmd_export.bundle import Bundle
-from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, UsageError
+from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, UsageError, one_line
 from mmd_export.runtime import Array, Arrays, Availability, ChainSession, Placement, RunOptions, Session
 from mmd_runtime.chunks import check_inputs
 from mmd_runtime.cut_chain import Call, CutChain
@@ -25,7 +25,6 @@ from mmd_runtime.onnx_providers import (
     availability,
     failures,
     get_provider,
-    line,
     open_session,
     placement,
     record_placement,
@@ -220,7 +219,7 @@ def _inference_session(bundle: Bundle, model: Path | bytes, options: RunOptions,
         if type(error).__name__ == "NotImplemented":
             version = ort.__version__
             raise NotAvailableError(
-                f"bundle {bundle.name}: onnxruntime {version} cannot run it: {line(error)}; update onnxruntime"
+                f"bundle {bundle.name}: onnxruntime {version} cannot run it: {one_line(error)}; update onnxruntime"
             ) from error
         raise _broken(bundle, error) from error
 
@@ -253,12 +252,12 @@ def _run(bundle: Bundle, session: Any, feeds: Arrays) -> dict[str, Array]:
     try:
         return dict(zip(names, session.run(names, dict(feeds)), strict=True))
     except failures() as error:
-        raise MmdExportError(f"bundle {bundle.name}: onnxruntime failed while running it: {line(error)}") from error
+        raise MmdExportError(f"bundle {bundle.name}: onnxruntime failed while running it: {one_line(error)}") from error
 
 
 def _broken(bundle: Bundle, error: Exception) -> BundleError:
     artefact = bundle.manifest.artefact
-    return BundleError(f"bundle {bundle.name}: {artefact} cannot be loaded: {line(error)}; rebuild the bundle")
+    return BundleError(f"bundle {bundle.name}: {artefact} cannot be loaded: {one_line(error)}; rebuild the bundle")
 
 
 RUNTIME = OnnxRuntime()
