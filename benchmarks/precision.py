@@ -26,7 +26,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.common import RESULTS, save_cifar10, write_result
+from benchmarks.common import RESULTS, environment, save_cifar10, write_result
 from benchmarks.digits_quality import CONFIG, DRAWS, FIRST_NOISE_SEED
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
@@ -277,6 +277,7 @@ def main() -> None:
         }
         for part in arguments.parts:
             values[part] = measures[part]()
+            values["environments"] = values.get("environments", {}) | {part: environment()}
             values.pop("environment", None), values.pop("script", None)
             write_result(arguments.out, "benchmarks/precision.py", values)
 

@@ -14,7 +14,7 @@ from mmd_runtime.chunks import check_inputs
 from mmd_runtime.cut_chain import Call, CutChain
 
 # One run after the other, every operation in float32 whatever the processor would rather have. A thread bound to a core
-# waits for that core while another is free: on a busy machine digits took 12.8 ms bound and 3.5 ms free.
+# waits for that core while another is free: on a busy machine a bound run took several times as long.
 _SETTINGS = {
     "PERFORMANCE_HINT": "LATENCY",
     "NUM_STREAMS": "1",
