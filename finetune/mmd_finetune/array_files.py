@@ -58,7 +58,8 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
             "00000803 or 00000804"
         )
     axes = data[3]
-    shape = tuple(int(length) for length in np.frombuffer(data[4 : 4 + 4 * axes], dtype=">u4"))
+    lengths = np.frombuffer(data, dtype=">u4", count=min(axes, len(data) // 4 - 1), offset=4)
+    shape = tuple(int(length) for length in lengths)
     values = np.frombuffer(data[4 + 4 * axes :], dtype=np.uint8)
     if len(shape) != axes or len(values) != math.prod(shape):
         raise UsageError(

@@ -72,4 +72,6 @@ class Family:
 
 def frozen(network: nn.Module) -> nn.Module:
     """``network`` in float32 and eval mode; its weights take no gradient."""
-    return network.float().eval().requires_grad_(False)
+    for parameter in network.float().eval().parameters():  # a ScriptModule has no requires_grad_ of its own
+        parameter.requires_grad_(False)
+    return network

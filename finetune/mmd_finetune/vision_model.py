@@ -143,25 +143,42 @@ def _load_model(
         raise UsageError(f"{where}: {folder / SAFE[0]} does not exist; a folder that save_pretrained wrote is expected")
     try:
         with _quiet(transformers):
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = _vision_config(transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
             model, told = getattr(transformers, class_name).from_pretrained(
                 folder,
-                config=getattr(config, "vision_config", config),
+                config=config,
                 dtype="float32",
                 local_files_only=True,
                 use_safetensors=safe,
                 weights_only=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 output_loading_info=True,
             )
     except ImportError as error:
         raise NotAvailableError(f"{where}: transformers needs another package for it: {one_line(error)}") from error
     except Exception as error:  # safetensors, pickle, config and shape errors of many types; each becomes one line
         raise UsageError(f"{where}: transformers cannot load {folder}: {one_line(error)}") from error
+    token = _require_whole(told, type(model).__name__, where)
+    return model, token, () if safe or pickled is None else (pickle_warning(pickled),)
+
+
+def _vision_config(config: Any) -> Any:
+    """That of the vision tower; CLIP's full model keeps the width of the projection outside it."""
+    vision = getattr(config, "vision_config", config)
+    if vision is not config and hasattr(vision, "projection_dim") and hasattr(config, "projection_dim"):
+        vision.projection_dim = config.projection_dim
+    return vision
+
+
+def _require_whole(told: Any, model: str, where: str) -> bool:
+    """Raise UsageError for a tensor of another shape or none; True if only those of the pooler are missing."""
+    for key, found, wanted in sorted(told["mismatched_keys"]):
+        raise UsageError(f"{where}: {key} is {tuple(found)}, the config says {tuple(wanted)}; copy the folder again")
     missing = sorted(told["missing_keys"])
     token = bool(missing) and all("pooler" in key.split(".") for key in missing)
     if missing and not token:
-        raise UsageError(f"{where}: {len(missing)} tensors of {type(model).__name__} are missing, first {missing[0]!r}")
-    return model, token, () if safe or pickled is None else (pickle_warning(pickled),)
+        raise UsageError(f"{where}: {len(missing)} tensors of {model} are missing, first {missing[0]!r}")
+    return token
 
 
 @contextmanager
