@@ -67,9 +67,9 @@ def _try_out(encoder: Encoder, shape: tuple[int, int, int], gradient: bool) -> N
     images = torch.linspace(-1.0, 1.0, 2 * math.prod(shape), device=sample.device).reshape(2, *shape)
     try:
         features = encoder(images.requires_grad_(gradient))
-        if gradient and isinstance(features, Tensor) and not features.requires_grad:
-            raise UsageError(f"{where} no gradient comes back; an encoder of the loss must be differentiable")
         _require_features(features, where)
+        if gradient and not features.requires_grad:
+            raise UsageError(f"{where} no gradient comes back; an encoder of the loss must be differentiable")
         if gradient:
             weights = torch.linspace(1.0, 2.0, features.numel(), device=features.device).reshape(features.shape)
             (back,) = torch.autograd.grad((features * weights).sum(), images)

@@ -47,8 +47,9 @@ class Fit:
             [np.asarray(self._fitted(Image.fromarray(channel), f"{name}, image {row}")) for channel in image]
             for row, image in enumerate(images)
         ]
-        pixels: Pixels = np.array(fitted, dtype=images.dtype)
-        return pixels if pixels.dtype == np.uint8 else np.clip(pixels, -1.0, 1.0)  # bicubic overshoots
+        if images.dtype == np.uint8:
+            return np.array(fitted, dtype=np.uint8)
+        return np.clip(np.array(fitted, dtype=np.float32), -1.0, 1.0)  # bicubic overshoots
 
     def _resizes(self, size: tuple[int, ...]) -> bool:
         return self.resize is not None and self.shape is not None and size != self.shape[1:]

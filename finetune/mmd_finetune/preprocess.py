@@ -58,14 +58,18 @@ class Recipe:
                 known = ", ".join(RESAMPLE.values())
                 raise UsageError(f"{where}: resample is {options['resample']!r}; known: {known}")
             recipe = replace(recipe, resample=options["resample"])
-        for key in ("mean", "std"):
-            if key in options:
-                recipe = replace(recipe, **{key: _numbers(options[key].split("/"), f"{where}: {key}")})
+        if "mean" in options:
+            recipe = replace(recipe, mean=_numbers(options["mean"].split("/"), f"{where}: mean"))
+        if "std" in options:
+            recipe = replace(recipe, std=_numbers(options["std"].split("/"), f"{where}: std"))
         return recipe
 
 
 class Preprocess(nn.Module):
     """Images (N, 1 or 3, H, W) in [-1, 1] to what the network takes; grey becomes as many channels as ``mean`` has."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -80,8 +84,7 @@ class Preprocess(nn.Module):
             values = _resized(values, recipe.size, recipe.resample)
         if recipe.crop is not None:
             values = _cut(values, recipe.crop)
-        result: Tensor = (recipe.scale * values - self.mean) / self.std
-        return result
+        return (recipe.scale * values - self.mean) / self.std
 
 
 def _resized(values: Tensor, size: int | tuple[int, int], resample: str) -> Tensor:
@@ -122,13 +125,15 @@ def _followed(config: Mapping[str, Any], where: str) -> Recipe:
     for key in _FOREIGN:
         if config.get(key):
             raise UsageError(f"{where}: {key} is {config[key]!r}, a step that is not supported; state ?size=N")
-    size, crop = (_size(config, where), None) if config.get("do_resize", True) else (None, None)
+    size = _size(config, where) if config.get("do_resize", True) else None
+    crop: tuple[int, int] | None = None
     if config.get("do_center_crop"):
         crop = _pair(config.get("crop_size", config.get("size")), f"{where}: crop_size")
     if "crop_pct" in config and config.get("do_resize", True) and isinstance(size, int):
         size, crop = _convnext(size, config["crop_pct"] or 224 / 256)
     scale = 255.0 * float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 255.0
-    mean, std = (0.0,) * 3, (1.0,) * 3
+    mean: tuple[float, ...] = (0.0,) * 3
+    std: tuple[float, ...] = (1.0,) * 3
     if config.get("do_normalize", True):
         mean, std = (_statistic(config, key, where) for key in ("image_mean", "image_std"))
     resample = config.get("resample", 2)

@@ -84,7 +84,7 @@ def test_mixed_sizes_are_named_or_resized(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"1\.png is \(24, 12, 3\), 0\.png is \(8, 6, 3\).*pass --resize"):
         load_images(str(tmp_path), shape=(3, 8, 6))
     for way in ("crop", "stretch"):
-        images = load_images(str(tmp_path), DataOptions(resize=way), (3, 8, 6))  # type: ignore[arg-type]
+        images = load_images(str(tmp_path), DataOptions(resize=way), (3, 8, 6))
         assert images.shape == (2, 3, 8, 6)
         np.testing.assert_allclose(images[0], floats(COLOUR[:1])[0], atol=1e-6)  # of the right size: untouched
 

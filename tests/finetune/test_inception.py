@@ -93,7 +93,7 @@ def plain(network: nn.Module, name: str, x: Tensor) -> Tensor:
     assert isinstance(bn, nn.BatchNorm2d)
     assert bn.running_mean is not None
     assert bn.running_var is not None
-    y = F.conv2d(x, conv.weight, stride=conv.stride, padding=conv.padding)  # type: ignore[arg-type]
+    y = F.conv2d(x, conv.weight, stride=conv.stride, padding=conv.padding)
     scale = bn.weight / torch.sqrt(bn.running_var + 0.001)
     return F.relu(y * scale[:, None, None] + (bn.bias - bn.running_mean * scale)[:, None, None])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def processor(kind: str) -> Any:
     import transformers.models.siglip.image_processing_pil_siglip as siglip
 
     del dinov3
-    made = {
+    made: dict[str, Callable[[], Any]] = {
         "clip": clip.CLIPImageProcessorPil,
         "dinov2": lambda: bit.BitImageProcessorPil(
             size={"shortest_edge": 256}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]

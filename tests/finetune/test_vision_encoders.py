@@ -26,11 +26,13 @@ def images(count: int = 3, channels: int = 3, side: int = 24) -> Tensor:
 
 
 def prepared(values: Tensor) -> Tensor:
-    return Preprocess(read_recipe(PROCESSOR, {}, "test"))(values)
+    result: Tensor = Preprocess(read_recipe(PROCESSOR, {}, "test"))(values)
+    return result
 
 
 def clip_embedding(model: Any, pixels: Tensor) -> Tensor:
-    return model.visual_projection(model.vision_model(pixels).pooler_output)
+    embedding: Tensor = model.visual_projection(model.vision_model(pixels).pooler_output)
+    return embedding
 
 
 # What each family's features are, computed from the model itself.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +30,7 @@ PROCESSOR: dict[str, Any] = {
 
 def vision_model(kind: str) -> Any:
     """A random model of the kind, as transformers makes it."""
-    import transformers as t
-
+    t: Any = importlib.import_module("transformers")
     torch.manual_seed(0)
     text = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
             "vocab_size": 9}  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,8 @@ def _scripted(path: Path, source: Source) -> nn.Module:
     if source.options:
         raise UsageError(f"encoder {source.name}: a TorchScript file resizes by itself; leave the options out")
     network = load_torchscript(path, source.name)
-    arguments = [argument.name for argument in network.forward.schema.arguments]  # type: ignore[union-attr]
+    forward: Any = network.forward  # a script's method, which has a schema
+    arguments = [argument.name for argument in forward.schema.arguments]
     if "return_features" not in arguments:
         raise UsageError(
             f"encoder {source.name}: forward of {path.name} takes ({', '.join(arguments[1:])}), FID's script has "
