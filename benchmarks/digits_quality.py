@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "digits_quality.json")
     arguments = parser.parse_args()
     defaults = make_settings({"out": "unused"}, CONFIG)
-    ruler, base = Ruler(defaults.features[0], defaults.holdout), load_checkpoint(defaults.model)
+    ruler, base = Ruler(defaults.features[0], defaults.holdout[0]), load_checkpoint(defaults.model)
     untuned = []
     for steps in arguments.untuned:
         untuned.append(ruler.measure(base, steps))

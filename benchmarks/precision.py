@@ -90,7 +90,7 @@ class Judge:
         constants = [[value.numpy() for value in program.constants(k)] for k in range(self.plan.step_count)]
         self.calls = Calls(translate(program.step), constants, self.plan, checkpoint.shape, None)
         self.real = torch.from_numpy(load_digits_split().all_images).clone()
-        self.encoder = load_encoder(make_settings({"out": "unused"}, CONFIG).holdout)
+        self.encoder = load_encoder(make_settings({"out": "unused"}, CONFIG).holdout[0])
         self.scans = encode_in_batches(self.encoder, self.real)
         self.exact = self.sample(self.graph(self.calls))
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mmd_export.cli_build import BUILD_EXAMPLES, FINALIZE_EXAMPLES, build, finalize
+from mmd_export.cli_data import Balance, Crop, FeatureCacheSwitch, Features, Flip, Holdout, HoldoutFraction, Resize
 from mmd_export.cli_network import Conditions, GuidanceForm, GuidanceScale, NullLabel, TextLength
 from mmd_export.cli_options import (
     BundleFolder,
@@ -77,12 +78,20 @@ def finetune(
         Path | None, typer.Option(help="TOML file with any of these settings; options win", show_default=False)
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="digits, a .npz or .npy file, or a folder of images", show_default=False)
+        str | None,
+        typer.Option(
+            help="digits, a .npz, .npy or IDX file, a folder of pictures, or hf:ID_OR_FOLDER?split=NAME of datasets",
+            show_default=False,
+        ),
     ] = None,
-    features: Annotated[
-        str | None, typer.Option(help="encoders of the loss, comma-separated", show_default=False)
-    ] = None,
-    holdout: Annotated[str | None, typer.Option(help="encoder that only scores", show_default=False)] = None,
+    resize: Resize = None,
+    crop: Crop = None,
+    flip: Flip = None,
+    holdout_fraction: HoldoutFraction = None,
+    features: Features = None,
+    balance: Balance = None,
+    holdout: Holdout = None,
+    feature_cache: FeatureCacheSwitch = None,
     kernel: Annotated[str | None, typer.Option(help="gaussian, cubic or linear", show_default=False)] = None,
     batch_size: Annotated[int | None, typer.Option(help="images of one MMD estimate", show_default=False)] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate of Adam", show_default=False)] = None,
@@ -102,6 +111,8 @@ def finetune(
 
     given = {
         "model": with_ema_if_given(model, ema), "steps": steps, "out": out, "data": data, "features": features,
+        "resize": resize, "crop": crop, "flip": flip, "holdout_fraction": holdout_fraction, "balance": balance,
+        "feature_cache": feature_cache,
         "holdout": holdout, "kernel": kernel, "batch_size": batch_size, "learning_rate": lr, "iterations": iterations,
         "seed": seed, "sampler": sampler, "eta": eta, "spacing": spacing, "timesteps": listed(timesteps),
     }  # fmt: skip

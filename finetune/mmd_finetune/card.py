@@ -19,12 +19,12 @@ A denoiser finetuned with the Maximum Mean Discrepancy (MMD-DDM, arXiv 2301.0796
 gradient through all {steps} network calls. `plan.json` holds the sampler's numbers. With another step count or sampler
 the weights are not what was measured here.
 
-| held-out Frechet distance ({holdout}, {count} samples) | before | after |
+| held-out Frechet distance, {count} samples | before | after |
 |---|---|---|
-| {plan} | {before:.2f} | {after:.2f} |
+{distances}
 
-The loss never sees the encoder `{holdout}`. The best average weights (iteration {best} of {iterations}) were chosen
-by this distance on other noise; the numbers above are on noise that was used for nothing else. `before.png` and
+The loss never sees these encoders. The best average weights (iteration {best} of {iterations}) were chosen by the
+distance in `{holdout}` on other noise; the numbers above are on noise that was used for nothing else. `before.png` and
 `after.png` show the same noise. Tuning took {seconds:.0f} s.
 
 ## Lineage
@@ -49,11 +49,12 @@ def model_card(record: Mapping[str, Any], base: Checkpoint, plan: StepPlan, resu
         name=settings["model"],
         plan=describe(plan),
         steps=plan.step_count,
-        holdout=settings["holdout"],
+        holdout=settings["holdout"][0],
         count=settings["evaluate_count"],
         data=settings["data"],
-        before=result["held_out_before"],
-        after=result["held_out_after"],
+        distances="\n".join(
+            f"| `{name}` | {before:.2f} | {after:.2f} |" for name, (before, after) in result["held_out"].items()
+        ),
         best=result["best_iteration"],
         iterations=result["iterations"],
         seconds=result["seconds"],

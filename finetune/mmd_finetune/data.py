@@ -1,118 +1,136 @@
-"""Real images from where they lie: the built-in digits, an array file, or a folder of pictures."""
+"""Real images from where they lie, prepared and split: what the loss compares with, and what only scores."""
 
 from __future__ import annotations
 
-import zipfile
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmd_export.errors import UsageError
+from mmd_finetune.array_files import ARRAYS, Pixels, as_bytes, as_floats, from_array, is_idx, read_array, read_idx
+from mmd_finetune.datasets_library import HUB, is_dataset_folder, read_dataset
 from mmd_finetune.digits import load_digits_split
+from mmd_finetune.pictures import Fit, read_folder
 
 DIGITS = "digits"
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-ARRAYS = (".npz", ".npy")
 
 
-def load_images(spec: str) -> NDArray[np.float32]:
+@dataclass(frozen=True)
+class DataOptions:
+    """How images are prepared.
+
+    Attributes:
+        resize: to the model's size, by Pillow's antialiased bicubic filter (Parmar et al. 2022, arXiv 2104.11222): crop
+            keeps the middle, stretch all of it. None refuses images of another size.
+        crop: (left, top, width, height) cut out of every image first.
+        flip: also take the mirror image of every image, which doubles their number.
+        holdout_fraction: share of the images that only scores.
+    """
+
+    resize: Literal["crop", "stretch"] | None = None
+    crop: tuple[int, int, int, int] | None = None
+    flip: bool = False
+    holdout_fraction: float = 0.0
+
+
+AS_THEY_ARE = DataOptions()
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """(N, C, H, W), bytes or float32 in [-1, 1]. ``held_out`` is ``train`` itself where nothing is held out."""
+
+    train: Pixels
+    held_out: Pixels
+
+
+def load_real(spec: str, options: DataOptions, shape: tuple[int, int, int]) -> RealImages:
+    """The images of ``spec`` for a model of (C, H, W), split; mirror images are added to the training part only."""
+    images = _load(spec, options, shape)
+    held = held_out_rows(images, options.holdout_fraction)
+    train, held_out = (images, images) if not options.holdout_fraction else (images[~held], images[held])
+    if options.holdout_fraction and len(held_out) < 2:
+        raise UsageError(
+            f"--data {spec}: {len(held_out)} of {len(images)} images are held out by --holdout-fraction "
+            f"{options.holdout_fraction:g}; at least 2 are needed to score with"
+        )
+    if options.flip:
+        train = np.concatenate([train, train[..., ::-1]])
+    return RealImages(train, held_out)
+
+
+def held_out_rows(images: Pixels, fraction: float) -> NDArray[np.bool_]:
+    """(N,): whether an image is held out: the first 64 bits of the SHA-256 of its bytes are < fraction * 2^64.
+
+    The content alone decides: equal images stay together, order and number do not matter, and a larger fraction holds
+    out the same images and more.
+    """
+    if not fraction:
+        return np.zeros(len(images), dtype=np.bool_)
+    limit = int(fraction * 2**64)
+    return np.array([int.from_bytes(_digest(image)[:8], "big") < limit for image in images], dtype=np.bool_)
+
+
+def _digest(image: Pixels) -> bytes:
+    """Of shape and bytes, which are the same from a PNG and from an array of floats."""
+    pixels = as_bytes(image)
+    return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).digest()
+
+
+def load_images(
+    spec: str, options: DataOptions = AS_THEY_ARE, shape: tuple[int, int, int] | None = None
+) -> NDArray[np.float32]:
     """Images float32 (N, C, H, W) in [-1, 1].
 
-    ``digits`` is the training split of the built-in scans; else an .npz or .npy file (uint8, or floats in [-1, 1];
-    NHW, NHWC or NCHW; an .npz holds the array as ``images`` or as its only one), or a folder of pictures of one size.
+    Args:
+        spec: ``digits``, the training split of the built-in scans; an .npz or .npy file (uint8, or floats in [-1, 1];
+            NHW, NHWC or NCHW; an .npz holds the array as ``images`` or as its only one); an IDX file, gzip or not; a
+            folder of pictures, looked through to the bottom; a folder of Hugging Face datasets; or
+            ``hf:ID_OR_FOLDER?split=NAME&column=NAME``. Only a hub id uses the network.
+        options: ``resize`` and ``crop`` are followed here.
+        shape: (C, H, W) of the model, which ``resize`` needs; grey pictures become colour where C is 3.
+
     Raises UsageError that names the file and what is wrong with it.
     """
+    return as_floats(_load(spec, options, shape))
+
+
+def _load(spec: str, options: DataOptions, shape: tuple[int, int, int] | None) -> Pixels:
+    """The same; bytes stay bytes."""
+    fit = Fit(options.crop, options.resize, shape)
     if spec == DIGITS:
-        return load_digits_split().train_images
+        return fit.array(load_digits_split().train_images, spec)
+    if spec.startswith(HUB):
+        return from_array(read_dataset(spec, fit), spec)
     path = Path(spec)
     if path.is_dir():
-        return _from_folder(path)
+        pictures = read_dataset(f"{HUB}{spec}", fit) if is_dataset_folder(path) else read_folder(path, fit)
+        return from_array(pictures, spec)
     if not path.exists():
         raise UsageError(
-            f"--data {spec} does not exist; a folder of pictures, an .npz or .npy file, or {DIGITS} is expected"
+            f"--data {spec} does not exist; a folder of pictures, an .npz, .npy or IDX file, {HUB}ID_OR_FOLDER, or "
+            f"{DIGITS} is expected"
         )
+    if is_idx(path):
+        return fit.array(from_array(read_idx(path), spec), spec)
     if path.suffix.lower() not in ARRAYS:
-        raise UsageError(f"--data {spec} is a {path.suffix or 'nameless kind of'} file; {', '.join(ARRAYS)} are read")
-    return _from_array(_read_array(path), str(path))
+        known = ", ".join(ARRAYS)
+        raise UsageError(f"--data {spec} is a {path.suffix or 'nameless kind of'} file; {known} and IDX files are read")
+    return fit.array(from_array(read_array(path), spec), spec)
 
 
-def require_images(images: NDArray[np.float32], spec: str, shape: tuple[int, int, int], batch: int) -> None:
+def require_images(images: Pixels, spec: str, shape: tuple[int, int, int], batch: int) -> None:
     """Raise UsageError unless the images are (C, H, W) as the model makes them, and at least ``batch`` many."""
     if images.shape[1:] != shape:
         raise UsageError(
             f"--data {spec}: images are {tuple(images.shape[1:])}, the model makes {shape} (channels, height, width)"
+            + ("; pass --resize crop or stretch" if images.shape[1] == shape[0] else "")
         )
     if len(images) < batch:
         raise UsageError(
             f"--data {spec}: {len(images)} images for a batch of {batch}; bring more or lower --batch-size"
         )
-
-
-def _read_array(path: Path) -> NDArray[np.generic]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            names = loaded.files
-            if "images" not in names and len(names) != 1:
-                raise UsageError(f"--data {path}: arrays {', '.join(names) or 'none'}; name one of them 'images'")
-            array: NDArray[np.generic] = loaded["images" if "images" in names else names[0]]
-            return array
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"--data {path} cannot be read: {error}") from error
-
-
-def _from_array(array: NDArray[np.generic], name: str) -> NDArray[np.float32]:
-    """uint8 or float; NHW, NHWC or NCHW, channels 1 or 3."""
-    if array.ndim == 3:
-        array = array[:, None]
-    elif array.ndim == 4 and array.shape[3] in (1, 3):
-        array = array.transpose(0, 3, 1, 2)
-    elif not (array.ndim == 4 and array.shape[1] in (1, 3)):
-        raise UsageError(
-            f"--data {name}: the array is {array.shape}; NHW, NHWC or NCHW with 1 or 3 channels is expected"
-        )
-    if array.dtype == np.uint8:
-        return np.ascontiguousarray(array.astype(np.float32) / 127.5 - 1.0)
-    if not np.issubdtype(array.dtype, np.floating):
-        raise UsageError(f"--data {name}: the array is {array.dtype}; uint8 or floats in [-1, 1] are expected")
-    images = np.ascontiguousarray(array.astype(np.float32))
-    if bad := int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum()):
-        raise UsageError(f"--data {name}: {bad} of {len(images)} images hold NaN or infinity")
-    if images.size and (images.min() < -1.0 or images.max() > 1.0):
-        raise UsageError(f"--data {name}: values run from {images.min():g} to {images.max():g}; [-1, 1] is expected")
-    return images
-
-
-def _from_folder(folder: Path) -> NDArray[np.float32]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
-    if not paths:
-        raise UsageError(f"--data {folder}: no picture lies there; {', '.join(PICTURES)} are read")
-    first = _read_picture(paths[0])
-    images = np.empty((len(paths), *first.shape), dtype=np.uint8)
-    for row, path in enumerate(paths):
-        pixels = _read_picture(path)
-        if pixels.shape != first.shape:
-            raise UsageError(
-                f"--data {folder}: {path.name} is {pixels.shape}, {paths[0].name} is {first.shape} (height, width, "
-                "channels); all pictures need one size"
-            )
-        images[row] = pixels
-    return _from_array(images, str(folder))
-
-
-def _read_picture(path: Path) -> NDArray[np.uint8]:
-    """(H, W, C) with C = 1 for a grey picture and 3 for a coloured one."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            if picture.mode.startswith(("I", "F")):
-                raise UsageError(f"--data: {path} has {picture.mode} pixels; 8 bits a channel are expected")
-            converted = picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
-            pixels = np.asarray(converted, dtype=np.uint8)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise UsageError(f"--data: picture {path} cannot be read: {error}") from error
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels

@@ -2,82 +2,88 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+import itertools
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmd_export.errors import UsageError
-from mmd_finetune.digits_encoders import ARCHITECTURES, class_logits
+from mmd_export.errors import UsageError, one_line
+from mmd_finetune.encoder import Encoder
+from mmd_finetune.encoders import encoder_forms, load_encoder
 
-FOLDER = Path(__file__).parent / "encoders"
-PIXELS = "pixels"
-ENCODERS = (*ARCHITECTURES, PIXELS)
+__all__ = ["Encoder", "encoder_forms", "load_encoder", "load_encoders", "require_fit"]
+
+LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """Images (N, C, H, W) in [-1, 1] to features (N, d).
+def load_encoders(
+    specs: Sequence[str], shape: tuple[int, int, int], device: torch.device, *, gradient: bool = True
+) -> tuple[Encoder, ...]:
+    """The encoders of ``specs`` on ``device``, each tried out on images of ``shape``; warnings are logged.
 
-    ``shape`` is the (C, H, W) that the network takes, None for any; ``classes`` the number of classes that its head
-    tells apart, None without a head.
+    Raises UsageError for what cannot be loaded or used, and for two that have one name.
     """
-
-    name: str
-    network: nn.Module
-    shape: tuple[int, int, int] | None = None
-    classes: int | None = None
-
-    def __call__(self, images: Tensor) -> Tensor:
-        features: Tensor = self.network(images)
-        return features
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Class scores (N, classes)."""
-        if self.classes is None:
-            raise UsageError(f"encoder {self.name} has no classifier head; with one: {', '.join(ARCHITECTURES)}")
-        return class_logits(self.network, images)
-
-    def to(self, device: torch.device) -> Encoder:
-        """The same encoder on ``device``."""
-        return replace(self, network=self.network.to(device))
+    encoders = tuple(load_encoder(spec).to(device) for spec in specs)
+    require_names(encoders)
+    for encoder in encoders:
+        for warning in encoder.warnings:
+            LOG.warning("encoder %s: %s", encoder.name, warning)
+        require_fit(encoder, shape, gradient=gradient)
+    return encoders
 
 
-def load_encoder(name: str) -> Encoder:
-    """The encoder of that name: frozen, eval mode, float32. Raises UsageError that lists the names."""
-    if name == PIXELS:
-        return Encoder(PIXELS, nn.Flatten().eval())
-    if name not in ARCHITECTURES:
-        raise UsageError(f"encoder {name!r} is unknown; known: {', '.join(ENCODERS)}")
-    network = ARCHITECTURES[name]()
-    _load_strictly(network, FOLDER / f"{name}.safetensors")
-    return Encoder(name, network.float().eval().requires_grad_(False), shape=(1, 8, 8), classes=10)
+def require_names(encoders: Sequence[Encoder]) -> None:
+    """Raise UsageError if two encoders have one name, as two files of one name in two folders have."""
+    for name, count in Counter(encoder.name for encoder in encoders).items():
+        if count > 1:
+            raise UsageError(f"{count} encoders are called {name}; name each once, or rename one of the files")
 
 
-def require_fit(encoder: Encoder, shape: tuple[int, int, int]) -> None:
-    """Raise UsageError unless the encoder takes images (C, H, W)."""
+def require_fit(encoder: Encoder, shape: tuple[int, int, int], *, gradient: bool = True) -> None:
+    """Raise UsageError unless the encoder takes images (C, H, W); it is run on two of them.
+
+    With ``gradient`` it must also let gradients through, as one of the loss has to.
+    """
     if encoder.shape is not None and encoder.shape != shape:
         raise UsageError(
-            f"encoder {encoder.name} takes images {encoder.shape}, the model makes {shape}; use --features {PIXELS} "
+            f"encoder {encoder.name} takes images {encoder.shape}, the model makes {shape}; use --features pixels "
             "or an encoder of that size"
         )
+    if encoder.channels is not None and shape[0] not in encoder.channels:
+        known = " or ".join(map(str, encoder.channels))
+        raise UsageError(f"encoder {encoder.name} takes {known} channels, the model makes {shape[0]}")
+    _try_out(encoder, shape, gradient)
 
 
-def _load_strictly(network: nn.Module, path: Path) -> None:
+def _try_out(encoder: Encoder, shape: tuple[int, int, int], gradient: bool) -> None:
+    """Two images through the network and back."""
+    where = f"encoder {encoder.name}: on 2 images {shape}"
+    network = encoder.network
+    sample = next(itertools.chain(network.parameters(), network.buffers()), torch.zeros(()))
+    images = torch.linspace(-1.0, 1.0, 2 * math.prod(shape), device=sample.device).reshape(2, *shape)
     try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UsageError(
-            f"encoder weights {path} cannot be read ({error}); install again or run make digits"
-        ) from error
-    for key, tensor in weights.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise UsageError(f"encoder weights {path}: {key} holds NaN or infinity; install again or run make digits")
-    try:
-        network.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"encoder weights {path} do not fit: {reason}; run make digits") from error
+        features = encoder(images.requires_grad_(gradient))
+        _require_features(features, where)
+        if gradient and not features.requires_grad:
+            raise UsageError(f"{where} no gradient comes back; an encoder of the loss must be differentiable")
+        if gradient:
+            weights = torch.linspace(1.0, 2.0, features.numel(), device=features.device).reshape(features.shape)
+            (back,) = torch.autograd.grad((features * weights).sum(), images)
+            if not bool(torch.isfinite(back).all()):
+                raise UsageError(f"{where} the gradient holds NaN or infinity")
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        raise UsageError(f"{where} it fails ({one_line(error)}); state its size, as in ?size=224") from error
+
+
+def _require_features(features: object, where: str) -> None:
+    if not isinstance(features, Tensor):
+        raise UsageError(f"{where} it gives {type(features).__name__}; a tensor (2, d) is expected")
+    if features.dim() != 2 or len(features) != 2 or not features.is_floating_point():
+        kind = str(features.dtype).removeprefix("torch.")
+        raise UsageError(f"{where} it gives {tuple(features.shape)} {kind}; (2, d) float32 is expected")
+    if not bool(torch.isfinite(features.detach()).all()):
+        raise UsageError(f"{where} a feature is NaN or infinite; its weights or its preprocessing are wrong")

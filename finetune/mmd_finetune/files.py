@@ -15,7 +15,7 @@ from mmd_export.folders import sync
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside ``path``, sync, rename: after a crash ``path`` holds the old bytes or the new ones."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two processes may write one cache file
     try:
         with partial.open("wb") as file:
             file.write(data)

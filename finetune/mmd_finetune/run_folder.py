@@ -29,13 +29,18 @@ SHEET_IMAGES = 100
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run reached: held-out Frechet distances on noise that was used for neither tuning nor choosing."""
+    """What a run reached: held-out Frechet distances on noise that was used for neither tuning nor choosing.
+
+    ``held_out_before`` and ``held_out_after`` are those of the encoder that decided; ``held_out`` has all of them, by
+    encoder, as (before, after).
+    """
 
     folder: Path
     iterations: int
     best_iteration: int
     held_out_before: float
     held_out_after: float
+    held_out: dict[str, tuple[float, float]]
     seconds: float
 
 
@@ -110,7 +115,8 @@ class RunFolder:
     def result(self) -> RunResult:
         """The result of a finished run."""
         values = json.loads(self._result.read_text(encoding="utf-8"))
-        return RunResult(folder=self.place, **values)
+        pairs = {name: (before, after) for name, (before, after) in values.pop("held_out").items()}
+        return RunResult(folder=self.place, held_out=pairs, **values)
 
     def finish(self, task: Task, state: TuningState) -> RunResult:
         """Measure once more, write everything beside, rename it into place, ``unet`` last, and drop the state."""
@@ -118,12 +124,14 @@ class RunFolder:
         state.average.load_state_dict(state.best)
         before, after = (task.samples(net, REPORT_SEED) for net in (task.base.denoiser, state.average))
         progress = state.progress
+        first, last = task.held_out_distances(before), task.held_out_distances(after)
         result = RunResult(
             folder=self.place,
             iterations=progress.iteration,
             best_iteration=progress.best_iteration,
-            held_out_before=task.held_out_distance(before),
-            held_out_after=task.held_out_distance(after),
+            held_out_before=first[task.holdout.name],
+            held_out_after=last[task.holdout.name],
+            held_out={name: (first[name], last[name]) for name in first},
             seconds=round(progress.seconds, 3),
         )
         shutil.rmtree(self._final, ignore_errors=True)

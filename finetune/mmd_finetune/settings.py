@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mmd_export.errors import UsageError
 from mmd_export.plan_options import PlanOptions, parse_timesteps
+from mmd_finetune.data import DataOptions
+from mmd_finetune.encoder_source import Source
 
 SEED_LIMIT = 2**63  # the upper half of the generator's seeds is kept for measuring, see mmd_finetune.task
 
@@ -24,9 +26,13 @@ class FinetuneSettings(BaseModel):
         steps: K, the network calls of the sampler that is tuned; ``timesteps`` lists them instead, descending.
         out: the run folder.
         sampler: a solver's name; None runs the one of the model's scheduler. ``eta`` and ``spacing`` go with it.
-        data: what ``load_images`` takes.
-        features: encoders of the loss, which is the mean of their MMD^2.
-        holdout: encoder of the held-out metric, which the loss never sees.
+        data: what ``load_images`` takes; ``resize``, ``crop`` and ``flip`` as in ``DataOptions``.
+        holdout_fraction: share of the images that the loss never sees and the held-out encoders measure against; each
+            image's content decides. 0 uses all for both.
+        features: encoders of the loss, which is the weighted sum of their MMD^2; see ``docs/encoders.md``.
+        balance: weights from the untuned model's MMD^2 (``mmd_finetune.balance``), or equal ones.
+        holdout: encoders of the held-out metric, which the loss never sees; the first one decides the best weights.
+        feature_cache: keep the features of real images on disk; it changes no number.
         kernel: see ``mmd_finetune.kernels``.
         learning_rate: of Adam; ``rate_decay`` cosine lets it fall to zero over the iterations.
         ema_decay: average <- ema_decay * average + (1 - ema_decay) * weights after every iteration.
@@ -47,8 +53,14 @@ class FinetuneSettings(BaseModel):
     spacing: str | None = None
     timesteps: tuple[int, ...] | None = None
     data: str = "digits"
+    resize: Literal["crop", "stretch"] | None = None
+    crop: tuple[int, int, int, int] | None = None
+    flip: bool = False
+    holdout_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     features: tuple[str, ...] = Field(default=("digits-conv", "pixels"), min_length=1)
-    holdout: str = "digits-mlp"
+    balance: Literal["untuned", "equal"] = "untuned"
+    holdout: tuple[str, ...] = Field(default=("digits-mlp",), min_length=1)
+    feature_cache: bool = True
     kernel: str = "gaussian"
     batch_size: int = Field(default=256, ge=2)
     learning_rate: float = Field(default=2e-4, gt=0.0, allow_inf_nan=False)
@@ -63,11 +75,17 @@ class FinetuneSettings(BaseModel):
     checkpoint_calls: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
-    @field_validator("features", mode="before")
+    @field_validator("features", "holdout", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         """``a,b`` as the command line gives it."""
         return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("crop", mode="before")
+    @classmethod
+    def _box(cls, value: Any) -> Any:
+        """``left,top,width,height`` as the command line gives it."""
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
     @field_validator("timesteps", mode="before")
     @classmethod
@@ -79,20 +97,28 @@ class FinetuneSettings(BaseModel):
     def _separate(self) -> Self:
         if self.steps is None and self.timesteps is None:
             raise ValueError("steps is missing; say how many network calls the sampler makes, or list timesteps")
-        if len(set(self.features)) != len(self.features):
-            raise ValueError(f"features {', '.join(self.features)} names an encoder twice")
-        if self.holdout in self.features:
-            raise ValueError(f"holdout {self.holdout} is also in features; the loss must not see the held-out encoder")
+        for key in ("features", "holdout"):
+            names = getattr(self, key)
+            if len(set(names)) != len(names):
+                raise ValueError(f"{key} {', '.join(names)} names an encoder twice")
+        for name in self.holdout:
+            if name in self.features:
+                raise ValueError(f"holdout {name} is also in features; the loss must not see the held-out encoder")
         return self
 
     def plan_options(self) -> PlanOptions:
         """The part that chooses the sampler."""
         return PlanOptions(**{entry.name: getattr(self, entry.name) for entry in fields(PlanOptions)})
 
+    def data_options(self) -> DataOptions:
+        """The part that prepares the images."""
+        return DataOptions(**{entry.name: getattr(self, entry.name) for entry in fields(DataOptions)})
+
     def public(self) -> dict[str, Any]:
-        """JSON-ready, without the places of this machine: ``out`` is left out, paths become names."""
-        values = self.model_dump(mode="json", exclude={"out"})
-        return values | {key: Path(values[key]).name for key in ("model", "data")}
+        """JSON-ready, without the places of this machine: ``out`` and caches are left out, paths become names."""
+        values = self.model_dump(mode="json", exclude={"out", "feature_cache"})
+        encoders = {key: [Source.parse(spec).name for spec in values[key]] for key in ("features", "holdout")}
+        return values | encoders | {key: Path(values[key]).name for key in ("model", "data")}
 
 
 def make_settings(given: Mapping[str, Any], config: Path | None = None) -> FinetuneSettings:

@@ -12,21 +12,25 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "MMD_EXPORT_CACHE"
+ENGINES = "engines"
 
 
-def cache_folder(given: Path | None) -> Path:
-    """``--cache``, else MMD_EXPORT_CACHE, else where programs of this system keep what can be made again."""
+def cache_folder(given: Path | None, kind: str = ENGINES) -> Path:
+    """``--cache``, else MMD_EXPORT_CACHE, else where programs of this system keep what can be made again.
+
+    Engines lie in MMD_EXPORT_CACHE itself, other kinds in a folder of that name there.
+    """
     if given is not None:
         return given
     if named := os.environ.get(VARIABLE):
-        return Path(named)
+        return Path(named) if kind == ENGINES else Path(named) / kind
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
         base = str(Path.home() / "Library" / "Caches")
     else:
         base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "mmd-export" / "engines"
+    return Path(base) / "mmd-export" / kind
 
 
 def sha256_of(files: Iterable[Path]) -> str:

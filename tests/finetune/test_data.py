@@ -74,7 +74,7 @@ def test_missing(tmp_path: Path) -> None:
 
 def test_another_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("1,2")
-    with pytest.raises(UsageError, match=r"data\.csv is a \.csv file; \.npz, \.npy are read"):
+    with pytest.raises(UsageError, match=r"data\.csv is a \.csv file; \.npz, \.npy and IDX files are read"):
         load_images(str(tmp_path / "data.csv"))
 
 

@@ -42,7 +42,9 @@ def test_frozen() -> None:
 
 def test_public_has_no_place_of_this_machine(tmp_path: Path) -> None:
     places = {"model": str(tmp_path / "base"), "data": str(tmp_path / "d.npz"), "out": tmp_path}
-    public = make_settings(GIVEN | places).public()
+    encoders = {"features": f"clip:{tmp_path}/vit?size=32,pixels", "holdout": f"inception:{tmp_path}/pt.pth"}
+    public = make_settings(GIVEN | places | encoders).public()
+    assert (public["features"], public["holdout"]) == (["clip:vit?size=32", "pixels"], ["inception:pt.pth"])
     assert (public["model"], public["data"]) == ("base", "d.npz")
     assert str(tmp_path) not in str(public)
 
@@ -63,6 +65,14 @@ def test_public_has_no_place_of_this_machine(tmp_path: Path) -> None:
         ({"rate_decay": "step"}, "rate_decay is 'step': input should be 'constant' or 'cosine'"),
         ({"batchsize": 3}, "'batchsize' is unknown; known: model, steps, out"),
         ({"features": ("digits-mlp",)}, "holdout digits-mlp is also in features"),
+        ({"holdout": "digits-mlp,digits-conv"}, "holdout digits-conv is also in features"),
+        ({"holdout": "digits-mlp,digits-mlp"}, "holdout digits-mlp, digits-mlp names an encoder twice"),
+        ({"holdout": ()}, r"holdout is \(\)"),
+        ({"balance": "loud"}, "balance is 'loud': input should be 'untuned' or 'equal'"),
+        ({"resize": "squash"}, "resize is 'squash': input should be 'crop' or 'stretch'"),
+        ({"crop": "1,2,3"}, "crop is .*"),
+        ({"holdout_fraction": 1.0}, "holdout_fraction is 1.0: input should be less than 1"),
+        ({"holdout_fraction": -0.1}, "holdout_fraction is -0.1"),
         ({"features": "pixels,pixels"}, "features pixels, pixels names an encoder twice"),
         ({"out": None}, "out is missing"),
     ],
@@ -88,4 +98,8 @@ def test_a_file_that_is_missing_or_no_toml(tmp_path: Path) -> None:
 
 def test_defaults_are_for_the_built_in_digits() -> None:
     settings = FinetuneSettings(model="digits", steps=5, out=Path("run"))
-    assert (settings.data, settings.features, settings.holdout) == ("digits", ("digits-conv", "pixels"), "digits-mlp")
+    assert (settings.data, settings.features, settings.holdout) == (
+        "digits",
+        ("digits-conv", "pixels"),
+        ("digits-mlp",),
+    )

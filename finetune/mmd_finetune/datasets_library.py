@@ -1,0 +1,98 @@
+"""Images of Hugging Face datasets: what ``save_to_disk`` wrote, a folder of parquet files, or a hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmd_export.errors import NotAvailableError, UsageError, one_line
+from mmd_finetune.encoder_source import Source
+from mmd_finetune.pictures import Fit, stacked
+
+HUB = "hf:"
+SAVED = ("dataset_dict.json", "state.json")  # of save_to_disk, with several splits and with one
+OPTIONS = ("split", "column")
+USUAL_SPLIT = "train"
+
+
+def is_dataset_folder(folder: Path) -> bool:
+    """Written by ``save_to_disk``, or with parquet files."""
+    return any((folder / name).is_file() for name in SAVED) or next(folder.rglob("*.parquet"), None) is not None
+
+
+def read_dataset(spec: str, fit: Fit) -> NDArray[np.uint8]:
+    """All pictures of ``hf:ID_OR_FOLDER?split=NAME&column=NAME``, (N, H, W, C)."""
+    source = Source.parse(spec)
+    for key, value in source.options.items():
+        if key not in OPTIONS:
+            raise UsageError(f"--data {spec}: option {key}={value} is unknown; known: {', '.join(OPTIONS)}")
+    table = _one_split(_load(source, spec), source.options.get("split"), spec)
+    column = _column(table, source.options.get("column"), spec)
+    if not len(table):
+        raise UsageError(f"--data {spec}: the split has no rows")
+    return stacked(_pictures(table, column, fit, spec), len(table), spec)
+
+
+def _load(source: Source, spec: str) -> Any:
+    """A Dataset or a DatasetDict."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise NotAvailableError(
+            f"--data {spec}: datasets is not installed; pip install 'mmd-export[finetune]'"
+        ) from error
+    folder = Path(source.place)
+    if not folder.is_dir() and (folder.exists() or not source.is_hub_id):
+        found = "is a file" if folder.exists() else "does not exist"
+        raise UsageError(f"--data {spec}: {source.place} {found}; a folder, or a hub id owner/name, is expected")
+    try:
+        datasets.disable_progress_bars()
+        if any((folder / name).is_file() for name in SAVED):
+            return datasets.load_from_disk(source.place)
+        return datasets.load_dataset(source.place)
+    except Exception as error:  # arrow, file and hub errors of many types; each becomes one line
+        kind = UsageError if folder.is_dir() else NotAvailableError
+        raise kind(f"--data {spec}: datasets cannot load it: {one_line(error)}") from error
+
+
+def _one_split(loaded: Any, wanted: str | None, spec: str) -> Any:
+    """The split that the user names, else ``train``, else the only one."""
+    if not isinstance(loaded, dict):
+        if wanted is not None:
+            raise UsageError(f"--data {spec}: split={wanted} is asked for, the folder holds one split without a name")
+        return loaded
+    names = ", ".join(loaded)
+    if wanted is None and USUAL_SPLIT not in loaded and len(loaded) != 1:
+        raise UsageError(f"--data {spec}: splits are {names}; say ?split=NAME")
+    name = wanted or (USUAL_SPLIT if USUAL_SPLIT in loaded else names)
+    if name not in loaded:
+        raise UsageError(f"--data {spec}: split {name} does not exist; splits: {names}")
+    return loaded[name]
+
+
+def _column(table: Any, wanted: str | None, spec: str) -> str:
+    """The column that the user names, else the only one of images."""
+    import datasets
+
+    found = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    if wanted is not None and wanted not in found:
+        raise UsageError(f"--data {spec}: column {wanted} holds no images; these do: {', '.join(found) or 'none'}")
+    if wanted is None and len(found) != 1:
+        raise UsageError(f"--data {spec}: columns of images are {', '.join(found) or 'none'}; say ?column=NAME")
+    return wanted or found[0]
+
+
+def _pictures(table: Any, column: str, fit: Fit, spec: str) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    rows = table.select_columns([column])
+    for row in range(len(rows)):
+        try:
+            picture = rows[row][column]
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UsageError(f"--data {spec}: the image of row {row} cannot be read: {one_line(error)}") from error
+        if picture is None:
+            raise UsageError(f"--data {spec}: row {row} has no image")
+        yield f"row {row}", fit.picture(picture, f"{spec}, row {row}")

@@ -1,0 +1,111 @@
+"""Pictures on disk: decoded, cut out, resized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmd_export.errors import UsageError
+from mmd_finetune.array_files import Pixels
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+CROP = "crop"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """``crop`` is cut out first, then the picture is brought to the (C, H, W) of ``shape`` as ``resize`` says."""
+
+    crop: tuple[int, int, int, int] | None = None
+    resize: str | None = None
+    shape: tuple[int, int, int] | None = None
+
+    def picture(self, picture: Image, name: str) -> NDArray[np.uint8]:
+        """(H, W, C) with C = 1 for a grey picture and 3 for a coloured one, and for a grey one if the model has 3."""
+        if picture.mode.startswith(("I", "F")):
+            raise UsageError(f"--data: {name} has {picture.mode} pixels; 8 bits a channel are expected")
+        colour = self.shape is not None and self.shape[0] == 3
+        grey = picture.mode in ("1", "L", "LA") and not colour
+        pixels = np.asarray(self._fitted(picture.convert("L" if grey else "RGB"), name), dtype=np.uint8)
+        return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+    def array(self, images: Pixels, name: str) -> Pixels:
+        """The same for images (N, C, H, W), channel by channel."""
+        if self.crop is None and not self._resizes(images.shape[2:]):
+            return images
+        from PIL import Image
+
+        fitted = [
+            [np.asarray(self._fitted(Image.fromarray(channel), f"{name}, image {row}")) for channel in image]
+            for row, image in enumerate(images)
+        ]
+        if images.dtype == np.uint8:
+            return np.array(fitted, dtype=np.uint8)
+        return np.clip(np.array(fitted, dtype=np.float32), -1.0, 1.0)  # bicubic overshoots
+
+    def _resizes(self, size: tuple[int, ...]) -> bool:
+        return self.resize is not None and self.shape is not None and size != self.shape[1:]
+
+    def _fitted(self, picture: Image, name: str) -> Image:
+        from PIL import Image, ImageOps
+
+        if self.crop is not None:
+            left, top, width, height = self.crop
+            right, bottom = left + width, top + height
+            if min(left, top) < 0 or min(width, height) < 1 or right > picture.width or bottom > picture.height:
+                raise UsageError(
+                    f"--data: {name} is {picture.width} x {picture.height}, --crop {left},{top},{width},{height} "
+                    "(left, top, width, height) reaches outside"
+                )
+            picture = picture.crop((left, top, right, bottom))
+        if not self._resizes((picture.height, picture.width)):
+            return picture
+        assert self.shape is not None
+        size = (self.shape[2], self.shape[1])
+        if self.resize == CROP:
+            return ImageOps.fit(picture, size, method=Image.Resampling.BICUBIC)
+        return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def read_folder(folder: Path, fit: Fit) -> NDArray[np.uint8]:
+    """All pictures under ``folder`` (N, H, W, C), in the order of their paths; hidden ones are left out."""
+    inside = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in inside if not any(part.startswith(".") for part in path.parts))
+    if not paths:
+        raise UsageError(f"--data {folder}: no picture lies there; {', '.join(SUFFIXES)} are read")
+    return stacked(((str(path), read_picture(folder / path, fit)) for path in paths), len(paths), str(folder))
+
+
+def stacked(pictures: Iterable[tuple[str, NDArray[np.uint8]]], count: int, where: str) -> NDArray[np.uint8]:
+    """``count`` named pictures as one array; raises UsageError that names the first two of different sizes."""
+    images = np.empty((0,), dtype=np.uint8)
+    first = ""
+    for row, (name, pixels) in enumerate(pictures):
+        if row == 0:
+            first, images = name, np.empty((count, *pixels.shape), dtype=np.uint8)
+        if pixels.shape != images.shape[1:]:
+            raise UsageError(
+                f"--data {where}: {name} is {pixels.shape}, {first} is {images.shape[1:]} (height, width, "
+                "channels); all pictures need one size, or pass --resize crop or stretch"
+            )
+        images[row] = pixels
+    return images
+
+
+def read_picture(path: Path, fit: Fit) -> NDArray[np.uint8]:
+    """One picture (H, W, C); raises UsageError that names the file."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            return fit.picture(picture, str(path))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(f"--data: picture {path} cannot be read: {error}") from error

@@ -1,0 +1,52 @@
+"""The options of ``finetune`` that say what is compared: which images, in which encoders."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Resize = Annotated[
+    str | None,
+    typer.Option(help="images to the model's size: crop the middle, or stretch", show_default=False),
+]
+Crop = Annotated[
+    str | None, typer.Option(help="LEFT,TOP,WIDTH,HEIGHT to cut out of every image first", show_default=False)
+]
+Flip = Annotated[
+    bool | None, typer.Option("--flip/--no-flip", help="also take every image's mirror image", show_default=False)
+]
+HoldoutFraction = Annotated[
+    float | None,
+    typer.Option(help="share of the images that only scores; each image's hash decides", show_default=False),
+]
+Features = Annotated[
+    str | None,
+    typer.Option(
+        help="encoders of the loss, comma-separated: digits-conv, digits-mlp, pixels, inception:FILE, "
+        "torchscript:FILE, clip:ID_OR_FOLDER, dino:..., siglip:... or hf:...; docs/encoders.md",
+        show_default=False,
+    ),
+]
+Holdout = Annotated[
+    str | None,
+    typer.Option(
+        help="encoders that only score, comma-separated; the first one decides which weights are best",
+        show_default=False,
+    ),
+]
+Balance = Annotated[
+    str | None,
+    typer.Option(
+        help="weights of the encoders in the loss: untuned (default), by the untuned model's MMD, or equal",
+        show_default=False,
+    ),
+]
+FeatureCacheSwitch = Annotated[
+    bool | None,
+    typer.Option(
+        "--feature-cache/--no-feature-cache",
+        help="keep the features of real images in the cache folder (default)",
+        show_default=False,
+    ),
+]

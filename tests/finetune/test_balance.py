@@ -1,0 +1,112 @@
+"""Weights of the encoders: closed forms, scale, and what they do to a run."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmd_export.errors import UsageError
+from mmd_finetune.balance import balanced_weights, equal_weights, real_level, weights_of
+from mmd_finetune.encoder import Encoder
+from mmd_finetune.kernels import Linear
+from mmd_finetune.loop import tune
+from mmd_finetune.mmd import mean_of_pairs, unbiased_mmd2
+from mmd_finetune.reference import Reference, make_reference
+from mmd_finetune.settings import FinetuneSettings
+from mmd_finetune.task import prepare
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1) * self.factor
+
+
+def normal(count: int, seed: int, shift: float = 0.0) -> Tensor:
+    return torch.randn(count, 1, 2, 3, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def reference(factor: float, kernel: str, name: str = "") -> Reference:
+    return make_reference(Encoder(name or f"times {factor:g}", Scaled(factor)), kernel, normal(600, 0))
+
+
+def test_the_levels_decide() -> None:
+    weights = weights_of({"large": 300.0, "small": 3.0})
+    assert weights == pytest.approx({"large": 0.5 * 151.5 / 300.0, "small": 0.5 * 151.5 / 3.0})
+    # Each term starts at the same height, the sum at the height of the plain mean.
+    assert weights["large"] * 300.0 == pytest.approx(weights["small"] * 3.0)
+    assert weights["large"] * 300.0 + weights["small"] * 3.0 == pytest.approx(151.5)
+    assert weights_of({"only": 7.0}) == {"only": 1.0}
+    assert weights_of({"a": 0.0, "b": 0.0}) == {"a": 0.5, "b": 0.5}
+
+
+def test_scale_of_features_does_not_matter() -> None:
+    # The linear kernel's MMD^2 grows with the square of the scale: 10,000 times here.
+    references = (reference(1.0, "linear"), reference(100.0, "linear"))
+    weights = balanced_weights(references, normal(64, 1, shift=1.0), 32)
+    losses = [weights[each.encoder.name] * float(each.mmd2(normal(64, 2, shift=1.0))) for each in references]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    plain = equal_weights(references)
+    unequal = [plain[each.encoder.name] * float(each.mmd2(normal(64, 2, shift=1.0))) for each in references]
+    assert unequal[1] > 1000 * unequal[0]
+
+
+def test_noise_of_real_images_by_many_draws() -> None:
+    made = reference(1.0, "gaussian")
+    n = 20
+    population = normal(1500, 3).flatten(1).double()
+    real_mean = mean_of_pairs(made.kernel, population)
+    batches = [normal(n, 100 + i).flatten(1).double() for i in range(300)]
+    draws = torch.stack([unbiased_mmd2(made.kernel, batch, population, real_mean) for batch in batches])
+    assert real_level(made.kernel, population, n) == pytest.approx(float(draws.std()), rel=0.15)
+
+
+def test_noise_of_the_linear_kernel_in_closed_form() -> None:
+    # h(x, y) = <x - m, y - m>, so E h^2 = tr(C^2) = d for the unit normal.
+    real = normal(4000, 4).flatten(1).double()
+    assert real_level(Linear(), real[:2000], 10) == pytest.approx(math.sqrt(2 * 6 / (10 * 9)), rel=0.05)
+
+
+def test_an_encoder_in_which_the_model_is_perfect_does_not_rule() -> None:
+    # In one encoder the samples are as real ones; its tiny MMD^2 would give it nearly all weight.
+    class Blind(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            flat = images.flatten(1)
+            return flat - flat.mean(1, keepdim=True)
+
+    references = (reference(1.0, "linear", "sees"), make_reference(Encoder("blind", Blind()), "linear", normal(600, 0)))
+    samples = normal(64, 5, shift=3.0)
+    weights = balanced_weights(references, samples, 32)
+    level = real_level(references[1].kernel, references[1].features, 32)
+    untuned = float(references[0].mmd2(samples))
+    assert weights["blind"] / weights["sees"] == pytest.approx(untuned / level, rel=0.05)
+
+
+def test_an_untuned_model_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(UsageError, match="the MMD\\^2 of the untuned model is nan; use another encoder"):
+        balanced_weights((reference(1.0, "linear"),), torch.full((8, 1, 2, 3), float("nan")), 4)
+
+
+def test_a_run_weighs_its_encoders_and_says_so(tiny_settings: FinetuneSettings) -> None:
+    tune(tiny_settings)
+    lines = [json.loads(line) for line in (tiny_settings.out / "log.jsonl").read_text().splitlines()]
+    weights = lines[0]["loss_weights"]
+    assert set(weights) == {"digits-conv", "pixels"}
+    assert weights["digits-conv"] != pytest.approx(weights["pixels"], rel=0.01)
+    for line in lines[1:]:
+        assert line["loss"] == pytest.approx(sum(weights[name] * value for name, value in line["losses"].items()))
+    assert prepare(tiny_settings).loss_weights == weights  # the same after a resume
+
+
+def test_equal_weights_on_demand(tiny_settings: FinetuneSettings) -> None:
+    work = prepare(tiny_settings.model_copy(update={"balance": "equal"}))
+    assert work.loss_weights == {"digits-conv": 0.5, "pixels": 0.5}
+    alone = prepare(tiny_settings.model_copy(update={"features": ("pixels",)}))
+    assert alone.loss_weights == {"pixels": 1.0}
