@@ -15,6 +15,7 @@ SCRIPTS = (
     "benchmarks.coreml",
     "benchmarks.targets",
     "benchmarks.digits_quality",
+    "benchmarks.finetune_speed",
     "benchmarks.precision",
     "benchmarks.example",
     "benchmarks.siblings",

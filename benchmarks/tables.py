@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.finetune_tables import speed_rows
 from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
 from benchmarks.target_tables import target_rows
 
@@ -27,6 +28,7 @@ PAGES = (
     "docs/targets.md",
     "docs/precision.md",
     "docs/coreml.md",
+    "docs/estimators.md",
 )
 NOT_MEASURED = "not measured"
 
@@ -299,7 +301,15 @@ def coreml_norms() -> str:
     return markdown(heads, rows)
 
 
+def finetune_speed() -> str:
+    """Speed and memory of tuning, on the devices where it was measured."""
+    found = {"CPU": read("finetune_speed.json"), "GPU": read("finetune_speed_cuda.json")}
+    results = {device: result for device, result in found.items() if result is not None}
+    return markdown(*speed_rows(results)) if results else NOT_MEASURED
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "finetune_speed": finetune_speed,
     "coreml": coreml,
     "coreml_norms": coreml_norms,
     "targets": targets,

@@ -11,6 +11,19 @@ import typer
 
 from mmd_export.cli_build import BUILD_EXAMPLES, FINALIZE_EXAMPLES, build, finalize
 from mmd_export.cli_data import Balance, Crop, FeatureCacheSwitch, Features, Flip, Holdout, HoldoutFraction, Resize
+from mmd_export.cli_finetune import (
+    Autocast,
+    BatchSize,
+    ChannelsLast,
+    CheckpointCalls,
+    Compile,
+    Device,
+    Estimator,
+    Kernel,
+    Landmarks,
+    MicroBatchSize,
+    Reference,
+)
 from mmd_export.cli_network import Conditions, GuidanceForm, GuidanceScale, NullLabel, TextLength
 from mmd_export.cli_options import (
     BundleFolder,
@@ -92,8 +105,17 @@ def finetune(
     balance: Balance = None,
     holdout: Holdout = None,
     feature_cache: FeatureCacheSwitch = None,
-    kernel: Annotated[str | None, typer.Option(help="gaussian, cubic or linear", show_default=False)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="images of one MMD estimate", show_default=False)] = None,
+    kernel: Kernel = None,
+    estimator: Estimator = None,
+    reference: Reference = None,
+    landmarks: Landmarks = None,
+    batch_size: BatchSize = None,
+    micro_batch_size: MicroBatchSize = None,
+    checkpoint_calls: CheckpointCalls = None,
+    autocast: Autocast = None,
+    channels_last: ChannelsLast = None,
+    compile_network: Compile = None,
+    device: Device = None,
     lr: Annotated[float | None, typer.Option(help="learning rate of Adam", show_default=False)] = None,
     iterations: Annotated[int | None, typer.Option(help="optimiser steps", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(help="of the noise", show_default=False)] = None,
@@ -108,6 +130,7 @@ def finetune(
     from mmd_finetune.loop import tune
     from mmd_finetune.progress import ProgressBar
     from mmd_finetune.settings import make_settings
+    from mmd_finetune.world import is_first_process
 
     given = {
         "model": with_ema_if_given(model, ema), "steps": steps, "out": out, "data": data, "features": features,
@@ -115,10 +138,15 @@ def finetune(
         "feature_cache": feature_cache,
         "holdout": holdout, "kernel": kernel, "batch_size": batch_size, "learning_rate": lr, "iterations": iterations,
         "seed": seed, "sampler": sampler, "eta": eta, "spacing": spacing, "timesteps": listed(timesteps),
+        "estimator": estimator, "reference": reference, "landmarks": landmarks, "micro_batch_size": micro_batch_size,
+        "checkpoint_calls": checkpoint_calls, "autocast": autocast, "channels_last": channels_last,
+        "compile": compile_network, "device": device,
     }  # fmt: skip
     settings = make_settings(given, config)
     with ProgressBar() as observer:
         result = tune(settings, resume=resume, observer=observer)
+    if not is_first_process():
+        return
     show(
         f"{result.folder}: held-out Frechet distance {result.held_out_before:.2f} -> {result.held_out_after:.2f} "
         f"(best at iteration {result.best_iteration} of {result.iterations}, {result.seconds:.0f} s)\n"

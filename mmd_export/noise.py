@@ -61,11 +61,13 @@ def normal(seed: int, shape: tuple[int, int, int], images: range | int, stream: 
     blocks = -(-values // 4)
     _checked("image size", blocks, _WORD)
     result = np.empty((len(chosen), values), dtype=np.float32)
-    for row, image in enumerate(chosen):
+    rows = max(1, _BLOCKS_AT_ONCE // max(1, blocks))
+    for row in range(0, len(chosen), rows):
+        part = chosen[row : row + rows]
         for start in range(0, blocks, _BLOCKS_AT_ONCE):
             stop = min(start + _BLOCKS_AT_ONCE, blocks)
-            z = box_muller(philox4x32(_counters(start, stop, _checked("stream", stream, _WORD), image), key))
-            result[row, 4 * start : 4 * stop] = z.reshape(-1)[: values - 4 * start]
+            z = box_muller(philox4x32(_counters(start, stop, _checked("stream", stream, _WORD), part), key))
+            result[row : row + rows, 4 * start : 4 * stop] = z.reshape(len(part), -1)[:, : values - 4 * start]
     return result.reshape(len(chosen), *shape)
 
 
@@ -87,12 +89,13 @@ def _key(seed: int) -> NDArray[np.uint32]:
     return np.array([whole % _WORD, whole >> 32], dtype=np.uint32)
 
 
-def _counters(start: int, stop: int, stream: int, image: int) -> NDArray[np.uint32]:
-    """Counters (block, stream, image, 0) for blocks start .. stop - 1."""
-    counters = np.zeros((stop - start, 4), dtype=np.uint32)
-    counters[:, 0] = np.arange(start, stop, dtype=np.uint64).astype(np.uint32)
-    counters[:, 1], counters[:, 2] = stream, image
-    return counters
+def _counters(start: int, stop: int, stream: int, images: range) -> NDArray[np.uint32]:
+    """Counters (block, stream, image, 0) for blocks start .. stop - 1 of every image, image by image."""
+    counters = np.zeros((len(images), stop - start, 4), dtype=np.uint32)
+    counters[:, :, 0] = np.arange(start, stop, dtype=np.uint64).astype(np.uint32)
+    counters[:, :, 1] = stream
+    counters[:, :, 2] = np.array(images, dtype=np.uint64).astype(np.uint32)[:, None]
+    return counters.reshape(-1, 4)
 
 
 def _checked(what: str, value: Any, limit: int) -> int:

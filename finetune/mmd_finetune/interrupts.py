@@ -9,10 +9,14 @@ from typing import Any, Self
 
 
 class Interrupts:
-    """Remembers the first SIGINT or SIGTERM in ``pending``; the second one stops at once. Inert off the main thread."""
+    """Remembers the first SIGINT or SIGTERM in ``pending``. Inert off the main thread.
 
-    def __init__(self) -> None:
+    The second one stops at once; not if ``patient``: torchrun passes a Ctrl-C on that the terminal has sent already.
+    """
+
+    def __init__(self, *, patient: bool = False) -> None:
         self.pending = False
+        self._patient = patient
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -28,6 +32,6 @@ class Interrupts:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        if self.pending:
+        if self.pending and not self._patient:
             raise KeyboardInterrupt
         self.pending = True

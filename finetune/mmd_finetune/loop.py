@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmd_export.errors import MmdExportError
+from mmd_export.errors import MmdExportError, UsageError
 from mmd_export.unroll import UnrolledSampler
 from mmd_finetune.files import clear_write_errors
 from mmd_finetune.interrupts import Interrupts
-from mmd_finetune.reference import Reference
+from mmd_finetune.noise_ahead import NoiseAhead
+from mmd_finetune.objective import add_gradient, blamed
 from mmd_finetune.run_folder import RunFolder, RunResult
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import Progress, TuningState
-from mmd_finetune.task import SELECTION_SEED, Task, prepare
+from mmd_finetune.task import REPORT_SEED, SELECTION_SEED, Task, prepare
+from mmd_finetune.world import open_world
 
 
 @dataclass(frozen=True)
@@ -41,53 +43,114 @@ def tune(settings: FinetuneSettings, *, resume: bool = False, observer: Observer
     """Tune ``settings.model`` for one step budget and leave a run folder.
 
     With ``resume`` a run that was killed continues to the same weights, a finished one returns its result, and one that
-    never began begins. Ctrl-C and SIGTERM save first, then raise KeyboardInterrupt.
+    never began begins. Ctrl-C and SIGTERM save first, then raise KeyboardInterrupt. Of several processes (torchrun)
+    each does its share of every batch; the first one writes and calls ``observer``.
     Raises UsageError for what cannot be run, and MmdExportError if the loss stops being finite or the disk is full.
     """
-    folder = RunFolder(settings.out)
-    folder.require_usable(resume=resume)
-    task = prepare(settings)
-    with clear_write_errors(settings.out, "the last saved state is kept"):
-        folder.begin(task.record())
-        if folder.is_finished:
-            folder.drop_state()
-            return folder.result()
-        state = TuningState(task.base.denoiser, settings.learning_rate)
-        if folder.state_file.is_file():
-            state.load(folder.state_file)
-        with Interrupts() as interrupts:
-            _run(task, state, folder, observer or (lambda _: None), interrupts)
-        return folder.finish(task, state)
+    with open_world(settings.device) as world:
+        folder = RunFolder(settings.out)
+        world.first_does(lambda: folder.require_usable(resume=resume))
+        task = world.together(lambda: prepare(settings, world))
+        _require_same(task)
+        with clear_write_errors(settings.out, "the last saved state is kept"):
+            if result := world.first_does(lambda: _begin(folder, task)):
+                return result
+            state = TuningState(task.base.denoiser, settings.learning_rate)
+            sampler = task.tuning_sampler(state.denoiser)  # before loading: it sets the weights' memory format
+            state.share(world)
+            if world.first_does(folder.state_file.is_file):
+                state.load(folder.state_file, world)
+            devices = [task.device] if task.device.type == "cuda" else []
+            with Interrupts(patient=world.size > 1) as interrupts, torch.random.fork_rng(devices):
+                _run(Run(task, state, sampler, folder, observer or (lambda _: None)), interrupts)
+            return _finish(folder, task, state)
 
 
-def _run(task: Task, state: TuningState, folder: RunFolder, observe: Observer, interrupts: Interrupts) -> None:
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with."""
+
+    task: Task
+    state: TuningState
+    sampler: UnrolledSampler
+    folder: RunFolder
+    observe: Observer
+
+    def save(self) -> None:
+        """In the first process; all learn if it failed."""
+        self.task.world.first_does(lambda: self.state.save(self.folder.state_file))
+
+    def log(self, **values: Any) -> None:
+        """One line, in the first process; all learn if it failed."""
+        progress = self.state.progress
+        assert progress is not None
+        line = {"iteration": progress.iteration, **values, "seconds": round(progress.seconds, 3)}
+        self.task.world.first_does(lambda: self.folder.log(line))
+
+    def tell(self, losses: dict[str, float], gradient: float, held_out: float, found: dict[str, Any]) -> None:
+        """The log and the observer of an iteration; ``found`` is what was measured after it, if anything was."""
+        task, progress = self.task, self.state.progress
+        assert progress is not None
+        loss = sum(task.loss_weights[name] * value for name, value in losses.items())
+        self.log(loss=loss, losses=losses, gradient=gradient, **found)
+        if task.world.is_first:
+            done, of = progress.iteration, task.settings.iterations
+            self.observe(Report(done, of, loss, held_out, progress.best_distance, progress.seconds))
+
+
+def _begin(folder: RunFolder, task: Task) -> RunResult | None:
+    """Make the folder or check that it is this run's; its result if it is finished."""
+    folder.begin(task.record())
+    if not folder.is_finished:
+        return None
+    folder.drop_state()
+    return folder.result()
+
+
+def _require_same(task: Task) -> None:
+    """Raise UsageError if a process works on something else than the first one."""
+    rank, own, first = task.world.rank, task.record(), task.world.first_does(task.record)
+
+    def check() -> None:
+        for key, value in first.items():
+            if own[key] != value:
+                raise UsageError(f"{key} is {own[key]!r} in process {rank}, {value!r} in process 0; give both the same")
+
+    task.world.together(check)
+
+
+def _run(run: Run, interrupts: Interrupts) -> None:
     """Iterate until the end, the loss of patience, or an interrupt; save after every evaluation."""
-    settings = task.settings
+    task, state, settings = run.task, run.state, run.task.settings
     if state.progress is None:
         state.progress, found = _first(task, state)
-        folder.log(_line(state.progress, **found, loss_weights=dict(task.loss_weights)))
-        state.save(folder.state_file)
-    folder.trim_log(state.progress.iteration)
-    held_out, sampler = folder.newest_held_out(), task.sampler(state.denoiser)
-    started = time.perf_counter() - state.progress.seconds
-    while not _is_done(settings, state.progress) and not interrupts.pending:
-        iteration = state.progress.iteration
-        losses, norm = _iterate(task, state, sampler, iteration)
-        seconds = time.perf_counter() - started
-        progress = state.progress = replace(state.progress, iteration=iteration + 1, seconds=seconds)
-        due = progress.iteration % settings.evaluate_every == 0 or progress.iteration == settings.iterations
-        found = _evaluate(task, state) if due else {}
-        held_out, progress = found.get("held_out", held_out), state.progress
-        loss = sum(task.loss_weights[name] * value for name, value in losses.items())
-        folder.log(_line(progress, loss=loss, losses=losses, gradient=norm, **found))
-        observe(
-            Report(progress.iteration, settings.iterations, loss, held_out, progress.best_distance, progress.seconds)
-        )
-        if due:
-            state.save(folder.state_file)
-    if interrupts.pending:
-        state.save(folder.state_file)
+        run.log(**found, loss_weights=dict(task.loss_weights))
+        run.save()
+    begun = state.progress
+    started = time.perf_counter() - begun.seconds
+    held_out = task.world.first_does(lambda: run.folder.continue_log(begun.iteration))
+    with NoiseAhead(task.noise_of, settings.iterations) as noise_of:
+        while not _is_done(settings, state.progress) and not task.world.any(interrupts.pending):
+            iteration = state.progress.iteration
+            losses, norm = iterate(task, state, run.sampler, iteration, noise_of(iteration))
+            seconds = time.perf_counter() - started
+            progress = state.progress = replace(state.progress, iteration=iteration + 1, seconds=seconds)
+            due = progress.iteration % settings.evaluate_every == 0 or progress.iteration == settings.iterations
+            found = _evaluate(task, state) if due else {}
+            held_out = found.get("held_out", held_out)
+            run.tell(losses, norm, held_out, found)
+            if due:
+                run.save()
+    if task.world.any(interrupts.pending):
+        run.save()
         raise KeyboardInterrupt
+
+
+def _finish(folder: RunFolder, task: Task, state: TuningState) -> RunResult:
+    """All sample, the first process measures and writes."""
+    state.average.load_state_dict(state.best)
+    before, after = (task.samples(net, REPORT_SEED) for net in (task.base.denoiser, state.average))
+    return task.world.first_does(lambda: folder.finish(task, state, before, after))
 
 
 def _is_done(settings: FinetuneSettings, progress: Progress) -> bool:
@@ -102,36 +165,24 @@ def _first(task: Task, state: TuningState) -> tuple[Progress, dict[str, Any]]:
     return Progress(0, found["held_out"], found["held_out"], 0, time.perf_counter() - started), found
 
 
-def _iterate(
-    task: Task, state: TuningState, sampler: UnrolledSampler, iteration: int
+def iterate(
+    task: Task, state: TuningState, sampler: UnrolledSampler, iteration: int, noise: dict[str, Tensor] | None = None
 ) -> tuple[dict[str, float], float]:
     """One Adam step; the MMD^2 by encoder, and the norm of the gradient before it was clipped."""
-    settings = task.settings
-    losses = encoder_losses(sampler, task.references, task.noise_of(iteration))
-    values = {name: float(loss.detach()) for name, loss in losses.items()}
-    _require_finite("loss", values, iteration)
+    settings, noise = task.settings, noise or task.noise_of(iteration)
     state.optimiser.zero_grad()
-    weighted_loss(losses, task.loss_weights).backward()
+    losses = add_gradient(task, sampler, noise, iteration)
+    values = {name: float(loss) for name, loss in losses.items()}
+    _require_finite("loss", values, iteration)
+    task.world.sum_gradients(state.parameters.values())
     norm = float(nn.utils.clip_grad_norm_(state.parameters.values(), settings.clip_gradient))
-    _require_finite("gradient", dict.fromkeys(values, norm), iteration)
+    if not math.isfinite(norm):
+        _require_finite("gradient", dict.fromkeys(blamed(task, sampler, noise, iteration), norm), iteration)
     for group in state.optimiser.param_groups:
         group["lr"] = learning_rate(settings, iteration)
     state.optimiser.step()
     state.update_average(settings.ema_decay)
     return values, norm
-
-
-def encoder_losses(
-    sampler: UnrolledSampler, references: tuple[Reference, ...], inputs: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """MMD^2 of one generated batch and the real images, by encoder; gradients reach the weights of every call."""
-    images = sampler(**inputs)
-    return {reference.encoder.name: reference.mmd2(images) for reference in references}
-
-
-def weighted_loss(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """sum_e w_e MMD^2_e, a scalar."""
-    return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
 
 
 def learning_rate(settings: FinetuneSettings, iteration: int) -> float:
@@ -154,7 +205,8 @@ def _evaluate(task: Task, state: TuningState) -> dict[str, Any]:
 
 def _measure(task: Task, denoiser: nn.Module, iteration: int) -> dict[str, Any]:
     """``held_out``, the distance that decides, and that of every held-out encoder, on the same samples."""
-    distances = task.held_out_distances(task.samples(denoiser, SELECTION_SEED))
+    images = task.samples(denoiser, SELECTION_SEED)
+    distances = task.world.first_does(lambda: task.held_out_distances(images))
     _require_finite("held-out distance", distances, iteration)
     return {"held_out": distances[task.holdout.name], "held_out_by_encoder": distances}
 
@@ -166,7 +218,3 @@ def _require_finite(what: str, by_encoder: dict[str, float], iteration: int) -> 
             f"iteration {iteration}: the {what} is {by_encoder[bad[0]]} (encoder {', '.join(bad)}); the last saved "
             "state is kept; start again into another --out with a lower --lr"
         )
-
-
-def _line(progress: Progress, **values: Any) -> dict[str, Any]:
-    return {"iteration": progress.iteration, **values, "seconds": round(progress.seconds, 3)}

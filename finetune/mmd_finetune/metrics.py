@@ -68,11 +68,16 @@ def sample_many(
     *,
     batch: int = 256,
     device: torch.device | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """Samples (N, C, H, W) of the images 0 ... N - 1 of ``seed``; the batch changes nothing but memory and rounding."""
-    parts, place = [], device or torch.device("cpu")
+    """Samples (N, C, H, W) of the images first ... first + N - 1 of ``seed``.
+
+    The batch changes nothing but memory and rounding.
+    """
+    place = device or torch.device("cpu")
+    parts = [torch.empty((0, *shape), device=place)]
     with torch.inference_mode():
-        for first in range(0, count, batch):
-            size = min(batch, count - first)
-            parts.append(sampler(**sampler_inputs(seed, size, shape, sampler.plan.noisy_steps, first, place)))
-    return torch.cat(parts)
+        for start in range(first, first + count, batch):
+            size = min(batch, first + count - start)
+            parts.append(sampler(**sampler_inputs(seed, size, shape, sampler.plan.noisy_steps, start, place)))
+        return torch.cat(parts)

@@ -1,7 +1,8 @@
-"""The unbiased estimate of the squared Maximum Mean Discrepancy; Gretton et al. 2012, eq. 3.
+"""Estimates of the squared Maximum Mean Discrepancy; Gretton et al. 2012.
 
-    MMD^2_u = 1/(n (n-1)) sum_{i != j} k(x_i, x_j) + 1/(m (m-1)) sum_{i != j} k(y_i, y_j)
-              - 2/(n m) sum_{i, j} k(x_i, y_j)
+    unbiased (eq. 3)  1/(n (n-1)) sum_{i != j} k(x_i, x_j) + 1/(m (m-1)) sum_{i != j} k(y_i, y_j)
+                      - 2/(n m) sum_{i, j} k(x_i, y_j)
+    biased (eq. 5)    1/n^2 sum_{i, j} k(x_i, x_j) + 1/m^2 sum_{i, j} k(y_i, y_j) - 2/(n m) sum_{i, j} k(x_i, y_j)
 
 with n generated features x and m real features y. It is a small difference of large means: bring float64.
 """
@@ -28,25 +29,34 @@ def unbiased_mmd2(kernel: Kernel, generated: Tensor, real: Tensor, real_mean: Te
     return mean_of_pairs(kernel, generated) + real_mean - 2.0 * kernel(generated, real).mean()
 
 
+def biased_mmd2(kernel: Kernel, generated: Tensor, real: Tensor) -> Tensor:
+    """MMD^2_b of ``generated`` (n, d) and ``real`` (m, d), a scalar, never negative: a distance of two embeddings."""
+    return kernel(generated, generated).mean() + kernel(real, real).mean() - 2.0 * kernel(generated, real).mean()
+
+
 def mean_of_pairs(kernel: Kernel, x: Tensor) -> Tensor:
     """1/(n (n-1)) sum_{i != j} k(x_i, x_j) of ``x`` (n, d), a scalar."""
-    _require_two(x)
+    require_two(x)
     values = kernel(x, x)
     return (values.sum() - values.diagonal().sum()) / (len(x) * (len(x) - 1))
 
 
-def mean_of_pairs_in_blocks(kernel: Kernel, x: Tensor, rows: int = 2048) -> Tensor:
-    """``mean_of_pairs`` with at most (rows, rows) kernel values in memory, for a whole training set."""
-    _require_two(x)
+def mean_of_pairs_in_blocks(kernel: Kernel, x: Tensor, rows: int = 2048, *, biased: bool = False) -> Tensor:
+    """``mean_of_pairs`` with at most (rows, rows) kernel values in memory, for a whole training set.
+
+    With ``biased`` the pairs (i, i) count too: 1/n^2 sum_{i, j} k(x_i, x_j).
+    """
+    require_two(x)
     total = x.new_zeros(())
     for i, left in enumerate(blocks := x.split(rows)):
         values = kernel(left, left)
-        total = total + values.sum() - values.diagonal().sum()
+        total = total + values.sum() - (0.0 if biased else values.diagonal().sum())
         for right in blocks[i + 1 :]:
             total = total + 2.0 * kernel(left, right).sum()
-    return total / (len(x) * (len(x) - 1))
+    return total / (len(x) * (len(x) if biased else len(x) - 1))
 
 
-def _require_two(x: Tensor) -> None:
+def require_two(x: Tensor) -> None:
+    """Raise UsageError unless ``x`` holds a pair."""
     if len(x) < 2:
         raise UsageError(f"the unbiased MMD^2 needs at least 2 feature vectors on each side, not {len(x)}")

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mmd_finetune.loop import Report
+from mmd_finetune.world import is_first_process
 
 
 class ProgressBar:
-    """``with ProgressBar() as observer: tune(settings, observer=observer)``."""
+    """``with ProgressBar() as observer: tune(settings, observer=observer)``. The first process shows it."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._bar = Progress(
@@ -23,7 +24,7 @@ class ProgressBar:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=console or Console(stderr=True),
+            console=console or Console(stderr=True, quiet=not is_first_process()),
         )
         self._task = self._bar.add_task("tuning", total=None, measured="measuring the untuned sampler")
 

@@ -1,45 +1,86 @@
-"""The real side of the MMD, computed once: features of the whole training set and their mean kernel value."""
+"""The real side of the loss in one encoder: features of the whole training set, computed once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mmd_export.errors import UsageError
+from mmd_finetune.embedding import Embedding, embed_all, embed_landmarks, find_landmarks
 from mmd_finetune.features import Encoder
 from mmd_finetune.kernels import Kernel, make_kernel
-from mmd_finetune.mmd import mean_of_pairs_in_blocks, unbiased_mmd2
+from mmd_finetune.statistic import mmd2
+from mmd_finetune.world import World
+
+ReferenceKind = Literal["bank", "batch", "nystrom"]
+LANDMARKS = 1024
 
 Encode = Callable[[Encoder, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One encoder on the real images: float64 ``features`` (M, d), ``mean_kernel`` = mean_{i != j} k(y_i, y_j)."""
+    """One encoder on the real images.
+
+    ``features`` float64 (M, d) are all of them, or the landmarks. ``embedding`` is their mean in the kernel's space;
+    None with the reference ``batch``, which takes other rows of ``features`` every iteration.
+    """
 
     encoder: Encoder
     kernel: Kernel
     features: Tensor
-    mean_kernel: Tensor
+    embedding: Embedding | None
+    biased: bool = False
 
-    def mmd2(self, images: Tensor) -> Tensor:
-        """Unbiased MMD^2 of generated ``images`` (N, C, H, W) and all real images; float64 scalar with gradient."""
-        return unbiased_mmd2(self.kernel, self.encoder(images).double(), self.features, self.mean_kernel)
+    def mmd2(self, features: Tensor, rows: Tensor | None = None, world: World | None = None) -> Tensor:
+        """MMD^2 of generated ``features`` (n, d) of all processes and the real images; float64 scalar with gradient.
+
+        ``rows`` are the real images of this iteration, for the reference ``batch``.
+        """
+        embedding = self.embedding
+        if embedding is None:
+            assert rows is not None
+            embedding = embed_all(self.kernel, self.features[rows.to(self.features.device)], biased=self.biased)
+        return mmd2(features, self.kernel, embedding, biased=self.biased, world=world or World())
 
 
-def make_reference(encoder: Encoder, kernel_name: str, images: Tensor, *, encode: Encode | None = None) -> Reference:
-    """Encode ``images`` (M, C, H, W) once, set the kernel's bandwidths from them, and sum their pairs.
+def make_reference(
+    encoder: Encoder,
+    kernel: str,
+    images: Tensor,
+    *,
+    kind: ReferenceKind = "bank",
+    biased: bool = False,
+    landmarks: int = LANDMARKS,
+    seed: int = 0,
+    encode: Encode | None = None,
+) -> Reference:
+    """Encode ``images`` (M, C, H, W) once, set the kernel's bandwidths from them, and embed them.
 
-    ``encode`` gives the features, from a cache for instance; by default they are computed.
+    Args:
+        encoder: frozen.
+        kernel: what ``make_kernel`` takes.
+        images: all real ones.
+        kind: what the loss compares with: all images, a new batch of them every iteration, or fixed landmarks.
+        biased: of the two estimates of ``mmd_finetune.mmd``.
+        landmarks: how many, for the kind ``nystrom``.
+        seed: of the k-means that finds them.
+        encode: gives the features, from a cache for instance; by default they are computed.
     """
     features = (encode or encode_in_batches)(encoder, images).double()
     if not bool(torch.isfinite(features).all()):
         raise UsageError(f"encoder {encoder.name} gives NaN or infinity for a real image; use another --features")
-    kernel = make_kernel(kernel_name, features)
-    return Reference(encoder, kernel, features, mean_of_pairs_in_blocks(kernel, features))
+    made = make_kernel(kernel, features)
+    if kind == "batch":
+        return Reference(encoder, made, features, None, biased)
+    if kind == "nystrom":
+        centres = find_landmarks(features, landmarks, seed)
+        return Reference(encoder, made, centres, embed_landmarks(made, features, centres), biased)
+    return Reference(encoder, made, features, embed_all(made, features, biased=biased), biased)
 
 
 def encode_in_batches(

@@ -22,7 +22,7 @@ from mmd_finetune.card import model_card
 from mmd_finetune.curve import draw_curve
 from mmd_finetune.files import append_json_line, read_json_lines, write_atomically, write_json
 from mmd_finetune.state import TuningState
-from mmd_finetune.task import REPORT_SEED, Task
+from mmd_finetune.task import Task
 
 SHEET_IMAGES = 100
 
@@ -88,7 +88,7 @@ class RunFolder:
             old, new = _flat(known), _flat(json.loads(json.dumps(record)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{self._settings} is damaged ({error}); choose another --out") from error
-        for key in sorted(set(old) | set(new)):
+        for key in sorted(set(old) | set(new), key=lambda name: (name.endswith("sha256"), name)):  # causes first
             if old.get(key) != new.get(key):
                 raise UsageError(
                     f"--resume {self.place}: {key} was {old.get(key)!r}, is now {new.get(key)!r}; "
@@ -108,8 +108,9 @@ class RunFolder:
         kept = {line["iteration"]: line for line in self.lines() if line["iteration"] <= iteration}
         write_atomically(self._log, "".join(json.dumps(line) + "\n" for line in kept.values()).encode())
 
-    def newest_held_out(self) -> float:
-        """The last held-out distance in the log."""
+    def continue_log(self, iteration: int) -> float:
+        """Trim the log to ``iteration``; the last held-out distance in it."""
+        self.trim_log(iteration)
         return float(next(line["held_out"] for line in reversed(self.lines()) if "held_out" in line))
 
     def result(self) -> RunResult:
@@ -118,11 +119,12 @@ class RunFolder:
         pairs = {name: (before, after) for name, (before, after) in values.pop("held_out").items()}
         return RunResult(folder=self.place, held_out=pairs, **values)
 
-    def finish(self, task: Task, state: TuningState) -> RunResult:
-        """Measure once more, write everything beside, rename it into place, ``unet`` last, and drop the state."""
+    def finish(self, task: Task, state: TuningState, before: Tensor, after: Tensor) -> RunResult:
+        """Measure once more, write everything beside, rename it into place, ``unet`` last, and drop the state.
+
+        ``before`` and ``after`` are the reported samples of the base and of the best average, which ``state`` holds.
+        """
         assert state.progress is not None
-        state.average.load_state_dict(state.best)
-        before, after = (task.samples(net, REPORT_SEED) for net in (task.base.denoiser, state.average))
         progress = state.progress
         first, last = task.held_out_distances(before), task.held_out_distances(after)
         result = RunResult(

@@ -33,13 +33,21 @@ class FinetuneSettings(BaseModel):
         balance: weights from the untuned model's MMD^2 (``mmd_finetune.balance``), or equal ones.
         holdout: encoders of the held-out metric, which the loss never sees; the first one decides the best weights.
         feature_cache: keep the features of real images on disk; it changes no number.
-        kernel: see ``mmd_finetune.kernels``.
+        kernel: see ``mmd_finetune.kernels``; ``NAME`` or ``NAME:NUMBERS``.
+        estimator: of the MMD^2.
+        reference: the real side of the loss: all real images (bank), as many as the batch anew every iteration (batch),
+            or ``landmarks`` that stand for all (nystrom); 1024 of them if not said.
+        batch_size: images of one MMD estimate, over all processes.
+        micro_batch_size: images in memory at once, in one process; None is the whole batch. It changes rounding only.
         learning_rate: of Adam; ``rate_decay`` cosine lets it fall to zero over the iterations.
         ema_decay: average <- ema_decay * average + (1 - ema_decay) * weights after every iteration.
         clip_gradient: largest norm of the whole gradient.
         evaluate_every: iterations between two held-out evaluations, each of ``evaluate_count`` samples of the average.
         patience: stop after so many evaluations without a new best; None never stops early.
         checkpoint_calls: recompute network calls in the backward pass: less memory, a third more time.
+        autocast: bf16 runs the network's calls in bfloat16; encoders and statistic stay as they are.
+        channels_last: memory format of the network's convolutions.
+        compile: run the network through torch.compile.
         device: auto takes CUDA where there is one. Only runs on the CPU repeat bit for bit.
     """
 
@@ -62,7 +70,11 @@ class FinetuneSettings(BaseModel):
     holdout: tuple[str, ...] = Field(default=("digits-mlp",), min_length=1)
     feature_cache: bool = True
     kernel: str = "gaussian"
+    estimator: Literal["unbiased", "biased"] = "unbiased"
+    reference: Literal["bank", "batch", "nystrom"] = "bank"
+    landmarks: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=256, ge=2)
+    micro_batch_size: int | None = Field(default=None, ge=1)
     learning_rate: float = Field(default=2e-4, gt=0.0, allow_inf_nan=False)
     rate_decay: Literal["constant", "cosine"] = "cosine"
     iterations: int = Field(default=160, ge=1)
@@ -73,6 +85,9 @@ class FinetuneSettings(BaseModel):
     evaluate_count: int = Field(default=1024, ge=2)
     patience: int | None = Field(default=None, ge=1)
     checkpoint_calls: bool = False
+    autocast: Literal["off", "bf16"] = "off"
+    channels_last: bool = False
+    compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @field_validator("features", "holdout", mode="before")
@@ -104,6 +119,8 @@ class FinetuneSettings(BaseModel):
         for name in self.holdout:
             if name in self.features:
                 raise ValueError(f"holdout {name} is also in features; the loss must not see the held-out encoder")
+        if self.landmarks is not None and self.reference != "nystrom":
+            raise ValueError(f"landmarks is {self.landmarks}, but the reference is {self.reference}, not nystrom")
         return self
 
     def plan_options(self) -> PlanOptions:

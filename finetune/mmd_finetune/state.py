@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmd_export.errors import UsageError
 from mmd_finetune.files import write_atomically
+from mmd_finetune.world import World
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class TuningState:
         self.average = copy.deepcopy(base).eval().requires_grad_(False)
         self.best = self.snapshot()
         self.parameters = dict(self.denoiser.named_parameters())
-        self.optimiser = torch.optim.Adam(self.parameters.values(), lr=learning_rate)
+        self.optimiser = torch.optim.Adam(self.parameters.values(), lr=learning_rate, fused=True)
         self.progress: Progress | None = None
 
     def update_average(self, decay: float) -> None:
@@ -62,13 +63,13 @@ class TuningState:
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self._tensors().items()}
         write_atomically(path, save(tensors, metadata))
 
-    def load(self, path: Path) -> Self:
-        """Continue where ``save`` stopped; raises UsageError if the file is damaged."""
+    def load(self, path: Path, world: World | None = None) -> Self:
+        """Continue where ``save`` stopped; raises UsageError if the file is damaged.
+
+        Of several processes the first one reads, so the others need not see its disk.
+        """
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-                progress = Progress(**json.loads(file.metadata()["progress"]))
-            self._restore(tensors, progress)
+            self._restore(*(world or World()).first_does(lambda: _read(path)))
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise UsageError(
@@ -98,10 +99,23 @@ class TuningState:
         self.denoiser.load_state_dict(groups["weights"])
         self.average.load_state_dict(groups["average"])
         self.best = {name: tensor.clone() for name, tensor in groups["best"].items()}
-        for name, parameter in self.parameters.items() if progress.iteration else ():
+        moments = groups.get("exp_avg", {})  # of the parameters that have had a gradient
+        for name, parameter in ((name, self.parameters[name]) for name in moments):
             self.optimiser.state[parameter] = {
-                "step": torch.tensor(float(progress.iteration)),
-                "exp_avg": groups["exp_avg"][name].clone().to(parameter.device),
-                "exp_avg_sq": groups["exp_avg_sq"][name].clone().to(parameter.device),
+                "step": torch.tensor(float(progress.iteration), device=parameter.device),
+                # In the memory format of the parameter, as Adam makes them: the order of rounding depends on it.
+                "exp_avg": torch.empty_like(parameter).copy_(moments[name]),
+                "exp_avg_sq": torch.empty_like(parameter).copy_(groups["exp_avg_sq"][name]),
             }
         self.progress = progress
+
+    def share(self, world: World) -> None:
+        """Give every process what the first one holds."""
+        world.copy_first((*self.denoiser.state_dict().values(), *self.average.state_dict().values()))
+        self.best = self.snapshot()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Progress]:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        return tensors, Progress(**json.loads(file.metadata()["progress"]))

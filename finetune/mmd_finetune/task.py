@@ -19,12 +19,16 @@ from mmd_export.plans import choose_plan
 from mmd_export.unroll import UnrolledSampler
 from mmd_finetune.array_files import Pixels
 from mmd_finetune.balance import BATCHES, balanced_weights, equal_weights
+from mmd_finetune.compute import tuning_form
 from mmd_finetune.data import load_real, require_images
+from mmd_finetune.embedding import batch_rows
 from mmd_finetune.feature_cache import FeatureCache, feature_folder
 from mmd_finetune.features import Encoder, load_encoders, require_names
+from mmd_finetune.kernels import parse_kernel
 from mmd_finetune.metrics import frechet_distance, sample_many, sampler_inputs
-from mmd_finetune.reference import Reference, encode_in_batches, make_reference
+from mmd_finetune.reference import LANDMARKS, Reference, encode_in_batches, make_reference
 from mmd_finetune.settings import SEED_LIMIT, FinetuneSettings
+from mmd_finetune.world import World
 
 # Noise that no seed of a run can draw: for choosing the best weights, and for the numbers that are reported.
 SELECTION_SEED = SEED_LIMIT + 1
@@ -54,7 +58,9 @@ class Task:
     references: tuple[Reference, ...]
     loss_weights: Mapping[str, float]
     holdouts: tuple[HeldOut, ...]
+    real_count: int
     device: torch.device
+    world: World
 
     @property
     def holdout(self) -> Encoder:
@@ -73,24 +79,59 @@ class Task:
         return (*of_loss, *(holdout.encoder for holdout in self.holdouts))
 
     def sampler(self, denoiser: nn.Module) -> UnrolledSampler:
-        """The plan over ``denoiser``: what is tuned, measured and shipped."""
+        """The plan over ``denoiser``: what is measured and shipped."""
+        return UnrolledSampler(AtTimesteps(denoiser, self.plan.timesteps), self.plan)
+
+    def tuning_sampler(self, denoiser: nn.Module) -> UnrolledSampler:
+        """The same numbers over the same weights, run in the memory and the arithmetic that the settings ask for."""
         settings = self.settings
+        form = tuning_form(
+            denoiser, autocast=settings.autocast, channels_last=settings.channels_last, compiled=settings.compile
+        )
         return UnrolledSampler(
-            AtTimesteps(denoiser, self.plan.timesteps), self.plan, checkpoint_calls=settings.checkpoint_calls
+            AtTimesteps(form, self.plan.timesteps), self.plan, checkpoint_calls=settings.checkpoint_calls
         )
 
     def noise_of(self, iteration: int) -> dict[str, Tensor]:
-        """The sampler's inputs at one iteration: a function of (seed, iteration), so no generator state is kept."""
-        size = self.settings.batch_size
-        return sampler_inputs(
-            self.settings.seed, size, self.base.shape, self.plan.noisy_steps, iteration * size, self.device
-        )
+        """The sampler's inputs for this process's share of an iteration's batch, in the memory of the host.
+
+        A function of (seed, iteration), so no generator state is kept; all processes together draw what one would.
+        """
+        share = self.world.share(self.settings.batch_size)
+        first = iteration * self.settings.batch_size + share.start
+        host = torch.device("cpu")
+        inputs = sampler_inputs(self.settings.seed, len(share), self.base.shape, self.plan.noisy_steps, first, host)
+        if self.device.type == "cpu":
+            return inputs
+        return {name: tensor.pin_memory() for name, tensor in inputs.items()}
+
+    def real_rows(self, iteration: int) -> Tensor:
+        """Which real images the reference ``batch`` compares with: of the whole batch, the same in every process."""
+        settings = self.settings
+        return batch_rows(settings.seed, iteration, settings.batch_size, self.real_count)
+
+    def generator_seed(self, iteration: int, part: int) -> int:
+        """For torch's own generator, which an encoder may draw from: another one for every micro-batch."""
+        drawn = f"{self.settings.seed} {iteration} {self.world.rank} {part}".encode()
+        return int.from_bytes(hashlib.sha256(drawn).digest()[:7], "big")
 
     def samples(self, denoiser: nn.Module, seed: int, count: int | None = None) -> Tensor:
-        """Samples (N, C, H, W) of the images 0 ... N - 1 of ``seed``; by default ``evaluate_count`` of them."""
+        """Samples (N, C, H, W) of the images 0 ... N - 1 of ``seed``; by default ``evaluate_count`` of them.
+
+        Each process draws its share, all receive all.
+        """
         settings = self.settings
-        count, batch = count or settings.evaluate_count, settings.batch_size
-        return sample_many(self.sampler(denoiser), self.base.shape, count, seed, batch=batch, device=self.device)
+        share = self.world.share(count or settings.evaluate_count)
+        own = sample_many(
+            self.sampler(denoiser),
+            self.base.shape,
+            len(share),
+            seed,
+            batch=settings.micro_batch_size or settings.batch_size,
+            device=self.device,
+            first=share.start,
+        )
+        return self.world.gather(own)[0]
 
     def held_out_distance(self, images: Tensor) -> float:
         """Frechet distance of ``images`` and the real images in the held-out encoder; inf if an image is not finite."""
@@ -111,9 +152,18 @@ class Task:
         }
 
 
-def prepare(settings: FinetuneSettings) -> Task:
-    """Load and check all that ``settings`` name; raises UsageError before any work is done."""
-    device = _device(settings.device)
+def prepare(settings: FinetuneSettings, world: World | None = None) -> Task:
+    """Load and check all that ``settings`` name; raises UsageError before any work is done.
+
+    ``world`` are the processes that share the work; None is this one alone.
+    """
+    world = world or World()
+    if world.size > settings.batch_size:
+        raise UsageError(
+            f"{world.size} processes for a batch of {settings.batch_size}; start fewer or raise --batch-size"
+        )
+    parse_kernel(settings.kernel)
+    device = _device(settings.device, world)
     base = load_checkpoint(settings.model)
     if base.classes is not None:
         raise UsageError(
@@ -143,10 +193,12 @@ def prepare(settings: FinetuneSettings) -> Task:
         base=base,
         plan=plan,
         data_sha256=_sha256(images.train, images.held_out),
-        references=tuple(make_reference(encoder, settings.kernel, real, encode=cache) for encoder in encoders),
+        references=tuple(_reference(encoder, settings, real, cache) for encoder in encoders),
         loss_weights={},
         holdouts=tuple(HeldOut(encoder, cache(encoder, held_out)) for encoder in holdouts),
+        real_count=len(real),
         device=device,
+        world=world,
     )
     return replace(task, loss_weights=_loss_weights(task))
 
@@ -157,7 +209,8 @@ def _loss_weights(task: Task) -> dict[str, float]:
     if settings.balance == "equal" or len(task.references) == 1:
         return equal_weights(task.references)
     count = min(settings.evaluate_count, BATCHES * settings.batch_size)
-    images = task.samples(task.base.denoiser, SELECTION_SEED, count)
+    alone = replace(task, world=World())  # every process draws all of them: none waits for one that failed
+    images = alone.samples(task.base.denoiser, SELECTION_SEED, count)
     return balanced_weights(task.references, images, settings.batch_size)
 
 
@@ -169,7 +222,22 @@ def _distance(holdout: HeldOut, images: Tensor) -> float:
     return frechet_distance(features, holdout.features)
 
 
-def _device(name: str) -> torch.device:
+def _reference(encoder: Encoder, settings: FinetuneSettings, real: Tensor, cache: FeatureCache) -> Reference:
+    return make_reference(
+        encoder,
+        settings.kernel,
+        real,
+        kind=settings.reference,
+        biased=settings.estimator == "biased",
+        landmarks=settings.landmarks or LANDMARKS,
+        seed=settings.seed,
+        encode=cache,
+    )
+
+
+def _device(name: str, world: World) -> torch.device:
+    if world.size > 1:
+        return world.device
     if name == "cuda" and not torch.cuda.is_available():
         raise NotAvailableError("device cuda: no NVIDIA GPU is visible to torch; use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -51,10 +51,14 @@ def test_scale_of_features_does_not_matter() -> None:
     # The linear kernel's MMD^2 grows with the square of the scale: 10,000 times here.
     references = (reference(1.0, "linear"), reference(100.0, "linear"))
     weights = balanced_weights(references, normal(64, 1, shift=1.0), 32)
-    losses = [weights[each.encoder.name] * float(each.mmd2(normal(64, 2, shift=1.0))) for each in references]
+    losses = [
+        weights[each.encoder.name] * float(each.mmd2(each.encoder(normal(64, 2, shift=1.0)))) for each in references
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     plain = equal_weights(references)
-    unequal = [plain[each.encoder.name] * float(each.mmd2(normal(64, 2, shift=1.0))) for each in references]
+    unequal = [
+        plain[each.encoder.name] * float(each.mmd2(each.encoder(normal(64, 2, shift=1.0)))) for each in references
+    ]
     assert unequal[1] > 1000 * unequal[0]
 
 
@@ -85,7 +89,7 @@ def test_an_encoder_in_which_the_model_is_perfect_does_not_rule() -> None:
     samples = normal(64, 5, shift=3.0)
     weights = balanced_weights(references, samples, 32)
     level = real_level(references[1].kernel, references[1].features, 32)
-    untuned = float(references[0].mmd2(samples))
+    untuned = float(references[0].mmd2(references[0].encoder(samples)))
     assert weights["blind"] / weights["sees"] == pytest.approx(untuned / level, rel=0.05)
 
 

@@ -11,9 +11,16 @@ from mmd_export.errors import UsageError
 from mmd_finetune.kernels import (
     BANDWIDTH_FACTORS,
     KERNELS,
+    LAPLACE_FACTORS,
+    MIXTURE_EXPONENTS,
     Cubic,
+    Energy,
     Gaussian,
+    Laplace,
     Linear,
+    Polynomial,
+    RationalQuadratic,
+    distances,
     make_kernel,
     median_squared_distance,
     squared_distances,
@@ -39,6 +46,41 @@ def test_gaussian_by_hand() -> None:
     values = Gaussian((0.5, 2.0))(X, Y)
     assert float(values[0, 2]) == pytest.approx(math.exp(-1.0) + math.exp(-0.25), rel=1e-14)
     assert float(values[1, 0]) == pytest.approx(math.exp(-13.0) + math.exp(-13.0 / 4.0), rel=1e-14)
+
+
+def test_polynomial_by_hand() -> None:
+    assert Polynomial(2)(X, Y).tolist() == [[3.5**2, 1.0, 2.5**2], [0.5**2, 1.0, 0.5**2]]
+    assert torch.equal(Polynomial(3)(X, Y), Cubic()(X, Y))
+
+
+def test_laplace_by_hand() -> None:
+    values = Laplace((1.0, 0.5))(X, Y)
+    assert float(values[0, 2]) == pytest.approx(math.exp(-1.0) + math.exp(-2.0), rel=1e-14)
+    assert float(values[1, 0]) == pytest.approx(
+        math.exp(-math.sqrt(13.0)) + math.exp(-2.0 * math.sqrt(13.0)), rel=1e-14
+    )
+
+
+def test_rational_quadratic_by_hand() -> None:
+    values = RationalQuadratic(2.0, (1.0, 0.5))(X, Y)
+    # |x - y|^2 = 5, s^2 = 2: (1 + 5/4)^-1 + (1 + 5/2)^-1/2
+    assert float(values[0, 0]) == pytest.approx(1.0 / 2.25 + 3.5**-0.5, rel=1e-14)
+
+
+def test_energy_by_hand() -> None:
+    values = Energy()(X, Y)
+    assert float(values[0, 0]) == pytest.approx(math.sqrt(5.0) + math.sqrt(10.0) - math.sqrt(5.0), rel=1e-14)
+    assert float(values[1, 1]) == pytest.approx(0.0, abs=1e-14)  # y is the origin
+
+
+def test_distances_of_equal_points_have_no_gradient() -> None:
+    x = X.clone().requires_grad_(True)
+    together = torch.cat([x, x])
+    distances(together, together).sum().backward()
+    assert x.grad is not None
+    assert bool(torch.isfinite(x.grad).all())
+    # Two copies of each: 8 of the 16 pairs are a distance |x_0 - x_1| apart, the others 0.
+    torch.testing.assert_close(x.grad, 8.0 * (X - X.flip(0)) / (X[0] - X[1]).norm())
 
 
 def test_median_of_four_points_on_a_line() -> None:
@@ -69,16 +111,49 @@ def test_kernels_are_symmetric_and_positive_semidefinite(name: str) -> None:
     assert float(torch.linalg.eigvalsh(values).min()) > -1e-9
 
 
+def test_bandwidths_of_the_others_are_multiples_of_the_median_too() -> None:
+    median = median_squared_distance(Y)
+    assert make_kernel("laplace", Y) == Laplace(tuple(factor * math.sqrt(median) for factor in LAPLACE_FACTORS))
+    assert make_kernel("rational-quadratic", Y) == RationalQuadratic(median, MIXTURE_EXPONENTS)
+
+
+def test_numbers_behind_the_name() -> None:
+    median = median_squared_distance(Y)
+    assert make_kernel("gaussian:0.5,2", Y) == Gaussian((0.5 * median, 2.0 * median))
+    assert make_kernel("laplace:3", Y) == Laplace((3.0 * math.sqrt(median),))
+    assert make_kernel("rational-quadratic:1", Y) == RationalQuadratic(median, (1.0,))
+    assert make_kernel("polynomial:2", Y) == Polynomial(2)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("gaussian:", "'' is not a list of numbers such as gaussian:0.5,1"),
+        ("gaussian:0.5;1", "'0.5;1' is not a list of numbers"),
+        ("laplace:1,-2", "-2 is not a positive number"),
+        ("laplace:nan", "nan is not a positive number"),
+        ("polynomial:2.5", "one whole degree is expected"),
+        ("polynomial:2,3", "one whole degree is expected"),
+        ("cubic:2", "cubic takes no numbers; say --kernel cubic"),
+    ],
+)
+def test_wrong_numbers_are_said(spec: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        make_kernel(spec, Y)
+
+
 def test_kernel_is_frozen() -> None:
     with pytest.raises(AttributeError):
         Gaussian((1.0,)).squared_bandwidths = (2.0,)  # type: ignore[misc]
 
 
 def test_unknown_kernel_lists_the_known() -> None:
-    with pytest.raises(UsageError, match="--kernel 'rbf' is unknown; known: cubic, gaussian, linear"):
+    known = "cubic, energy, gaussian, laplace, linear, polynomial, rational-quadratic"
+    with pytest.raises(UsageError, match=f"--kernel 'rbf' is unknown; known: {known}"):
         make_kernel("rbf", X)
 
 
-def test_equal_real_images_have_no_bandwidth() -> None:
-    with pytest.raises(UsageError, match=r"median squared distance of the real features is 0\.0"):
-        make_kernel("gaussian", torch.ones(10, 3))
+@pytest.mark.parametrize("name", ["gaussian", "laplace", "rational-quadratic"])
+def test_equal_real_images_have_no_bandwidth(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"kernel {name}: the median squared distance of the real features is 0\.0"):
+        make_kernel(name, torch.ones(10, 3))

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from mmd_export.checkpoint import load_checkpoint
 from mmd_export.errors import MmdExportError, UsageError
-from mmd_finetune import loop, task
+from mmd_finetune import features, loop, objective, task
+from mmd_finetune.features import Encoder
 from mmd_finetune.loop import Report, learning_rate, tune
+from mmd_finetune.metrics import sample_many
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import REPORT_SEED, prepare
@@ -141,7 +143,7 @@ def test_dropout_is_off(tiny_settings: FinetuneSettings) -> None:
     assert any(module.p == 0.3 for module in dropouts)
     sampler = work.sampler(state.denoiser)
     assert torch.equal(sampler(**work.noise_of(0)), sampler(**work.noise_of(0)))
-    loop._iterate(work, state, sampler, 0)
+    loop.iterate(work, state, sampler, 0)
     assert not any(module.training for module in state.denoiser.modules())
     state.denoiser.train()  # the same check sees dropout when it is on
     assert not torch.equal(sampler(**work.noise_of(0)), sampler(**work.noise_of(0)))
@@ -151,7 +153,7 @@ def test_the_base_is_never_changed(tiny_settings: FinetuneSettings) -> None:
     work = prepare(tiny_settings)
     before = {name: tensor.clone() for name, tensor in work.base.denoiser.state_dict().items()}
     state = TuningState(work.base.denoiser, 1e-2)
-    loop._iterate(work, state, work.sampler(state.denoiser), 0)
+    loop.iterate(work, state, work.sampler(state.denoiser), 0)
     assert all(torch.equal(before[name], tensor) for name, tensor in work.base.denoiser.state_dict().items())
     assert any(not torch.equal(before[name], tensor) for name, tensor in state.denoiser.state_dict().items())
 
@@ -186,7 +188,7 @@ def test_gradient_is_clipped(tiny_settings: FinetuneSettings, monkeypatch: pytes
         norms.append(float(torch.stack([g.square().sum() for g in gradients]).sum().sqrt()))
 
     monkeypatch.setattr(state.optimiser, "step", remember)
-    _, before = loop._iterate(work, state, work.sampler(state.denoiser), 0)
+    _, before = loop.iterate(work, state, work.sampler(state.denoiser), 0)
     assert before > 1e-3
     assert norms[0] == pytest.approx(1e-3, rel=1e-3)
 
@@ -211,7 +213,7 @@ def test_out_that_exists_is_refused_before_any_work(
 ) -> None:
     tiny_settings.out.mkdir()
     (tiny_settings.out / "mine.txt").write_text("precious")
-    monkeypatch.setattr(loop, "prepare", lambda _: pytest.fail("work was done"))
+    monkeypatch.setattr(loop, "prepare", lambda *_: pytest.fail("work was done"))
     with pytest.raises(UsageError, match=r"run already exists; choose another --out"):
         tune(tiny_settings)
     with pytest.raises(UsageError, match=r"is not the folder of a run \(settings\.json is missing\)"):
@@ -232,6 +234,10 @@ def test_a_finished_run_is_not_run_again(tiny_settings: FinetuneSettings) -> Non
         ({"seed": 5}, "seed was 0, is now 5"),
         ({"learning_rate": 2e-3}, "learning_rate was 0.001, is now 0.002"),
         ({"kernel": "cubic"}, "kernel was 'gaussian', is now 'cubic'"),
+        ({"steps": 3}, "plan_sha256 was .*, is now|steps was 2, is now 3"),
+        ({"batch_size": 9}, "batch_size was 8, is now 9"),
+        ({"micro_batch_size": 4}, "micro_batch_size was None, is now 4"),
+        ({"reference": "batch"}, "reference was 'bank', is now 'batch'"),
         ({"iterations": 9}, "iterations was 6, is now 9"),
         ({"features": ("pixels",)}, r"features was \['digits-conv', 'pixels'\], is now \['pixels'\]"),
         ({"model": "digits"}, "base_sha256 was"),
@@ -250,7 +256,8 @@ def test_resume_with_other_settings_is_refused(
     [
         ({"model": "nowhere"}, "nowhere"),
         ({"data": "nowhere.npz"}, "does not exist"),
-        ({"kernel": "rbf"}, "known: cubic, gaussian, linear"),
+        ({"kernel": "rbf"}, "known: cubic, energy, gaussian, laplace"),
+        ({"reference": "nystrom", "landmarks": 1438}, "--landmarks 1438: there are only 1437 real images"),
         ({"features": ("vgg",)}, "encoder 'vgg' is unknown"),
         ({"holdout": "vgg"}, "encoder 'vgg' is unknown"),
         ({"sampler": "magic"}, "magic"),
@@ -278,13 +285,13 @@ def test_class_conditional_models_are_refused(
 
 def poison_at(iteration: int, monkeypatch: pytest.MonkeyPatch, poison: Callable[[Tensor], Tensor]) -> None:
     """Let the loss of one iteration go wrong."""
-    real, calls = loop.encoder_losses, iter(range(1000))
+    real, calls = objective.encoder_losses, iter(range(1000))
 
     def losses(*arguments: Any) -> dict[str, Tensor]:
         values = real(*arguments)
         return {name: poison(value) for name, value in values.items()} if next(calls) == iteration else values
 
-    monkeypatch.setattr(loop, "encoder_losses", losses)
+    monkeypatch.setattr(objective, "encoder_losses", losses)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +315,28 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
         load_checkpoint(tiny_settings.out)
     monkeypatch.undo()
     assert tune(tiny_settings, resume=True).iterations == 6
+
+
+class Steep(nn.Module):
+    """Finite features whose gradient is not: the derivative of 0 sqrt(0 x) is 0 times infinity."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        flat = images.flatten(1)
+        return flat + 0.0 * torch.sqrt(0.0 * flat)
+
+
+def test_the_encoder_whose_gradient_is_not_finite_is_named(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = features.load_encoder
+
+    def load(name: str) -> Encoder:
+        return Encoder("pixels", Steep()) if name == "pixels" else real(name)
+
+    monkeypatch.setattr(features, "load_encoder", load)
+    with pytest.raises(MmdExportError, match=r"iteration 0: the gradient is nan \(encoder pixels\); the last saved"):
+        tune(tiny_settings)
+    assert (tiny_settings.out / "state.safetensors").is_file()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -340,3 +369,42 @@ def test_the_second_signal_stops_at_once(tiny_settings: FinetuneSettings) -> Non
         assert interrupts.pending
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_of_several_processes_a_signal_never_stops_at_once() -> None:
+    from mmd_finetune.interrupts import Interrupts
+
+    with Interrupts(patient=True) as interrupts:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert interrupts.pending
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"reference": "batch", "kernel": "energy"},
+        {"reference": "nystrom", "landmarks": 50, "kernel": "laplace"},
+        {"estimator": "biased", "micro_batch_size": 3, "kernel": "rational-quadratic"},
+    ],
+    ids=str,
+)
+def test_other_estimators_run_to_the_end(values: dict[str, Any], tiny_settings: FinetuneSettings) -> None:
+    result = tune(changed(tiny_settings, iterations=2, **values))
+    assert math.isfinite(result.held_out_after)
+    for key, value in values.items():
+        assert f"| {key} | {value} |" in (result.folder / "README.md").read_text()
+
+
+def test_a_large_batch_is_evaluated_in_micro_batches(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def remember(*arguments: Any, batch: int, **others: Any) -> Tensor:
+        sizes.append(batch)
+        return sample_many(*arguments, batch=batch, **others)
+
+    monkeypatch.setattr(task, "sample_many", remember)
+    tune(changed(tiny_settings, iterations=1, batch_size=64, micro_batch_size=8))
+    assert set(sizes) == {8}

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from mmd_export.errors import UsageError
-from mmd_finetune.kernels import Cubic, Gaussian, Kernel, Linear
-from mmd_finetune.mmd import mean_of_pairs, mean_of_pairs_in_blocks, unbiased_mmd2
+from mmd_finetune.kernels import Cubic, Energy, Gaussian, Kernel, Laplace, Linear, RationalQuadratic
+from mmd_finetune.mmd import biased_mmd2, mean_of_pairs, mean_of_pairs_in_blocks, unbiased_mmd2
 
-KERNELS: list[Kernel] = [Linear(), Cubic(), Gaussian((0.5, 3.0))]
+KERNELS: list[Kernel] = [
+    Linear(), Cubic(), Gaussian((0.5, 3.0)), Laplace((0.7, 2.0)), RationalQuadratic(1.5, (0.5, 2.0)), Energy(),
+]  # fmt: skip
 
 
 def draws(count: int, rows: int, dimensions: int, seed: int) -> Tensor:
@@ -62,7 +64,9 @@ def test_a_known_real_mean_changes_nothing(kernel: Kernel) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_blocks_sum_to_the_same(kernel: Kernel, rows: int) -> None:
     y = draws(1, 11, 3, seed=4)[0]
-    torch.testing.assert_close(mean_of_pairs_in_blocks(kernel, y, rows), mean_of_pairs(kernel, y), rtol=1e-13, atol=0)
+    torch.testing.assert_close(mean_of_pairs_in_blocks(kernel, y, rows), mean_of_pairs(kernel, y), rtol=1e-12, atol=0)
+    biased = mean_of_pairs_in_blocks(kernel, y, rows, biased=True)
+    torch.testing.assert_close(biased, kernel(y, y).mean(), rtol=1e-12, atol=0)
 
 
 def closed_form(s2: float, squared_shift: float, dimensions: int, v: float, w: float) -> float:
@@ -95,12 +99,79 @@ def test_linear_kernel_expects_the_squared_difference_of_means(shift: float) -> 
     assert abs(mean - d * shift**2) < 4.0 * error
 
 
+def test_cubic_kernel_compares_variances() -> None:
+    # x ~ N(0, v I), y ~ N(0, w I): E <x, y>^2 = v w d and odd moments vanish, so MMD^2 = 3 (v - w)^2 / d.
+    d, v, w = 4, 1.0, 2.25
+    mean, error = mean_and_error(Cubic(), draws(2000, 8, d, seed=11), math.sqrt(w) * draws(2000, 8, d, seed=12))
+    assert error < 0.1
+    assert abs(mean - 3.0 * (v - w) ** 2 / d) < 4.0 * error
+
+
+def test_energy_distance_of_two_normals() -> None:
+    # |x - y| is sqrt(v + w) times a chi variable, whose mean is sqrt(2) Gamma((d + 1) / 2) / Gamma(d / 2).
+    d, w = 3, 4.0
+    chi = math.sqrt(2.0) * math.gamma((d + 1) / 2) / math.gamma(d / 2)
+    expected = chi * (2.0 * math.sqrt(1.0 + w) - math.sqrt(2.0) - math.sqrt(2.0 * w))
+    mean, error = mean_and_error(Energy(), draws(1500, 8, d, seed=13), math.sqrt(w) * draws(1500, 8, d, seed=14))
+    assert error < 0.02
+    assert abs(mean - expected) < 4.0 * error
+
+
+def test_laplace_kernel_in_one_dimension() -> None:
+    # E exp(-|z| / s), z ~ N(0, t): 2 exp(t / (2 s^2)) Phi(-sqrt(t) / s).
+    def closed(t: float, s: float) -> float:
+        return 2.0 * math.exp(t / (2.0 * s * s)) * 0.5 * math.erfc(math.sqrt(t) / s / math.sqrt(2.0))
+
+    s, w = 0.8, 4.0
+    expected = closed(2.0, s) + closed(2.0 * w, s) - 2.0 * closed(1.0 + w, s)
+    mean, error = mean_and_error(Laplace((s,)), draws(1500, 10, 1, seed=15), math.sqrt(w) * draws(1500, 10, 1, seed=16))
+    assert error < 0.005
+    assert abs(mean - expected) < 4.0 * error
+
+
+def test_rational_quadratic_kernel_is_a_mixture_of_gaussians() -> None:
+    # (1 + q / (2 a s2))^-a is the mean of exp(-g q / (2 a s2)) over g ~ Gamma(a, 1); each has the closed form above.
+    from scipy.integrate import quad
+
+    d, a, s2, w = 2, 1.5, 1.2, 4.0
+
+    def closed(v: float, w: float) -> float:
+        def density(g: float) -> float:
+            return g ** (a - 1) * math.exp(-g) / math.gamma(a) * closed_form(a * s2 / g, 0.0, d, v, w)
+
+        return float(quad(density, 0.0, math.inf)[0])
+
+    expected = closed(1.0, 1.0) + closed(w, w) - 2.0 * closed(1.0, w)
+    kernel = RationalQuadratic(s2, (a,))
+    mean, error = mean_and_error(kernel, draws(1500, 8, d, seed=17), math.sqrt(w) * draws(1500, 8, d, seed=18))
+    assert error < 0.005
+    assert abs(mean - expected) < 4.0 * error
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_biased_is_the_definition_with_the_diagonal(kernel: Kernel) -> None:
+    x, y = draws(1, 5, 3, seed=0)[0], draws(1, 7, 3, seed=1)[0]
+    expected = sum(
+        sign * float(sum(kernel(a[None], b[None]) for a in left for b in right)) / (len(left) * len(right))
+        for sign, left, right in ((1, x, x), (1, y, y), (-2, x, y))
+    )
+    assert float(biased_mmd2(kernel, x, y)) == pytest.approx(expected, rel=1e-10)
+    assert float(biased_mmd2(kernel, x, x)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_biased_is_too_large_by_what_the_diagonals_add() -> None:
+    # E = MMD^2 + (1/n + 1/m) (k(x, x) - E k(x, x')), here with MMD^2 = 0 and k(x, x) = 1.
+    n, m, d, s2 = 8, 5, 3, 1.5
+    x, y, kernel = draws(2000, n, d, seed=19), draws(2000, m, d, seed=20), Gaussian((s2,))
+    values = torch.stack([biased_mmd2(kernel, a, b) for a, b in zip(x, y, strict=True)])
+    expected = (1 / n + 1 / m) * (1.0 - closed_form(s2, 0.0, d, 1.0, 1.0))
+    assert abs(float(values.mean()) - expected) < 4.0 * float(values.std()) / math.sqrt(len(values))
+
+
 def test_the_biased_estimate_would_be_seen() -> None:
     x, y = draws(1500, 8, 3, seed=5), draws(1500, 8, 3, seed=6)
     kernel = Gaussian((1.5,))
-    biased = torch.stack(
-        [kernel(a, a).mean() + kernel(b, b).mean() - 2.0 * kernel(a, b).mean() for a, b in zip(x, y, strict=True)]
-    )
+    biased = torch.stack([biased_mmd2(kernel, a, b) for a, b in zip(x, y, strict=True)])
     assert float(biased.mean()) > 20.0 * float(biased.std()) / math.sqrt(len(biased))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from mmd_export.checkpoint import load_checkpoint
 from mmd_export.errors import MmdExportError, UsageError
-from mmd_finetune import files, loop, run_folder
+from mmd_finetune import features, files, loop, run_folder
+from mmd_finetune.features import Encoder
 from mmd_finetune.loop import tune
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
@@ -87,14 +90,24 @@ def log_without_seconds(run: Path) -> list[str]:
 def test_kill_9_at_three_moments_and_resume_end_bit_for_bit_the_same(
     tiny_settings: FinetuneSettings, tmp_path: Path
 ) -> None:
-    settings = changed(tiny_settings, iterations=30, evaluate_every=3)
+    # Everything that could keep a position or a memory format of its own.
+    settings = changed(
+        tiny_settings,
+        iterations=30,
+        evaluate_every=3,
+        eta=1.0,
+        micro_batch_size=3,
+        reference="batch",
+        channels_last=True,
+    )
     run = settings.out
     assert kill_after(settings, 4, 0.0) < 30  # behind the first evaluation, in the middle of an interval
     assert not (run / "unet").exists()
     with pytest.raises(UsageError):
         load_checkpoint(run)
-    kill_after(settings, 11, 0.003)
-    kill_after(settings, 18, 0.011)  # near an evaluation and its save
+    pauses = [random.uniform(0.0, 0.05) for _ in range(2)]
+    kill_after(settings, 11, pauses[0])
+    kill_after(settings, 17, pauses[1])  # near an evaluation and its save
     child = start(CHILD, settings)
     seen, stderr = child.communicate(timeout=60)
     assert child.returncode == 0, stderr
@@ -169,6 +182,34 @@ def stopped_after(iteration: int, settings: FinetuneSettings) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         tune(settings, observer=stop)
+
+
+class Drawing(nn.Module):
+    """An encoder that draws from torch's own generator, as one with random crops does."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1) * (1.0 + 0.5 * torch.rand(len(images), 1))
+
+
+def test_an_encoder_that_draws_goes_on_where_it_was(
+    tiny_settings: FinetuneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = features.load_encoder
+
+    def load(name: str) -> Encoder:
+        return Encoder("pixels", Drawing()) if name == "pixels" else real(name)
+
+    monkeypatch.setattr(features, "load_encoder", load)
+    settings = changed(tiny_settings, features=("pixels",), kernel="linear")
+    torch.manual_seed(1)  # what the references draw is not the loop's
+    stopped_after(3, settings)
+    outside = torch.get_rng_state()
+    torch.manual_seed(1)
+    tune(settings, resume=True)
+    assert torch.equal(torch.get_rng_state(), outside)  # the caller's generator is left alone by the loop
+    torch.manual_seed(1)
+    whole = tune(changed(settings, out=tmp_path / "whole"))
+    assert all(torch.equal(t, weights_of(settings.out)[n]) for n, t in weights_of(whole.folder).items())
 
 
 def test_a_log_line_cut_in_half_is_written_again(tiny_settings: FinetuneSettings) -> None:

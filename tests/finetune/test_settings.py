@@ -75,6 +75,11 @@ def test_public_has_no_place_of_this_machine(tmp_path: Path) -> None:
         ({"holdout_fraction": -0.1}, "holdout_fraction is -0.1"),
         ({"features": "pixels,pixels"}, "features pixels, pixels names an encoder twice"),
         ({"out": None}, "out is missing"),
+        ({"landmarks": 64}, "landmarks is 64, but the reference is bank, not nystrom"),
+        ({"reference": "all"}, "reference is 'all': input should be 'bank', 'batch' or 'nystrom'"),
+        ({"estimator": "u"}, "estimator is 'u': input should be 'unbiased' or 'biased'"),
+        ({"autocast": "fp16"}, "autocast is 'fp16': input should be 'off' or 'bf16'"),
+        ({"micro_batch_size": 0}, "micro_batch_size is 0: input should be greater than or equal to 1"),
     ],
 )
 def test_wrong_values_name_setting_and_value(wrong: dict[str, Any], said: str) -> None:

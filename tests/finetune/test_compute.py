@@ -1,0 +1,144 @@
+"""The arithmetic of tuning: bfloat16 where it is asked for and nowhere else, memory format, compilation, noise."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmd_finetune.compute import tuning_form
+from mmd_finetune.loop import tune
+from mmd_finetune.noise_ahead import NoiseAhead
+from mmd_finetune.objective import add_gradient
+from mmd_finetune.settings import FinetuneSettings
+from mmd_finetune.state import TuningState
+from mmd_finetune.task import Task, prepare
+
+
+class Watching(nn.Module):
+    """Remembers in which type it computed and how its input lay in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = nn.Conv2d(3, 4, 3, padding=1)
+        self.computed: list[torch.dtype] = []
+        self.channels_last: list[bool] = []
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        self.channels_last.append(x.is_contiguous(memory_format=torch.channels_last))
+        output: Tensor = self.convolution(x) + timestep
+        self.computed.append(self.convolution(x).dtype)
+        return output
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+
+
+def test_bfloat16_is_inside_the_network_only() -> None:
+    network = Watching()
+    plain = network(images(), torch.zeros(1))
+    output = tuning_form(network, autocast="bf16")(images(), torch.zeros(1))
+    assert network.computed == [torch.float32, torch.bfloat16]
+    assert output.dtype == torch.float32
+    assert not torch.equal(output, plain)
+    torch.testing.assert_close(output, plain, rtol=0.02, atol=0.02)
+    output.square().mean().backward()
+    assert network.convolution.weight.dtype == torch.float32
+    assert network.convolution.weight.grad is not None
+    assert network.convolution.weight.grad.dtype == torch.float32
+
+
+def test_channels_last_reaches_the_network_and_leaves_with_it() -> None:
+    network = Watching()
+    plain = network(images(), torch.zeros(1))
+    output = tuning_form(network, channels_last=True)(images(), torch.zeros(1))
+    assert network.channels_last == [False, True]
+    assert output.is_contiguous()
+    torch.testing.assert_close(output, plain)
+
+
+def test_nothing_asked_for_is_the_network_itself() -> None:
+    network = Watching()
+    assert tuning_form(network) is network
+
+
+def changed(settings: FinetuneSettings, **values: Any) -> FinetuneSettings:
+    return FinetuneSettings.model_validate(settings.model_dump() | values)
+
+
+def gradient_of(task: Task) -> Tensor:
+    state = TuningState(task.base.denoiser, 1e-3)
+    add_gradient(task, task.tuning_sampler(state.denoiser), task.noise_of(0), 0)
+    return torch.cat([each.grad.flatten() for each in state.parameters.values() if each.grad is not None])
+
+
+def test_encoders_and_statistic_stay_float32_under_autocast(tiny_settings: FinetuneSettings) -> None:
+    task, seen = prepare(changed(tiny_settings, autocast="bf16")), []
+
+    def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((inputs[0].dtype, output.dtype, torch.is_autocast_enabled("cpu")))
+
+    for reference in task.references:
+        reference.encoder.network.register_forward_hook(see)
+    gradient = gradient_of(task)
+    assert seen == 2 * [(torch.float32, torch.float32, False)]
+    exact = gradient_of(prepare(tiny_settings))
+    assert not torch.equal(gradient, exact)
+    assert float(torch.nn.functional.cosine_similarity(gradient, exact, dim=0)) > 0.98
+
+
+@pytest.mark.parametrize("values", [{"channels_last": True}, {"autocast": "bf16", "micro_batch_size": 3}], ids=str)
+def test_a_whole_run_in_other_arithmetic_repeats_and_ships_float32(
+    values: dict[str, Any], tiny_settings: FinetuneSettings
+) -> None:
+    from safetensors.torch import load_file
+
+    short, weights = changed(tiny_settings, iterations=2, evaluate_count=4), []
+    for name in ("one", "two"):
+        run = tune(changed(short, out=tiny_settings.out.with_name(name), **values)).folder
+        weights.append(load_file(run / "unet/diffusion_pytorch_model.safetensors"))
+    assert all(torch.equal(weights[0][name], each) for name, each in weights[1].items())
+    assert {each.dtype for each in weights[0].values()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
+def test_the_compiled_network_gives_the_gradient_of_the_eager_one(tiny_settings: FinetuneSettings) -> None:
+    eager, compiled = (gradient_of(prepare(changed(tiny_settings, compile=wanted))) for wanted in (False, True))
+    assert float((compiled - eager).norm()) < 1e-4 * float(eager.norm())
+
+
+def test_noise_is_made_one_iteration_ahead_in_a_thread() -> None:
+    made: list[tuple[int, bool]] = []
+
+    def make(iteration: int) -> dict[str, Tensor]:
+        made.append((iteration, threading.current_thread() is threading.main_thread()))
+        return {"noise": torch.full((1,), float(iteration))}
+
+    with NoiseAhead(make, last=4) as noise_of:
+        values = [float(noise_of(iteration)["noise"]) for iteration in (1, 2, 3)]
+    assert values == [1.0, 2.0, 3.0]
+    assert sorted(made) == [(1, True), (2, False), (3, False)]  # 4 is beyond the end
+
+
+def test_noise_of_another_iteration_than_the_next_is_right_too() -> None:
+    with NoiseAhead(lambda iteration: {"noise": torch.full((1,), float(iteration))}, last=100) as noise_of:
+        assert [float(noise_of(i)["noise"]) for i in (5, 9, 9, 2)] == [5.0, 9.0, 9.0, 2.0]
+
+
+def test_an_error_in_the_thread_is_raised() -> None:
+    def make(iteration: int) -> dict[str, Tensor]:
+        if iteration == 2:
+            raise ValueError("no noise")
+        return {}
+
+    with NoiseAhead(make, last=9) as noise_of:
+        noise_of(1)
+        with pytest.raises(ValueError, match="no noise"):
+            noise_of(2)

@@ -1,0 +1,220 @@
+"""Several processes: two of gloo under torchrun give the gradient, the samples and the run of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmd_export.errors import UsageError
+from mmd_finetune.loop import tune
+from mmd_finetune.objective import add_gradient
+from mmd_finetune.settings import FinetuneSettings
+from mmd_finetune.state import TuningState
+from mmd_finetune.task import REPORT_SEED, prepare
+from mmd_finetune.world import World, open_world
+
+ROOT = Path(__file__).parents[2]
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+# One process of two: its gradient, the samples that all receive, and how an error of one reaches both.
+ONE_OF_TWO = """
+import sys, torch
+from pathlib import Path
+from mmd_export.errors import UsageError
+from mmd_finetune.objective import add_gradient
+from mmd_finetune.settings import FinetuneSettings
+from mmd_finetune.state import TuningState
+from mmd_finetune.task import REPORT_SEED, prepare
+from mmd_finetune.world import open_world
+
+settings, folder = FinetuneSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2])
+with open_world("cpu") as world:
+    task = prepare(settings, world)
+    state = TuningState(task.base.denoiser, 1e-3)
+    if not world.is_first:
+        torch.nn.init.zeros_(next(state.denoiser.parameters()))
+    state.share(world)
+    losses = add_gradient(task, task.tuning_sampler(state.denoiser), task.noise_of(2), 2)
+    world.sum_gradients(state.parameters.values())
+    said = []
+    for action in (world.first_does, world.together):
+        def fail():
+            if world.is_first == (action == world.first_does):
+                raise UsageError(f"refused by {world.rank}")
+        try:
+            action(fail)
+        except UsageError as error:
+            said.append(str(error))
+    torch.save({
+        "losses": losses, "gradient": {name: each.grad for name, each in state.parameters.items()},
+        "samples": task.samples(task.base.denoiser, REPORT_SEED, 7), "said": said,
+        "any": [world.any(world.rank == 1), world.any(False)], "noise": len(task.noise_of(0)["noise"]),
+    }, folder / f"rank-{world.rank}.pt")
+"""
+
+# A whole run in a process group that accelerate has made.
+UNDER_ACCELERATE = """
+import sys
+from accelerate import PartialState
+from mmd_finetune.loop import tune
+from mmd_finetune.settings import FinetuneSettings
+state = PartialState(cpu=True)
+assert state.num_processes == 2
+tune(FinetuneSettings.model_validate_json(sys.argv[1]))
+"""
+
+
+def changed(settings: FinetuneSettings, **values: Any) -> FinetuneSettings:
+    return FinetuneSettings.model_validate(settings.model_dump() | values)
+
+
+def start(processes: int, *command: str) -> subprocess.Popen[str]:
+    """``command`` under torchrun, one thread each."""
+    folders = os.pathsep.join(str(ROOT / name) for name in (".", "finetune", "runtimes/python"))
+    environment = os.environ | {"PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.Popen(
+        [*launcher, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def write(script: str, folder: Path) -> str:
+    path = folder / "script.py"
+    path.write_text(script)
+    return str(path)
+
+
+@pytest.mark.timeout(180)
+def test_two_processes_give_the_gradient_and_the_samples_of_one(
+    tiny_settings: FinetuneSettings, tmp_path: Path
+) -> None:
+    settings = changed(tiny_settings, batch_size=9, micro_batch_size=3, eta=1.0)  # shares of 4 and 5
+    process = start(2, write(ONE_OF_TWO, tmp_path), settings.model_dump_json(), str(tmp_path))
+    _, stderr = process.communicate(timeout=150)
+    assert process.returncode == 0, stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    task = prepare(changed(settings, micro_batch_size=None))
+    state = TuningState(task.base.denoiser, 1e-3)
+    losses = add_gradient(task, task.tuning_sampler(state.denoiser), task.noise_of(2), 2)
+    floor = 1e-3 * float(torch.stack([p.grad.norm() for p in state.parameters.values() if p.grad is not None]).norm())
+    for rank in ranks:
+        for name, parameter in state.parameters.items():
+            assert parameter.grad is not None
+            error = float((rank["gradient"][name] - parameter.grad).norm())
+            assert error < 1e-5 * max(float(parameter.grad.norm()), floor), name
+        for name, loss in losses.items():
+            assert float(rank["losses"][name]) == pytest.approx(float(loss), rel=1e-5, abs=1e-7)
+        torch.testing.assert_close(rank["samples"], task.samples(task.base.denoiser, REPORT_SEED, 7))
+        assert rank["said"] == ["refused by 0", "refused by 1"]
+        assert rank["any"] == [True, False]
+    assert all(torch.equal(ranks[0]["gradient"][name], ranks[1]["gradient"][name]) for name in state.parameters)
+    assert [rank["noise"] for rank in ranks] == [4, 5]
+
+
+def close_weights(run: Path, other: Path) -> bool:
+    a, b = load_file(run / WEIGHTS), load_file(other / WEIGHTS)
+    return all(float((a[name] - b[name]).abs().max()) < 1e-4 for name in a)
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.timeout(180)
+def test_a_run_under_accelerate_is_the_run_of_one(tiny_settings: FinetuneSettings, tmp_path: Path) -> None:
+    process = start(2, write(UNDER_ACCELERATE, tmp_path), tiny_settings.model_dump_json())
+    _, stderr = process.communicate(timeout=150)
+    assert process.returncode == 0, stderr[-3000:]
+    alone = tune(changed(tiny_settings, out=tmp_path / "alone")).folder
+    assert close_weights(tiny_settings.out, alone)
+    together, single = log_of(tiny_settings.out), log_of(alone)
+    assert [line["iteration"] for line in together] == list(range(7))  # one process wrote
+    for ours, theirs in zip(together, single, strict=True):
+        assert ours.get("loss", 0.0) == pytest.approx(theirs.get("loss", 0.0), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.timeout(240)
+def test_the_command_under_torchrun_saves_on_sigterm_and_goes_on_alone(
+    tiny_settings: FinetuneSettings, tiny_model: Path
+) -> None:
+    run = tiny_settings.out
+    options = f"--steps 2 --out {run} --batch-size 8 --iterations 4000 --lr 0.001 --device cpu"
+    process = start(2, "-m", "mmd_export.cli", "finetune", str(tiny_model), *options.split())
+    try:
+        while not (run / "log.jsonl").is_file() or len((run / "log.jsonl").read_text().splitlines()) < 4:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "held-out Frechet distance" not in stdout
+    assert not (run / "unet").exists()
+    lines = log_of(run)
+    assert lines[-1]["iteration"] % 20 != 0 or len(lines) == 1 + lines[-1]["iteration"]
+    done: list[int] = []
+
+    def stop(report: Any) -> None:
+        done.append(report.iteration)
+        raise KeyboardInterrupt
+
+    settings = FinetuneSettings(
+        model=str(tiny_model), steps=2, out=run, batch_size=8, iterations=4000, learning_rate=1e-3, device="cpu"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        tune(settings, resume=True, observer=stop)
+    assert done == [lines[-1]["iteration"] + 1], stderr[-2000:]  # the signal saved the very last iteration
+
+
+def test_alone_every_method_is_trivial() -> None:
+    world, rows = World(), torch.ones(3, 2)
+    assert world.share(7) == range(7)
+    gathered, first = world.gather(rows)
+    assert gathered is rows
+    assert first == 0
+    assert world.is_first
+    assert world.first_does(lambda: 5) == world.together(lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        world.together(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(("count", "size"), [(7, 2), (8, 3), (2, 5), (0, 2), (4096, 7)])
+def test_shares_cover_everything_once(count: int, size: int) -> None:
+    shares = [World(rank, size).share(count) for rank in range(size)]
+    assert [i for share in shares for i in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_more_processes_than_images_are_refused(tiny_settings: FinetuneSettings) -> None:
+    with pytest.raises(UsageError, match="9 processes for a batch of 8; start fewer or raise --batch-size"):
+        prepare(tiny_settings, World(0, 9))
+
+
+def test_several_processes_that_cannot_meet_are_refused(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(
+        UsageError, match=r"WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT is not set; start .* torchrun"
+    ):
+        tune(tiny_settings)
+    assert not tiny_settings.out.exists()
+
+
+def test_one_process_under_torchrun_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with open_world("cpu") as world:
+        assert world == World()
+    assert not torch.distributed.is_initialized()
