@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
 from benchmarks.target_tables import target_rows
+from benchmarks.tuning_tables import aware_rows, choice_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,6 +28,7 @@ PAGES = (
     "docs/targets.md",
     "docs/precision.md",
     "docs/coreml.md",
+    "docs/tuning-options.md",
 )
 NOT_MEASURED = "not measured"
 
@@ -269,6 +271,16 @@ def of_precisions(rows: Callable[[dict[str, Any]], Table]) -> Callable[[], str]:
     return table
 
 
+def of_result(name: str, rows: Callable[[dict[str, Any]], Table]) -> Callable[[], str]:
+    """One table of one result file."""
+
+    def table() -> str:
+        result = read(name)
+        return NOT_MEASURED if result is None else markdown(*rows(result))
+
+    return table
+
+
 def coreml() -> str:
     """Size, cost and error of each Core ML package."""
     result = read("coreml.json")
@@ -316,6 +328,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision_steps": of_precisions(step_rows),
     "islands": of_precisions(island_rows),
     "int8": of_precisions(int8_rows),
+    "tuning_choices": of_result("plan_learning.json", choice_rows),
+    "quantisation_aware": of_result("quantisation_aware.json", aware_rows),
 }
 
 

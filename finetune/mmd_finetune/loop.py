@@ -20,6 +20,7 @@ from mmd_finetune.run_folder import RunFolder, RunResult
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import Progress, TuningState
 from mmd_finetune.task import SELECTION_SEED, Task, prepare
+from mmd_finetune.trainable import RATE, clip_gradients
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def tune(settings: FinetuneSettings, *, resume: bool = False, observer: Observer
         if folder.is_finished:
             folder.drop_state()
             return folder.result()
-        state = TuningState(task.base.denoiser, settings.learning_rate)
+        state = TuningState(task.trainable(), settings.learning_rate, settings.plan_learning_rate)
         if folder.state_file.is_file():
             state.load(folder.state_file)
         with Interrupts() as interrupts:
@@ -113,10 +114,10 @@ def _iterate(
     _require_finite("loss", values, iteration)
     state.optimiser.zero_grad()
     torch.stack(list(losses.values())).mean().backward()
-    norm = float(nn.utils.clip_grad_norm_(state.parameters.values(), settings.clip_gradient))
+    norm = clip_gradients(state.optimiser.param_groups, settings.clip_gradient)
     _require_finite("gradient", dict.fromkeys(values, norm), iteration)
     for group in state.optimiser.param_groups:
-        group["lr"] = learning_rate(settings, iteration)
+        group["lr"] = learning_rate(settings, iteration) * group[RATE]
     state.optimiser.step()
     state.update_average(settings.ema_decay)
     return values, norm

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmd_export.errors import UsageError
 from mmd_finetune.files import write_atomically
+from mmd_finetune.trainable import Trainable, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,20 @@ class TuningState:
     """The network that is tuned, its average, the best average, and the optimiser.
 
     Args:
-        base: the pretrained denoiser; it is copied and never changed.
-        learning_rate: of Adam (Kingma and Ba 2015), beta 0.9 and 0.999, no weight decay.
+        base: what is tuned, or a plain denoiser, all of which is; it is copied and never changed.
+        learning_rate: of Adam (Kingma and Ba 2015), beta 0.9 and 0.999, no weight decay; ``plan_learning_rate`` is
+            that of the plan's numbers.
     """
 
-    def __init__(self, base: nn.Module, learning_rate: float) -> None:
+    def __init__(self, base: nn.Module, learning_rate: float, plan_learning_rate: float | None = None) -> None:
+        tuned = base if isinstance(base, Trainable) else copy.deepcopy(base).requires_grad_(True)
         # eval: dropout would add noise that the shipped graph does not have.
-        self.denoiser = copy.deepcopy(base).eval().requires_grad_(True)
+        self.denoiser = copy.deepcopy(tuned).eval()
         self.average = copy.deepcopy(base).eval().requires_grad_(False)
         self.best = self.snapshot()
-        self.parameters = dict(self.denoiser.named_parameters())
-        self.optimiser = torch.optim.Adam(self.parameters.values(), lr=learning_rate)
+        self.parameters = {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
+        groups = parameter_groups(self.denoiser, learning_rate, plan_learning_rate or learning_rate)
+        self.optimiser = torch.optim.Adam(groups, lr=learning_rate)
         self.progress: Progress | None = None
 
     def update_average(self, decay: float) -> None:
@@ -98,7 +102,9 @@ class TuningState:
         self.denoiser.load_state_dict(groups["weights"])
         self.average.load_state_dict(groups["average"])
         self.best = {name: tensor.clone() for name, tensor in groups["best"].items()}
-        for name, parameter in self.parameters.items() if progress.iteration else ():
+        for name, parameter in self.parameters.items():
+            if name not in groups.get("exp_avg", {}):  # nothing was done yet, or nothing reads this one
+                continue
             self.optimiser.state[parameter] = {
                 "step": torch.tensor(float(progress.iteration)),
                 "exp_avg": groups["exp_avg"][name].clone().to(parameter.device),

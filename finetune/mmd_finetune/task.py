@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,13 +15,16 @@ from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.denoiser import AtTimesteps
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.plan import StepPlan
-from mmd_export.plans import choose_plan
 from mmd_export.unroll import UnrolledSampler
 from mmd_finetune.data import load_images, require_images
 from mmd_finetune.features import Encoder, load_encoder, require_fit
 from mmd_finetune.metrics import frechet_distance, sample_many, sampler_inputs
 from mmd_finetune.reference import Reference, encode_in_batches, make_reference
 from mmd_finetune.settings import SEED_LIMIT, FinetuneSettings
+from mmd_finetune.trainable import Trainable, make_emulation, make_trainable, require_continuous_time
+
+if TYPE_CHECKING:
+    from mmd_finetune.emulation import Emulation
 
 # Noise that no seed of a run can draw: for choosing the best weights, and for the numbers that are reported.
 SELECTION_SEED = SEED_LIMIT + 1
@@ -40,10 +43,22 @@ class Task:
     holdout: Encoder
     held_out_features: Tensor
     device: torch.device
+    emulation: Emulation | None = None
+
+    def trainable(self) -> Trainable:
+        """The model before tuning, with gradients where the settings want them; a new copy each time."""
+        return make_trainable(self.base, self.plan, self.settings, self.emulation)
+
+    def shipped(self, tuned: nn.Module) -> Trainable:
+        """What a run leaves: ``tuned``, its adapters merged into plain weights."""
+        assert isinstance(tuned, Trainable), "a run tunes what Task.trainable gives"
+        return tuned.shipped(self.base)
 
     def sampler(self, denoiser: nn.Module) -> UnrolledSampler:
         """The plan over ``denoiser``: what is tuned, measured and shipped."""
         settings = self.settings
+        if isinstance(denoiser, Trainable):
+            return denoiser.sampler(checkpoint_calls=settings.checkpoint_calls)
         return UnrolledSampler(
             AtTimesteps(denoiser, self.plan.timesteps), self.plan, checkpoint_calls=settings.checkpoint_calls
         )
@@ -75,6 +90,7 @@ class Task:
             "base_sha256": self.base.sha256,
             "data_sha256": self.data_sha256,
             "plan_sha256": self.plan.digest(),
+            **({} if self.emulation is None else {"quantisation_sha256": self.emulation.record.digest()}),
         }
 
 
@@ -95,7 +111,7 @@ def prepare(settings: FinetuneSettings) -> Task:
         raise UsageError(
             f"model {settings.model} has no diffusers config, so no run folder can hold it tuned; build it"
         )
-    plan = choose_plan(base.scheduler, **settings.plan_options().wanted)
+    plan = base.plan_for(**settings.plan_options().wanted)
     encoders = [load_encoder(name).to(device) for name in settings.features]
     holdout = load_encoder(settings.holdout).to(device)
     for encoder in (*encoders, holdout):
@@ -103,6 +119,8 @@ def prepare(settings: FinetuneSettings) -> Task:
     images = load_images(settings.data)
     require_images(images, settings.data, base.shape, settings.batch_size)
     base.denoiser.to(device)
+    if settings.learn == "plan":
+        require_continuous_time(base, plan)
     real = torch.from_numpy(images).clone().to(device)
     return Task(
         settings=settings,
@@ -113,6 +131,7 @@ def prepare(settings: FinetuneSettings) -> Task:
         holdout=holdout,
         held_out_features=encode_in_batches(holdout, real),
         device=device,
+        emulation=make_emulation(base, plan, settings),
     )
 
 
