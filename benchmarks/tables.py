@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.finetune_tables import speed_rows
 from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
 from benchmarks.target_tables import target_rows
+from benchmarks.tuning_tables import aware_rows, choice_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,6 +30,7 @@ PAGES = (
     "docs/precision.md",
     "docs/coreml.md",
     "docs/estimators.md",
+    "docs/tuning-options.md",
 )
 NOT_MEASURED = "not measured"
 
@@ -271,6 +273,16 @@ def of_precisions(rows: Callable[[dict[str, Any]], Table]) -> Callable[[], str]:
     return table
 
 
+def of_result(name: str, rows: Callable[[dict[str, Any]], Table]) -> Callable[[], str]:
+    """One table of one result file."""
+
+    def table() -> str:
+        result = read(name)
+        return NOT_MEASURED if result is None else markdown(*rows(result))
+
+    return table
+
+
 def coreml() -> str:
     """Size, cost and error of each Core ML package."""
     result = read("coreml.json")
@@ -326,6 +338,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision_steps": of_precisions(step_rows),
     "islands": of_precisions(island_rows),
     "int8": of_precisions(int8_rows),
+    "tuning_choices": of_result("plan_learning.json", choice_rows),
+    "quantisation_aware": of_result("quantisation_aware.json", aware_rows),
 }
 
 

@@ -69,6 +69,10 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
     _require_picture(options, checkpoint)
     for warning in checkpoint.warnings:
         notify(f"warning: {warning}")
+    if (tuned := checkpoint.tuned_precision) and (
+        said := tuned.warning(checkpoint.name, target.name, options.precision)
+    ):
+        notify(f"warning: {said}")
     plan = checkpoint.plan_for(**options.wanted)
     notify("running the float64 reference")
     golden = golden_arrays(checkpoint, plan, golden_count(batch), options.output)
@@ -83,8 +87,9 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
         notify(f"compiling for {draft.format}, to be finalized for {target.name}" if options.defer
                else f"compiling for {target.name}")  # fmt: skip
         chosen = CompileOptions(
-            options.precision, options.output, options.form, batch, options.of_target, notify, log_beside(options.out)
-        )
+            options.precision, options.output, options.form, batch, options.of_target, notify, log_beside(options.out),
+            checkpoint.tuned_precision,
+        )  # fmt: skip
         return _with_facts(draft, (GRAPH if options.defer else target).compile(program, folder, chosen))
 
     def measure(bundle: Bundle) -> Measured:

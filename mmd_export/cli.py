@@ -45,6 +45,16 @@ from mmd_export.cli_options import (
     with_ema_if_given,
 )  # fmt: skip
 from mmd_export.cli_output import say, short, show, show_table, write_json
+from mmd_export.cli_tuning import (
+    Learn,
+    LoraAlpha,
+    LoraRank,
+    LoraTargets,
+    PlanRate,
+    Tune,
+    TunedCalibration,
+    TunedIn,
+)
 from mmd_export.errors import MmdExportError
 from mmd_export.network_options import NetworkOptions
 from mmd_export.plan_options import PlanOptions
@@ -125,6 +135,14 @@ def finetune(
     timesteps: Timesteps = None,
     ema: Ema = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
+    tune_weights: Tune = None,
+    lora_rank: LoraRank = None,
+    lora_alpha: LoraAlpha = None,
+    lora_targets: LoraTargets = None,
+    learn: Learn = None,
+    plan_lr: PlanRate = None,
+    precision: TunedIn = None,
+    calibration: TunedCalibration = None,
 ) -> None:
     """Tune a model with the MMD through the whole sampling chain, for one step budget. Writes a run folder."""
     from mmd_finetune.loop import tune
@@ -141,16 +159,19 @@ def finetune(
         "estimator": estimator, "reference": reference, "landmarks": landmarks, "micro_batch_size": micro_batch_size,
         "checkpoint_calls": checkpoint_calls, "autocast": autocast, "channels_last": channels_last,
         "compile": compile_network, "device": device,
+        "tune": tune_weights, "lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_targets": lora_targets,
+        "learn": learn, "plan_learning_rate": plan_lr, "precision": precision, "calibration": calibration,
     }  # fmt: skip
     settings = make_settings(given, config)
     with ProgressBar() as observer:
         result = tune(settings, resume=resume, observer=observer)
     if not is_first_process():
         return
+    at = "" if settings.precision == "fp32" else f" --precision {settings.precision}"
     show(
         f"{result.folder}: held-out Frechet distance {result.held_out_before:.2f} -> {result.held_out_after:.2f} "
         f"(best at iteration {result.best_iteration} of {result.iterations}, {result.seconds:.0f} s)\n"
-        f"next: mmd-export build {result.folder} --target onnx --out bundle"
+        f"next: mmd-export build {result.folder} --target onnx{at} --out bundle"
     )
 
 
@@ -335,8 +356,9 @@ def inspect(
     options = PlanOptions(steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps))
     network = NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
     facts = look(with_ema(source, ema), options, network)
-    hidden = ("plan", "files", "graph", "parity", "manifest_sha256")
+    hidden = ("plan", "files", "graph", "parity", "manifest_sha256", "tuned_precision")
     flat = {key: value for key, value in facts.items() if key not in hidden and value not in (None, [], {})}
+    flat |= {"tuned_precision": tuned["precision"]} if (tuned := facts.get("tuned_precision")) else {}
     flat |= {f"graph {key}": value for key, value in (facts.get("graph") or {}).items()}
     show_table(str(facts["name"]), ("", ""), [(key, short(value)) for key, value in flat.items()], json)
     if "plan" in facts:

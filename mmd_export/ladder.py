@@ -16,7 +16,7 @@ from mmd_export.bundle import Bundle
 from mmd_export.checkpoint import Checkpoint
 from mmd_export.errors import UsageError
 from mmd_export.parity import Comparison, Rung, compare, take
-from mmd_export.plan import StepPlan
+from mmd_export.plan import StepPlan, is_learned
 from mmd_export.probe import both_chains
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.reference import run_chain, sampler_of
@@ -88,6 +88,8 @@ def gaussian_gains(plan: StepPlan, config: SchedulerConfig) -> list[float]:
 
 def exact_rung(plan: StepPlan, config: SchedulerConfig) -> Rung:
     """Rung 1: the linear response of the sampler on Gaussian data against its closed form, for DDIM and DDPM."""
+    if is_learned(plan):
+        return Rung(1, skipped="the plan was learned: no closed form describes it")
     if plan.solver not in ("ddim", "ddpm"):
         return Rung(1, skipped=f"no closed form is written down for {plan.solver}; rung 2 compares its every state")
     inputs = 1 + plan.noisy_steps
@@ -101,6 +103,8 @@ def exact_rung(plan: StepPlan, config: SchedulerConfig) -> Rung:
 
 def scheduler_rung(plan: StepPlan, config: SchedulerConfig) -> Rung:
     """Rung 2: the same calls through diffusers' own scheduler and loop, in float64; relative where states are large."""
+    if is_learned(plan):
+        return Rung(2, skipped="the plan was learned: no scheduler of diffusers has its numbers")
     steps = int(str(plan.settings.get("num_inference_steps", plan.step_count)))
     eta = plan.settings.get("eta")
     try:

@@ -24,6 +24,7 @@ from mmd_export.errors import UsageError
 Source: TypeAlias = Literal["state", "output", "clean", "noise"]
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction", "sample", "flow_prediction", "edm", "trigflow"]
 Scalar: TypeAlias = "str | int | float | bool | None"
+LEARNED = "learned-"  # in front of the solver that a learned plan started from
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,11 @@ class StepPlan:
         """SHA-256 over the numbers; two plans with the same digest compute the same sampler."""
         numbers = {key: value for key, value in self.to_dict().items() if key != "settings"}
         return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+
+
+def is_learned(plan: StepPlan) -> bool:
+    """Whether the numbers were learned from those of a solver; ``settings`` then say from which."""
+    return plan.solver.startswith(LEARNED)
 
 
 def _step_to_dict(step: Step) -> dict[str, Any]:

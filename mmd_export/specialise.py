@@ -52,7 +52,7 @@ class SpecialisedDenoiser(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Split:
+class TimeSplit:
     """``time``: nodes evaluated here. ``crossing``: those of them that the rest of the graph uses."""
 
     time: set[fx.Node]
@@ -78,7 +78,7 @@ def specialise(
     first = typical_timestep(timesteps)  # one graph serves all calls, so one type of timestep does
     module = capture(denoiser, first, example, given, dynamic_batch=dynamic_batch)
     check_static(module.graph)  # here too: noise in the time path would be folded into one constant draw
-    split = _split(module.graph)
+    split = split_time(module.graph)
     tables = [_evaluate(module, split, timestep, timestep_tensor(first).dtype) for timestep in timesteps]
     tables = _store_equal_rows_once(split, tables)
     return SpecialisedDenoiser(_body(module, split, tuple(given)), tables, tuple(given))
@@ -133,7 +133,7 @@ def _keeps_shape(node: fx.Node) -> bool:
     return before is not None and after is not None and before.dim() == after.dim()
 
 
-def _split(graph: fx.Graph) -> _Split:
+def split_time(graph: fx.Graph) -> TimeSplit:
     """Separate what depends on the timestep alone; a shape of the state is not a dependence on the state."""
     on_state: set[fx.Node] = set()
     on_time: set[fx.Node] = set()
@@ -150,13 +150,13 @@ def _split(graph: fx.Graph) -> _Split:
         node for node in graph.nodes
         if node in time and node.op != "placeholder" and any(user not in time for user in node.users)
     ]  # fmt: skip
-    return _Split(time, crossing)
+    return TimeSplit(time, crossing)
 
 
 class _TimeInterpreter(fx.Interpreter):
     """Runs only what the crossing values need, for a batch of one."""
 
-    def __init__(self, module: fx.GraphModule, split: _Split, timestep: Tensor) -> None:
+    def __init__(self, module: fx.GraphModule, split: TimeSplit, timestep: Tensor) -> None:
         super().__init__(module)
         self.split = split
         self.timestep = timestep
@@ -180,14 +180,14 @@ class _TimeInterpreter(fx.Interpreter):
         return self.call_function(node.target, arguments, keywords)
 
 
-def _evaluate(module: fx.GraphModule, split: _Split, timestep: float, dtype: torch.dtype) -> list[Tensor]:
+def _evaluate(module: fx.GraphModule, split: TimeSplit, timestep: float, dtype: torch.dtype) -> list[Tensor]:
     device = next((p.device for p in module.parameters()), None)
     with torch.no_grad():
         interpreter = _TimeInterpreter(module, split, timestep_tensor(timestep, device).to(dtype))
         return [interpreter.value(node).detach().clone() for node in split.crossing]
 
 
-def _store_equal_rows_once(split: _Split, tables: list[list[Tensor]]) -> list[list[Tensor]]:
+def _store_equal_rows_once(split: TimeSplit, tables: list[list[Tensor]]) -> list[list[Tensor]]:
     """A static batch repeats the same row; keep one where every user broadcasts, or where the batch is free.
 
     A network that sees 2 B images (guidance) has two rows for one image, equal up to the order of summation.
@@ -206,7 +206,7 @@ def _has_free_rows(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and value.dim() > 1 and isinstance(value.shape[0], torch.SymInt)
 
 
-def _body(module: fx.GraphModule, split: _Split, names: tuple[str, ...]) -> fx.GraphModule:
+def _body(module: fx.GraphModule, split: TimeSplit, names: tuple[str, ...]) -> fx.GraphModule:
     """The graph with inputs (x, *conditions, *crossing values) and the time path gone."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmd_export.checkpoint import Checkpoint, describe
-from mmd_export.plan import StepPlan
+from mmd_export.plan import StepPlan, is_learned
 
 _TEMPLATE = """\
 ---
@@ -30,7 +30,7 @@ distance in `{holdout}` on other noise; the numbers above are on noise that was 
 ## Lineage
 - base model: `{name}`, SHA-256 of its weights and configs `{base_sha256}`
 - data: `{data}`, SHA-256 `{data_sha256}`
-- plan: SHA-256 `{plan_sha256}`
+- plan: SHA-256 `{plan_sha256}`{learned}
 - licence: {licence}
 
 ## Settings
@@ -48,6 +48,7 @@ def model_card(record: Mapping[str, Any], base: Checkpoint, plan: StepPlan, resu
         licence=base.licence or "that of the base model, which does not state one in its folder",
         name=settings["model"],
         plan=describe(plan),
+        learned=f", learned from it: SHA-256 `{plan.digest()}`" if is_learned(plan) else "",
         steps=plan.step_count,
         holdout=settings["holdout"][0],
         count=settings["evaluate_count"],

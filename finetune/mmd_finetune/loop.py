@@ -21,6 +21,7 @@ from mmd_finetune.run_folder import RunFolder, RunResult
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import Progress, TuningState
 from mmd_finetune.task import REPORT_SEED, SELECTION_SEED, Task, prepare
+from mmd_finetune.trainable import RATE, clip_gradients
 from mmd_finetune.world import open_world
 
 
@@ -55,7 +56,7 @@ def tune(settings: FinetuneSettings, *, resume: bool = False, observer: Observer
         with clear_write_errors(settings.out, "the last saved state is kept"):
             if result := world.first_does(lambda: _begin(folder, task)):
                 return result
-            state = TuningState(task.base.denoiser, settings.learning_rate)
+            state = TuningState(task.trainable(), settings.learning_rate, settings.plan_learning_rate)
             sampler = task.tuning_sampler(state.denoiser)  # before loading: it sets the weights' memory format
             state.share(world)
             if world.first_does(folder.state_file.is_file):
@@ -149,8 +150,9 @@ def _run(run: Run, interrupts: Interrupts) -> None:
 def _finish(folder: RunFolder, task: Task, state: TuningState) -> RunResult:
     """All sample, the first process measures and writes."""
     state.average.load_state_dict(state.best)
-    before, after = (task.samples(net, REPORT_SEED) for net in (task.base.denoiser, state.average))
-    return task.world.first_does(lambda: folder.finish(task, state, before, after))
+    shipped = task.shipped(state.average)
+    before, after = (task.samples(net, REPORT_SEED) for net in (task.trainable(), shipped))
+    return task.world.first_does(lambda: folder.finish(task, state, shipped, before, after))
 
 
 def _is_done(settings: FinetuneSettings, progress: Progress) -> bool:
@@ -175,11 +177,11 @@ def iterate(
     values = {name: float(loss) for name, loss in losses.items()}
     _require_finite("loss", values, iteration)
     task.world.sum_gradients(state.parameters.values())
-    norm = float(nn.utils.clip_grad_norm_(state.parameters.values(), settings.clip_gradient))
+    norm = clip_gradients(state.optimiser.param_groups, settings.clip_gradient)
     if not math.isfinite(norm):
         _require_finite("gradient", dict.fromkeys(blamed(task, sampler, noise, iteration), norm), iteration)
     for group in state.optimiser.param_groups:
-        group["lr"] = learning_rate(settings, iteration)
+        group["lr"] = learning_rate(settings, iteration) * group[RATE]
     state.optimiser.step()
     state.update_average(settings.ema_decay)
     return values, norm

@@ -18,11 +18,13 @@ from torch import Tensor
 from mmd_export.checkpoint import PLAN_FILE, SAFETENSORS
 from mmd_export.errors import UsageError
 from mmd_export.folders import sync
+from mmd_export.tuned_precision import QUANTISATION_FILE
 from mmd_finetune.card import model_card
 from mmd_finetune.curve import draw_curve
 from mmd_finetune.files import append_json_line, read_json_lines, write_atomically, write_json
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import Task
+from mmd_finetune.trainable import Trainable
 
 SHEET_IMAGES = 100
 
@@ -119,10 +121,15 @@ class RunFolder:
         pairs = {name: (before, after) for name, (before, after) in values.pop("held_out").items()}
         return RunResult(folder=self.place, held_out=pairs, **values)
 
-    def finish(self, task: Task, state: TuningState, before: Tensor, after: Tensor) -> RunResult:
-        """Measure once more, write everything beside, rename it into place, ``unet`` last, and drop the state.
+    def finish(self, task: Task, state: TuningState, shipped: Trainable, before: Tensor, after: Tensor) -> RunResult:
+        """Measure the samples, write everything beside, rename it into place, ``unet`` last, and drop the state.
 
-        ``before`` and ``after`` are the reported samples of the base and of the best average, which ``state`` holds.
+        Args:
+            task: of the run.
+            state: at its end.
+            shipped: the best average, as ``Task.shipped`` gives it.
+            before: images (N, C, H, W) of the untuned sampler.
+            after: those of ``shipped``.
         """
         assert state.progress is not None
         progress = state.progress
@@ -143,9 +150,12 @@ class RunFolder:
         draw_curve(self.lines(), self._final / "curve.png")
         summary = {key: value for key, value in asdict(result).items() if key != "folder"}
         write_json(self._final / "result.json", summary)
-        write_json(self._final / PLAN_FILE, task.plan.to_dict())
-        write_atomically(self._final / "README.md", model_card(task.record(), task.base, task.plan, summary).encode())
-        _write_diffusers(task, state, self._final)
+        write_json(self._final / PLAN_FILE, shipped.plan().to_dict())
+        if shipped.emulation is not None:
+            write_json(self._final / QUANTISATION_FILE, shipped.emulation.record.to_dict())
+        card = model_card(task.record(), task.base, shipped.plan(), summary)
+        write_atomically(self._final / "README.md", card.encode())
+        _write_diffusers(task, shipped, self._final)
         self._publish()
         return result
 
@@ -176,13 +186,13 @@ def _write_sheet(images: Tensor, path: Path) -> None:
     save_grid(images[:SHEET_IMAGES].cpu().numpy(), path)
 
 
-def _write_diffusers(task: Task, state: TuningState, folder: Path) -> None:
+def _write_diffusers(task: Task, shipped: Trainable, folder: Path) -> None:
     """``unet/`` and ``scheduler/`` with the configs of the base, byte for byte, and the best average's weights."""
     for part in ("unet", "scheduler"):
         (folder / part).mkdir()
     for name, content in task.base.configs.items():
         write_atomically(folder / name, content)
     weights = {
-        name: tensor.contiguous().cpu() for name, tensor in state.average.get_submodule("unet").state_dict().items()
+        name: tensor.contiguous().cpu() for name, tensor in shipped.network.get_submodule("unet").state_dict().items()
     }
     write_atomically(folder / "unet" / SAFETENSORS, save(weights, {"format": "pt"}))

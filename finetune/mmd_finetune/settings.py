@@ -44,6 +44,12 @@ class FinetuneSettings(BaseModel):
         clip_gradient: largest norm of the whole gradient.
         evaluate_every: iterations between two held-out evaluations, each of ``evaluate_count`` samples of the average.
         patience: stop after so many evaluations without a new best; None never stops early.
+        tune: which weights: ``all``, ``lora`` (merged into the weights at the end), ``norm-bias`` or ``none``.
+        lora_rank: of the adapters, 8 by default; ``lora_alpha`` scales them by alpha / rank, 1 by default;
+            ``lora_targets`` are the ends of layers' names, by default every linear and convolutional layer.
+        learn: ``weights`` alone, with the sampler's ``coefficients``, or with its whole ``plan``, timesteps too.
+        plan_learning_rate: of the plan's numbers; it decays as ``learning_rate`` does.
+        precision: the arithmetic that is tuned, one of target onnx; ``calibration`` images set its ranges.
         checkpoint_calls: recompute network calls in the backward pass: less memory, a third more time.
         autocast: bf16 runs the network's calls in bfloat16; encoders and statistic stay as they are.
         channels_last: memory format of the network's convolutions.
@@ -84,13 +90,21 @@ class FinetuneSettings(BaseModel):
     evaluate_every: int = Field(default=20, ge=1)
     evaluate_count: int = Field(default=1024, ge=2)
     patience: int | None = Field(default=None, ge=1)
+    tune: Literal["all", "lora", "norm-bias", "none"] = "all"
+    lora_rank: int | None = Field(default=None, ge=1)
+    lora_alpha: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    lora_targets: tuple[str, ...] = ()
+    learn: Literal["weights", "coefficients", "plan"] = "weights"
+    plan_learning_rate: float = Field(default=2e-3, gt=0.0, allow_inf_nan=False)
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8", "w8", "w4"] = "fp32"
+    calibration: int | None = Field(default=None, ge=1)
     checkpoint_calls: bool = False
     autocast: Literal["off", "bf16"] = "off"
     channels_last: bool = False
     compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
-    @field_validator("features", "holdout", mode="before")
+    @field_validator("features", "holdout", "lora_targets", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         """``a,b`` as the command line gives it."""
@@ -121,6 +135,23 @@ class FinetuneSettings(BaseModel):
                 raise ValueError(f"holdout {name} is also in features; the loss must not see the held-out encoder")
         if self.landmarks is not None and self.reference != "nystrom":
             raise ValueError(f"landmarks is {self.landmarks}, but the reference is {self.reference}, not nystrom")
+        return self
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        """What is tuned, and that each option has something to act on."""
+        if self.tune == "none" and self.learn == "weights":
+            raise ValueError("tune none with learn weights leaves nothing to tune; add learn plan, or tune all")
+        given = {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha, "lora_targets": self.lora_targets or None}
+        for name, value in given.items():
+            if value is not None and self.tune != "lora":
+                raise ValueError(f"{name} is {value}, but tune is {self.tune}; leave it out, or tune lora")
+        if self.calibration is not None and self.precision not in ("int8", "fp8"):
+            raise ValueError(
+                f"calibration is {self.calibration}, but precision {self.precision} has no ranges to set; leave it out"
+            )
+        if self.autocast != "off" and self.precision != "fp32":
+            raise ValueError(f"autocast is {self.autocast}, but precision {self.precision} sets the arithmetic")
         return self
 
     def plan_options(self) -> PlanOptions:

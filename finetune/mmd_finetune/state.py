@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmd_export.errors import UsageError
 from mmd_finetune.files import write_atomically
+from mmd_finetune.trainable import Trainable, parameter_groups
 from mmd_finetune.world import World
 
 
@@ -33,17 +34,20 @@ class TuningState:
     """The network that is tuned, its average, the best average, and the optimiser.
 
     Args:
-        base: the pretrained denoiser; it is copied and never changed.
-        learning_rate: of Adam (Kingma and Ba 2015), beta 0.9 and 0.999, no weight decay.
+        base: what is tuned, or a plain denoiser, all of which is; it is copied and never changed.
+        learning_rate: of Adam (Kingma and Ba 2015), beta 0.9 and 0.999, no weight decay; ``plan_learning_rate`` is
+            that of the plan's numbers.
     """
 
-    def __init__(self, base: nn.Module, learning_rate: float) -> None:
+    def __init__(self, base: nn.Module, learning_rate: float, plan_learning_rate: float | None = None) -> None:
+        tuned = base if isinstance(base, Trainable) else copy.deepcopy(base).requires_grad_(True)
         # eval: dropout would add noise that the shipped graph does not have.
-        self.denoiser = copy.deepcopy(base).eval().requires_grad_(True)
+        self.denoiser = copy.deepcopy(tuned).eval()
         self.average = copy.deepcopy(base).eval().requires_grad_(False)
         self.best = self.snapshot()
-        self.parameters = dict(self.denoiser.named_parameters())
-        self.optimiser = torch.optim.Adam(self.parameters.values(), lr=learning_rate, fused=True)
+        self.parameters = {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
+        groups = parameter_groups(self.denoiser, learning_rate, plan_learning_rate or learning_rate)
+        self.optimiser = torch.optim.Adam(groups, lr=learning_rate, fused=True)
         self.progress: Progress | None = None
 
     def update_average(self, decay: float) -> None:

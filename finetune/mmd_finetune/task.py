@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.denoiser import AtTimesteps
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.plan import StepPlan
-from mmd_export.plans import choose_plan
 from mmd_export.unroll import UnrolledSampler
 from mmd_finetune.array_files import Pixels
 from mmd_finetune.balance import BATCHES, balanced_weights, equal_weights
@@ -28,7 +27,11 @@ from mmd_finetune.kernels import parse_kernel
 from mmd_finetune.metrics import frechet_distance, sample_many, sampler_inputs
 from mmd_finetune.reference import LANDMARKS, Reference, encode_in_batches, make_reference
 from mmd_finetune.settings import SEED_LIMIT, FinetuneSettings
+from mmd_finetune.trainable import Trainable, make_emulation, make_trainable, require_continuous_time
 from mmd_finetune.world import World
+
+if TYPE_CHECKING:
+    from mmd_finetune.emulation import Emulation
 
 # Noise that no seed of a run can draw: for choosing the best weights, and for the numbers that are reported.
 SELECTION_SEED = SEED_LIMIT + 1
@@ -61,6 +64,7 @@ class Task:
     real_count: int
     device: torch.device
     world: World
+    emulation: Emulation | None = None
 
     @property
     def holdout(self) -> Encoder:
@@ -78,18 +82,34 @@ class Task:
         of_loss = (reference.encoder for reference in self.references)
         return (*of_loss, *(holdout.encoder for holdout in self.holdouts))
 
+    def trainable(self) -> Trainable:
+        """The model before tuning, with gradients where the settings want them; a new copy each time."""
+        return make_trainable(self.base, self.plan, self.settings, self.emulation)
+
+    def shipped(self, tuned: nn.Module) -> Trainable:
+        """What a run leaves: ``tuned``, its adapters merged into plain weights."""
+        assert isinstance(tuned, Trainable), "a run tunes what Task.trainable gives"
+        return tuned.shipped(self.base)
+
     def sampler(self, denoiser: nn.Module) -> UnrolledSampler:
         """The plan over ``denoiser``: what is measured and shipped."""
+        if isinstance(denoiser, Trainable):
+            return denoiser.sampler()
         return UnrolledSampler(AtTimesteps(denoiser, self.plan.timesteps), self.plan)
 
     def tuning_sampler(self, denoiser: nn.Module) -> UnrolledSampler:
         """The same numbers over the same weights, run in the memory and the arithmetic that the settings ask for."""
         settings = self.settings
-        form = tuning_form(
-            denoiser, autocast=settings.autocast, channels_last=settings.channels_last, compiled=settings.compile
-        )
+
+        def form(network: nn.Module) -> nn.Module:
+            return tuning_form(
+                network, autocast=settings.autocast, channels_last=settings.channels_last, compiled=settings.compile
+            )
+
+        if isinstance(denoiser, Trainable):
+            return denoiser.sampler(form, checkpoint_calls=settings.checkpoint_calls)
         return UnrolledSampler(
-            AtTimesteps(form, self.plan.timesteps), self.plan, checkpoint_calls=settings.checkpoint_calls
+            AtTimesteps(form(denoiser), self.plan.timesteps), self.plan, checkpoint_calls=settings.checkpoint_calls
         )
 
     def noise_of(self, iteration: int) -> dict[str, Tensor]:
@@ -149,6 +169,7 @@ class Task:
             "data_sha256": self.data_sha256,
             "plan_sha256": self.plan.digest(),
             **{f"encoder {encoder.name} sha256": encoder.sha256 for encoder in self.encoders},
+            **({} if self.emulation is None else {"quantisation_sha256": self.emulation.record.digest()}),
         }
 
 
@@ -178,13 +199,15 @@ def prepare(settings: FinetuneSettings, world: World | None = None) -> Task:
         raise UsageError(
             f"model {settings.model} has no diffusers config, so no run folder can hold it tuned; build it"
         )
-    plan = choose_plan(base.scheduler, **settings.plan_options().wanted)
+    plan = base.plan_for(**settings.plan_options().wanted)
     encoders = load_encoders(settings.features, base.shape, device)
     holdouts = load_encoders(settings.holdout, base.shape, device, gradient=False)
     require_names((*encoders, *holdouts))
     images = load_real(settings.data, settings.data_options(), base.shape)
     require_images(images.train, settings.data, base.shape, settings.batch_size)
     base.denoiser.to(device)
+    if settings.learn == "plan":
+        require_continuous_time(base, plan)
     # On the CPU: the device holds their features, not the images.
     real, held_out = (torch.from_numpy(part) for part in (images.train, images.held_out))
     cache = FeatureCache(feature_folder() if settings.feature_cache else None, device)
@@ -199,6 +222,7 @@ def prepare(settings: FinetuneSettings, world: World | None = None) -> Task:
         real_count=len(real),
         device=device,
         world=world,
+        emulation=make_emulation(base, plan, settings),
     )
     return replace(task, loss_weights=_loss_weights(task))
 
@@ -210,7 +234,7 @@ def _loss_weights(task: Task) -> dict[str, float]:
         return equal_weights(task.references)
     count = min(settings.evaluate_count, BATCHES * settings.batch_size)
     alone = replace(task, world=World())  # every process draws all of them: none waits for one that failed
-    images = alone.samples(task.base.denoiser, SELECTION_SEED, count)
+    images = alone.samples(alone.trainable(), SELECTION_SEED, count)
     return balanced_weights(task.references, images, settings.batch_size)
 
 

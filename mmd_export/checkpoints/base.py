@@ -16,9 +16,10 @@ from mmd_export.conditions import CLASS_LABELS, Condition
 from mmd_export.denoiser import InDouble
 from mmd_export.errors import UsageError
 from mmd_export.network_options import Choice
-from mmd_export.plan import StepPlan
+from mmd_export.plan import StepPlan, is_learned
 from mmd_export.plans import choose_plan, plan_again
 from mmd_export.schedule import SchedulerConfig
+from mmd_export.tuned_precision import TunedPrecision
 
 if TYPE_CHECKING:
     from mmd_export.checkpoints.autoencoder import Autoencoder
@@ -31,7 +32,8 @@ class Checkpoint:
 
     ``shape`` is (C, H, W) of one sample; ``conditions`` what the network is told besides, ``unconditional`` what takes
     their place in guidance (a null class or the name of an input), ``options`` what was chosen about the network;
-    ``prediction`` what it predicts, where its class fixes it; ``plan`` the plan that a run folder was tuned for;
+    ``prediction`` what it predicts, where its class fixes it; ``plan`` the plan that a run folder was tuned for and
+    ``tuned_precision`` the lower precision, if it was tuned in one;
     ``warnings`` what the user should hear. ``folder`` is where the source lies. ``configs`` are the files, by relative
     POSIX path, that make a diffusers folder of the denoiser's weights: those of the source byte for byte, or those that
     its conversion amounts to; empty if diffusers has no class for the network. ``latent``: the state is a latent, which
@@ -57,6 +59,7 @@ class Checkpoint:
     decoder: LatentDecoder | None = None
     no_decoder: str = "it has no autoencoder (vae/ or vqvae/)"
     network_sha256: str | None = None
+    tuned_precision: TunedPrecision | None = None
 
     @property
     def classes(self) -> int | None:
@@ -82,6 +85,9 @@ class Checkpoint:
             plan = choose_plan(self.scheduler, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
             return self._suited(plan)
         tuned = self._suited(self.plan)
+        if is_learned(self.plan):
+            self._require_unasked(steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
+            return tuned
         wanted = self._suited(
             plan_again(self.plan, self.scheduler, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
         )
@@ -91,6 +97,19 @@ class Checkpoint:
                 "leave the sampler options out, or tune for that plan"
             )
         return tuned
+
+    def _require_unasked(self, steps: int | None, **options: object) -> None:
+        """Raise UsageError if an option asks for another plan than the learned one, which no solver's options name."""
+        assert self.plan is not None
+        asked = {name: value for name, value in options.items() if value is not None}
+        if steps not in (None, self.plan.step_count):
+            asked["steps"] = steps
+        if asked:
+            name, value = next(iter(asked.items()))
+            raise UsageError(
+                f"{self.name}: its plan was learned ({describe(self.plan)}), --{name} is {value}; leave the sampler "
+                "options out, or tune for that plan"
+            )
 
     def _suited(self, plan: StepPlan) -> StepPlan:
         """The plan for this network: latents are not clamped. Raises UsageError if it is for another prediction."""

@@ -37,6 +37,7 @@ from mmd_export.network_options import AS_IT_IS, Choice, NetworkOptions
 from mmd_export.plan import StepPlan
 from mmd_export.quiet_diffusers import import_diffusers
 from mmd_export.schedule import SchedulerConfig
+from mmd_export.tuned_precision import QUANTISATION_FILE, TunedPrecision
 
 PLAN_FILE = "plan.json"
 PICTURES = (1, 3)  # channels
@@ -65,7 +66,7 @@ def read_folder(folder: Path, name: str, licence: str | None = None, options: Ne
     files = {f"{family.folder}/config.json": config_file, "scheduler/scheduler_config.json": scheduler_file}
     if (index := folder / "model_index.json").is_file():
         files[index.name] = index
-    plan_file = folder / PLAN_FILE
+    plan_file, precision_file = folder / PLAN_FILE, folder / QUANTISATION_FILE
     checkpoint = Checkpoint(
         name=name,
         folder=folder,
@@ -79,6 +80,11 @@ def read_folder(folder: Path, name: str, licence: str | None = None, options: Ne
         latent=_makes_latents(family, whole),
         prediction=family.prediction,
         plan=StepPlan.from_dict(read_json(plan_file)) if plan_file.is_file() else None,
+        tuned_precision=(
+            TunedPrecision.from_dict(read_json(precision_file), str(precision_file))
+            if precision_file.is_file()
+            else None
+        ),
         licence=licence,
         warnings=(*warnings, *notes, *told.warnings, *chosen.warnings),
         configs={path: file.read_bytes() for path, file in files.items()},

@@ -45,9 +45,12 @@ def inspect(source: str, options: PlanOptions, network: NetworkOptions = AS_IT_I
         "scheduler": {key: value for key, value in vars(checkpoint.scheduler).items() if key != "trained_betas"},
         "licence": checkpoint.licence,
         "warnings": list(checkpoint.warnings),
+        "tuned_precision": None if checkpoint.tuned_precision is None else checkpoint.tuned_precision.to_dict(),
     }
     if checkpoint.plan or options.steps is not None or options.timesteps is not None:
-        facts["plan"] = checkpoint.plan_for(**options.wanted).to_dict()
+        plan = checkpoint.plan_for(**options.wanted)
+        facts["plan"] = plan.to_dict()
+        facts["plan_learned_from"] = plan.settings.get("learned_from")
     return facts
 
 

@@ -26,6 +26,11 @@ class Layer:
         """Whether it is one; else it is linear."""
         return self.node.op_type == _CONV
 
+    @property
+    def size(self) -> int:
+        """How many values the weight holds."""
+        return 0 if self.weight.const_value is None else int(self.weight.const_value.size)
+
 
 def layers(model: ir.Model) -> list[Layer]:
     """All of them, in order; a weight that something else reads too is left alone."""

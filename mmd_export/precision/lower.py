@@ -15,6 +15,7 @@ from mmd_export.precision.islands import islands
 from mmd_export.precision.quantise import Recipe, quantise
 from mmd_export.precision.scan import scan
 from mmd_export.precision.trajectory import Calls
+from mmd_export.tuned_precision import QUANTISATION_FILE, TunedPrecision
 
 SCANNED = 4  # images, for 16 bits: maxima, with headroom for the others
 CALIBRATED = 32  # images, for ranges without headroom
@@ -26,9 +27,11 @@ def lower(
     images: int | None = None,
     recipe: Recipe | None = None,
     notify: Callable[[str], None] = lambda _: None,
+    tuned: TunedPrecision | None = None,
 ) -> Calls:
     """``calls`` in ``precision``, a new model; ``images``: how many trajectories to look at, None for the default.
 
+    Ranges that it was ``tuned`` with are taken as they are, if it was tuned in this precision.
     Raises UsageError for images where no range is needed, and for a trajectory that is not finite.
     """
     if precision == "fp32":
@@ -43,12 +46,24 @@ def lower(
         notify(f"{precision}: {len(kept)} of {nodes} operations of a call stay float32 ({counts or 'none'})")
         lowered = to_half(lowered, kept, half)
     else:
-        grid = GRIDS[precision]
+        grid, chosen = GRIDS[precision], recipe or Recipe()
+        ranges = tuned if tuned is not None and tuned.precision == precision and grid.activations else None
         if not grid.activations:
             _refuse(images, precision, calls)
-        lowered = quantise(lowered, grid, recipe or Recipe(), images or CALIBRATED)
+        elif ranges is not None:
+            _require_tuned_form(chosen, images)
+            notify(f"{precision}: the ranges are those that it was tuned with ({QUANTISATION_FILE})")
+        lowered = quantise(lowered, grid, chosen, images or CALIBRATED, ranges)
     passes.RemoveUnusedNodesPass()(lowered.model)
     return lowered
+
+
+def _require_tuned_form(recipe: Recipe, images: int | None) -> None:
+    """Raise UsageError for options that ask for other ranges than those on record."""
+    if images is not None:
+        raise UsageError(f"--calibration is {images}, but the model was tuned with ranges of its own; leave it out")
+    if not recipe.per_step:
+        raise UsageError("the model was tuned with a range for each step, a loop has one for all; use --form unrolled")
 
 
 def _refuse(images: int | None, precision: str, calls: Calls) -> Calls:

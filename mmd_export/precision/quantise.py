@@ -21,10 +21,11 @@ from mmd_export.precision.formats import INT8, W8, Grid
 from mmd_export.precision.layers import Layer, fold_transposes, layers, outermost
 from mmd_export.precision.ranges import histograms, rounded_scale
 from mmd_export.precision.trajectory import Calls
+from mmd_export.tuned_precision import TunedPrecision
 
 Floats: TypeAlias = NDArray[np.float32]
 # Trial scales of a block, times the one that reaches its largest weight.
-_SHRINK = np.linspace(0.6, 1.0, 17)
+SHRINK = np.linspace(0.6, 1.0, 17)
 _SMALLEST_BLOCK = 8
 
 
@@ -49,26 +50,52 @@ class Recipe:
     seven_bits: str = "linear"
 
 
-def quantise(calls: Calls, grid: Grid, recipe: Recipe, images: int) -> Calls:
-    """The calls on ``grid``; the model is changed in place. ``images`` set the ranges, where activations have any."""
+def quantise(calls: Calls, grid: Grid, recipe: Recipe, images: int, tuned: TunedPrecision | None = None) -> Calls:
+    """The calls on ``grid``; the model is changed in place.
+
+    ``images`` set the ranges, where activations have any, unless they are those that it was ``tuned`` with.
+    """
     fold_transposes(calls.model)
     chosen = chosen_layers(calls.model, recipe)
     rows = calls.constants
     if grid.activations and chosen:
         values = list(dict.fromkeys(layer.activation for layer in chosen))
-        found = histograms(calls, values, images)
-        if not recipe.per_step:
-            found = [[sum(column[1:], column[0]) for column in zip(*found, strict=True)]]
-        scales = [[rounded_scale(each.limit(recipe.clip, grid), grid) for each in row] for row in found]
+        if tuned is None:
+            scales = measured_scales(calls, values, grid, recipe, images)
+        else:
+            scales = _tuned_scales(calls, chosen, values, tuned)
         rows = _quantise_activations(calls, chosen, values, scales, grid)
     for layer in chosen:
-        seven = grid == INT8 and (
-            recipe.seven_bits == "all" or (recipe.seven_bits == "linear" and not layer.convolution)
-        )
-        quantise_weight(calls.model.graph, layer, replace(grid, largest=63.0) if seven else grid)
+        quantise_weight(calls.model.graph, layer, weight_grid(grid, recipe, convolution=layer.convolution))
     opsets = calls.model.graph.opset_imports
     opsets[""] = max(opsets[""], grid.opset)
     return replace(calls, constants=rows)
+
+
+def weight_grid(grid: Grid, recipe: Recipe, *, convolution: bool) -> Grid:
+    """The grid of a layer's weight: ``grid`` itself, or its 7 bits."""
+    seven = recipe.seven_bits == "all" or (recipe.seven_bits == "linear" and not convolution)
+    return replace(grid, largest=63.0) if seven and grid == INT8 else grid
+
+
+def measured_scales(
+    calls: Calls, values: Sequence[ir.Value], grid: Grid, recipe: Recipe, images: int
+) -> list[list[np.float32]]:
+    """``[k][i]``: the scale of value i in call k, or one row for all calls."""
+    found = histograms(calls, values, images)
+    if not recipe.per_step:
+        found = [[sum(column[1:], column[0]) for column in zip(*found, strict=True)]]
+    return [[rounded_scale(each.limit(recipe.clip, grid), grid) for each in row] for row in found]
+
+
+def _tuned_scales(
+    calls: Calls, chosen: Sequence[Layer], values: Sequence[ir.Value], tuned: TunedPrecision
+) -> list[list[np.float32]]:
+    """``[k][i]`` again, from the record of each layer; layers that read one value have one scale."""
+    steps = calls.plan.step_count
+    tuned.require_fit([layer.size for layer in chosen], steps)
+    of_value = {layer.activation: row.scales for layer, row in zip(chosen, tuned.layers, strict=True)}
+    return [[np.float32(of_value[value][k]) for value in values] for k in range(steps)]
 
 
 def chosen_layers(model: ir.Model, recipe: Recipe) -> list[Layer]:
@@ -120,11 +147,14 @@ def _dequantised(graph: ir.Graph, layer: Layer, grid: Grid) -> ir.Value:
     array: Floats = weight.const_value.numpy()
     if grid.block is None:
         return _by_channel(graph, layer, array, axis, grid)
-    columns = math.prod(array.shape) // array.shape[axis]
-    block = max(size for size in range(1, grid.block + 1) if columns % size == 0)
-    if block < _SMALLEST_BLOCK:  # the scales would outweigh the weights
-        return _by_channel(graph, layer, array, axis, W8)
-    return _by_block(graph, layer, array, block, grid)
+    block = block_size(math.prod(array.shape) // array.shape[axis], grid.block)
+    return _by_channel(graph, layer, array, axis, W8) if block is None else _by_block(graph, layer, array, block, grid)
+
+
+def block_size(columns: int, largest: int) -> int | None:
+    """The largest size that divides the inputs of a channel; None if it is so small that scales outweigh weights."""
+    block = max(size for size in range(1, largest + 1) if columns % size == 0)
+    return None if block < _SMALLEST_BLOCK else block
 
 
 def _by_channel(graph: ir.Graph, layer: Layer, array: Floats, axis: int, grid: Grid) -> ir.Value:
@@ -171,7 +201,7 @@ def _best_scale(parts: Floats, grid: Grid) -> Floats:
     reach[reach == 0.0] = 1.0
     best: Floats = reach
     error = np.full(reach.shape, np.inf)
-    for shrink in _SHRINK:
+    for shrink in SHRINK:
         scale = (reach * np.float32(shrink)).astype(np.float32)
         back = on_grid(parts / scale[..., None], grid).astype(np.float32) * scale[..., None]
         found = ((back - parts) ** 2).sum(axis=-1)

@@ -13,6 +13,7 @@ from mmd_export.batch import BatchSpec
 from mmd_export.errors import UsageError
 from mmd_export.runtime import Availability
 from mmd_export.target_options import DEFAULTS, TargetOptions
+from mmd_export.tuned_precision import TunedPrecision
 
 if TYPE_CHECKING:
     from mmd_export.program import SamplerProgram
@@ -26,7 +27,8 @@ class CompileOptions:
     """What the user may choose; ``form`` is unrolled, loop, or auto, which is one of the two.
 
     ``batch``: the sizes that the artefact must take; the program is static where that is one. ``notify`` hears what a
-    long compilation is doing; ``log`` is where a compiler's own log goes when it fails.
+    long compilation is doing; ``log`` is where a compiler's own log goes when it fails. ``tuned``: the precision and
+    ranges that the weights were tuned with.
     """
 
     precision: str = "fp32"
@@ -36,6 +38,7 @@ class CompileOptions:
     target: TargetOptions = DEFAULTS
     notify: Callable[[str], None] = lambda _: None
     log: Path | None = None
+    tuned: TunedPrecision | None = None
 
 
 @dataclass(frozen=True)
