@@ -64,8 +64,8 @@ def _run(task: Task, state: TuningState, folder: RunFolder, observe: Observer, i
     """Iterate until the end, the loss of patience, or an interrupt; save after every evaluation."""
     settings = task.settings
     if state.progress is None:
-        state.progress = _first(task, state)
-        folder.log(_line(state.progress, held_out=state.progress.first_distance))
+        state.progress, found = _first(task, state)
+        folder.log(_line(state.progress, **found))
         state.save(folder.state_file)
     folder.trim_log(state.progress.iteration)
     held_out, sampler = folder.newest_held_out(), task.sampler(state.denoiser)
@@ -76,11 +76,10 @@ def _run(task: Task, state: TuningState, folder: RunFolder, observe: Observer, i
         seconds = time.perf_counter() - started
         progress = state.progress = replace(state.progress, iteration=iteration + 1, seconds=seconds)
         due = progress.iteration % settings.evaluate_every == 0 or progress.iteration == settings.iterations
-        if due:
-            held_out = _evaluate(task, state)
-            progress = state.progress
+        found = _evaluate(task, state) if due else {}
+        held_out, progress = found.get("held_out", held_out), state.progress
         loss = sum(losses.values()) / len(losses)
-        folder.log(_line(progress, loss=loss, losses=losses, gradient=norm, **({"held_out": held_out} if due else {})))
+        folder.log(_line(progress, loss=loss, losses=losses, gradient=norm, **found))
         observe(
             Report(progress.iteration, settings.iterations, loss, held_out, progress.best_distance, progress.seconds)
         )
@@ -96,11 +95,11 @@ def _is_done(settings: FinetuneSettings, progress: Progress) -> bool:
     return progress.iteration >= settings.iterations or (settings.patience is not None and idle >= settings.patience)
 
 
-def _first(task: Task, state: TuningState) -> Progress:
-    """The untuned sampler's held-out distance: what tuning starts from."""
+def _first(task: Task, state: TuningState) -> tuple[Progress, dict[str, Any]]:
+    """The untuned sampler's held-out distance, what tuning starts from; and the log's part."""
     started = time.perf_counter()
-    distance = _finite_distance(task, state.average, 0)
-    return Progress(0, distance, distance, 0, time.perf_counter() - started)
+    found = _measure(task, state.average, 0)
+    return Progress(0, found["held_out"], found["held_out"], 0, time.perf_counter() - started), found
 
 
 def _iterate(
@@ -137,21 +136,23 @@ def learning_rate(settings: FinetuneSettings, iteration: int) -> float:
     return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * iteration / settings.iterations))
 
 
-def _evaluate(task: Task, state: TuningState) -> float:
-    """The average's held-out distance on the fixed noise; keeps its weights if they are the best so far."""
+def _evaluate(task: Task, state: TuningState) -> dict[str, Any]:
+    """The average on the fixed noise, for the log; keeps its weights if its held-out distance is the best so far."""
     progress = state.progress
     assert progress is not None
-    distance = _finite_distance(task, state.average, progress.iteration)
-    if distance < progress.best_distance:
+    found = _measure(task, state.average, progress.iteration)
+    if found["held_out"] < progress.best_distance:
         state.best = state.snapshot()
-        state.progress = replace(progress, best_distance=distance, best_iteration=progress.iteration)
-    return distance
+        state.progress = replace(progress, best_distance=found["held_out"], best_iteration=progress.iteration)
+    return found
 
 
-def _finite_distance(task: Task, denoiser: nn.Module, iteration: int) -> float:
-    distance = task.held_out_distance(task.samples(denoiser, SELECTION_SEED))
+def _measure(task: Task, denoiser: nn.Module, iteration: int) -> dict[str, Any]:
+    """``held_out``, the distance, and the settings' further ``metrics``, all on the same samples."""
+    images = task.samples(denoiser, SELECTION_SEED)
+    distance = task.held_out_distance(images)
     _require_finite("held-out distance", {task.holdout.name: distance}, iteration)
-    return distance
+    return {"held_out": distance, **task.further_metrics(images)}
 
 
 def _require_finite(what: str, by_encoder: dict[str, float], iteration: int) -> None:

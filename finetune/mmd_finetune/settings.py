@@ -32,6 +32,7 @@ class FinetuneSettings(BaseModel):
         ema_decay: average <- ema_decay * average + (1 - ema_decay) * weights after every iteration.
         clip_gradient: largest norm of the whole gradient.
         evaluate_every: iterations between two held-out evaluations, each of ``evaluate_count`` samples of the average.
+        metrics: further metrics of those samples for the log, see ``mmd_finetune.metrics.suite``; they decide nothing.
         patience: stop after so many evaluations without a new best; None never stops early.
         checkpoint_calls: recompute network calls in the backward pass: less memory, a third more time.
         device: auto takes CUDA where there is one. Only runs on the CPU repeat bit for bit.
@@ -59,15 +60,25 @@ class FinetuneSettings(BaseModel):
     clip_gradient: float = Field(default=1.0, gt=0.0)
     evaluate_every: int = Field(default=20, ge=1)
     evaluate_count: int = Field(default=1024, ge=2)
+    metrics: tuple[str, ...] = ()
     patience: int | None = Field(default=None, ge=1)
     checkpoint_calls: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
-    @field_validator("features", mode="before")
+    @field_validator("features", "metrics", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         """``a,b`` as the command line gives it."""
         return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("metrics")
+    @classmethod
+    def _measurable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Known names, each once, none that needs images outside the training set."""
+        from mmd_finetune.metrics.suite import require_while_tuning
+
+        require_while_tuning(value)
+        return value
 
     @field_validator("timesteps", mode="before")
     @classmethod
@@ -83,6 +94,17 @@ class FinetuneSettings(BaseModel):
             raise ValueError(f"features {', '.join(self.features)} names an encoder twice")
         if self.holdout in self.features:
             raise ValueError(f"holdout {self.holdout} is also in features; the loss must not see the held-out encoder")
+        return self
+
+    @model_validator(mode="after")
+    def _enough_neighbours(self) -> Self:
+        from mmd_finetune.metrics.suite import NEIGHBOUR_METRICS, MetricOptions
+
+        k, asked = MetricOptions().neighbours, [name for name in self.metrics if name in NEIGHBOUR_METRICS]
+        if asked and self.evaluate_count <= k:
+            raise ValueError(
+                f"metrics {', '.join(asked)} needs more than {k} samples, evaluate_count is {self.evaluate_count}"
+            )
         return self
 
     def plan_options(self) -> PlanOptions:

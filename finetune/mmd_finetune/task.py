@@ -20,6 +20,7 @@ from mmd_export.unroll import UnrolledSampler
 from mmd_finetune.data import load_images, require_images
 from mmd_finetune.features import Encoder, load_encoder, require_fit
 from mmd_finetune.metrics import frechet_distance, sample_many, sampler_inputs
+from mmd_finetune.metrics.suite import Features, MetricOptions, measure
 from mmd_finetune.reference import Reference, encode_in_batches, make_reference
 from mmd_finetune.settings import SEED_LIMIT, FinetuneSettings
 
@@ -67,6 +68,14 @@ class Task:
         if not bool(torch.isfinite(features).all()):
             return float("inf")
         return frechet_distance(features, self.held_out_features)
+
+    def further_metrics(self, images: Tensor) -> dict[str, Any]:
+        """``metrics``: name -> value in the held-out encoder, for the log; empty if the settings name none."""
+        if not self.settings.metrics:
+            return {}
+        features = encode_in_batches(self.holdout, images)
+        sets = Features(self.holdout.name, self.held_out_features, features, MetricOptions(resamples=0))
+        return {"metrics": {name: found.value for name, found in measure(self.settings.metrics, sets).items()}}
 
     def record(self) -> dict[str, Any]:
         """What makes the run what it is; resuming compares it. No path of this machine."""

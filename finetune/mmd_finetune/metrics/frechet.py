@@ -1,4 +1,4 @@
-"""What is measured, never optimised: Frechet distance in a held-out encoder, classes, many samples from a seed."""
+"""The Frechet distance of two sets of features."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmd_export.errors import UsageError
-from mmd_export.noise import sampler_noise
-from mmd_export.unroll import UnrolledSampler
-from mmd_finetune.features import Encoder
+from mmd_finetune.metrics.bootstrap import Measured, centred_interval, resampled_rows
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
@@ -44,35 +42,13 @@ def _root(features: NDArray[np.float64]) -> NDArray[np.float64]:
     return root
 
 
-def class_histogram(encoder: Encoder, images: Tensor, batch: int = 512) -> list[float]:
-    """Fraction of ``images`` (N, C, H, W) in each of the encoder's classes."""
-    with torch.inference_mode():
-        predicted = torch.cat([encoder.logits(part).argmax(1) for part in images.split(batch)])
-    counts = torch.bincount(predicted, minlength=encoder.classes or 0)
-    return [int(count) / len(images) for count in counts]
-
-
-def sampler_inputs(
-    seed: int, count: int, shape: tuple[int, int, int], noisy_steps: int, first: int, device: torch.device
-) -> dict[str, Tensor]:
-    """``noise`` (N, C, H, W) and, if stochastic, ``step_noise`` (S, N, C, H, W): images first ... first + N - 1."""
-    arrays = sampler_noise(seed, count, shape, noisy_steps, first=first)
-    return {name: torch.from_numpy(array).clone().to(device) for name, array in arrays.items()}
-
-
-def sample_many(
-    sampler: UnrolledSampler,
-    shape: tuple[int, int, int],
-    count: int,
-    seed: int,
-    *,
-    batch: int = 256,
-    device: torch.device | None = None,
-) -> Tensor:
-    """Samples (N, C, H, W) of the images 0 ... N - 1 of ``seed``; the batch changes nothing but memory and rounding."""
-    parts, place = [], device or torch.device("cpu")
-    with torch.inference_mode():
-        for first in range(0, count, batch):
-            size = min(batch, count - first)
-            parts.append(sampler(**sampler_inputs(seed, size, shape, sampler.plan.noisy_steps, first, place)))
-    return torch.cat(parts)
+def frechet(real: Tensor, generated: Tensor, resamples: int, seed: int) -> Measured:
+    """``frechet_distance`` of ``real`` (M, d) and ``generated`` (N, d), both sides drawn again for the interval."""
+    value = frechet_distance(real, generated)
+    draws = [
+        frechet_distance(real[rows], generated[others])
+        for rows, others in zip(
+            resampled_rows(len(real), resamples, seed), resampled_rows(len(generated), resamples, seed + 1), strict=True
+        )
+    ]
+    return centred_interval(value, torch.tensor(draws, dtype=torch.float64))
