@@ -10,13 +10,13 @@ from mmd_finetune.metrics.bootstrap import centred_interval, mean_with_interval,
 
 def test_the_interval_of_a_mean_is_its_standard_error() -> None:
     values = torch.randn(400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = mean_with_interval(values, 4000, seed=1)
+    found = mean_with_interval(values, 8000, seed=1)
     error = float(values.std(correction=0)) / 20.0
     assert found.value == pytest.approx(float(values.mean()))
     assert found.low is not None
     assert found.high is not None
-    assert found.high - found.value == pytest.approx(1.96 * error, rel=0.05)
-    assert found.value - found.low == pytest.approx(1.96 * error, rel=0.05)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.04)
+    assert found.high + found.low == pytest.approx(2 * found.value, abs=0.2 * error)
 
 
 def test_no_resamples_no_interval() -> None:
