@@ -50,7 +50,7 @@ SMOKE: dict[str, Any] = {"iterations": 1, "batch_size": 4, "evaluate_every": 1, 
 
 
 def new_denoiser() -> UNet2DModel:
-    """UNet of 24 M parameters: 32, 16, 8 and 4 pixels, attention at 8."""
+    """UNet of 25 M parameters: 32, 16, 8 and 4 pixels, attention at 8."""
     return UNet2DModel(
         sample_size=32,
         in_channels=3,
@@ -129,11 +129,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     folder = prepare(arguments.runs, arguments.data, device, smoke=arguments.smoke)
     training, held_out = (torch.from_numpy(np.load(folder / f"{name}.npz")["images"]) for name in ("train", "test"))
-    sides = [part.float() / 127.5 - 1.0 for part in (training, held_out)]
+    training, held_out = (part.float() / 127.5 - 1.0 for part in (training, held_out))
     made = recipes_of(folder, smoke=arguments.smoke)
-    encoders = [load_encoder(f"torchscript:{folder / name}.pt") for name in ("resnet20", JUDGE)]
+    mine, judge = (load_encoder(f"torchscript:{folder / name}.pt") for name in ("resnet20", JUDGE))
     count = min(10_000, len(held_out))
-    ruler = Ruler(sides[1], *sides, *encoders, draws=1, count=count, batch=500, device=device)
+    ruler = Ruler(held_out, training, held_out, mine, judge, draws=1, count=count, batch=500, device=device)
     trained = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     facts = {"base": {name: trained[name] for name in ("parameters", "seconds")} | trained["curve"][-1],
              "samples": count, "smoke": arguments.smoke}  # fmt: skip

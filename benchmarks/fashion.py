@@ -38,7 +38,9 @@ def main() -> None:
     training, test = (torch.from_numpy(load_images(str(base / f"{part}.npz"))).clone() for part in ("train", "test"))
     gpu = arguments.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    ruler = Ruler(test, training, test, *map(load_encoder, scripts), 1, min(COUNT, len(test)), 500, device)
+    mine, judge = (load_encoder(name) for name in scripts)
+    count = min(COUNT, len(test))
+    ruler = Ruler(test, training, test, mine, judge, draws=1, count=count, batch=500, device=device)
     trained = json.loads((base / "training.json").read_text(encoding="utf-8"))
     facts = {"base": {name: trained[name] for name in ("parameters", "accuracy")} | trained["curve"][-1]}
     file = CellFile(arguments.out, "benchmarks/fashion.py", facts)

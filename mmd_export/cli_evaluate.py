@@ -74,17 +74,13 @@ def evaluate(
         raise UsageError(f"--bootstrap is {bootstrap}; it must be at least 0")
     from mmd_export.commands import evaluate as command
     from mmd_export.commands.sample import SampleOptions
-    from mmd_finetune.metrics.picture import draw_metrics
-    from mmd_finetune.metrics.suite import MetricOptions
 
     network = NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
     options = SampleOptions(
         with_ema(source, ema), seed, count, runtime, checkpoint, None, network, tuple(condition or ()),
         steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps),
     )  # fmt: skip
-    scoring = command.Scoring(
-        data, _names(features), _names(metrics), MetricOptions(neighbours, bootstrap), real_count, held_out_data
-    )
+    scoring = command.Scoring(data, _names(features), _names(metrics), neighbours, bootstrap, real_count, held_out_data)
     with _bar() as observe:
         result = command.evaluate(options, scoring, observe)
     heads = ("encoder", "metric", "value", "95 % interval", "perfect")
@@ -92,7 +88,7 @@ def evaluate(
     show_table(title, heads, command.rows(result), json)
     write_json(json, result)
     if plot:
-        draw_metrics(result, plot)
+        command.plot(result, plot)
         say(f"{plot}: the values as a picture")
 
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+SCALARS: tuple[str, ...] = ("loss", "held_out", "gradient")
 TITLES = {"loss": "MMD² (loss)", "held_out": "held-out Fréchet distance"}
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
     """The numbers of one line of the log by name: ``loss``, ``held_out``, the losses by encoder, further metrics."""
-    flat = {key: float(line[key]) for key in ("loss", "held_out", "gradient") if key in line}
+    flat: dict[str, float] = {key: float(line[key]) for key in SCALARS if key in line}
     for group in ("losses", "metrics"):
         flat |= {f"{group}/{name}": float(value) for name, value in line.get(group, {}).items()}
     return flat

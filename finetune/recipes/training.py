@@ -98,7 +98,7 @@ def pixels(images: Tensor, *, flip: bool) -> Tensor:
 
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * weights."""
-    kept, new = list(average.parameters()), [parameter.detach() for parameter in model.parameters()]
+    kept, new = ([parameter.detach() for parameter in net.parameters()] for net in (average, model))
     torch._foreach_lerp_(kept, new, 1.0 - decay)
 
 
@@ -132,5 +132,5 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 def save_script(features: nn.Module, images: Tensor, path: str) -> None:
     """Freeze ``features`` (images in [-1, 1] to (N, d)) into a TorchScript file, traced on ``images``."""
     with torch.no_grad():
-        traced = torch.jit.trace(features.cpu().eval().requires_grad_(False), images.cpu())  # type: ignore[no-untyped-call]
+        traced = torch.jit.trace(features.cpu().eval().requires_grad_(False), images.cpu())
     torch.jit.save(traced, path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,15 @@ class Scoring:
     data: str = DIGITS
     encoders: tuple[str, ...] = ("digits-conv", "digits-mlp")
     metrics: tuple[str, ...] = ("frechet",)
-    options: MetricOptions = field(default_factory=MetricOptions)
+    neighbours: int = 5
+    resamples: int = 200
     real_count: int | None = None
     held_out_data: str | None = None
+
+    @property
+    def options(self) -> MetricOptions:
+        """The part that the metrics take."""
+        return MetricOptions(self.neighbours, self.resamples)
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def evaluate(
     return {
         "source": options.source.rstrip("/").rsplit("/", 1)[-1], "count": options.count, "seed": options.seed,
         "real_images": len(images.real), "held_out_images": 0 if images.held_out is None else len(images.held_out),
-        "neighbours": scoring.options.neighbours, "resamples": scoring.options.resamples,
+        "neighbours": scoring.neighbours, "resamples": scoring.resamples,
         "metrics": metrics, "class_shares": shares,
     }  # fmt: skip
 
@@ -96,6 +103,13 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
         for encoder, by_name in result["metrics"].items()
         for name, found in by_name.items()
     ]
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draw ``result`` as a PNG."""
+    from mmd_finetune.metrics.picture import draw_metrics
+
+    draw_metrics(result, path)
 
 
 def _interval(found: dict[str, float | None]) -> str:
@@ -134,7 +148,7 @@ def _tensor(images: NDArray[np.float32]) -> Tensor:
 
 
 def _require_enough(count: int, real: int, scoring: Scoring) -> None:
-    k = scoring.options.neighbours
+    k = scoring.neighbours
     if set(NEIGHBOUR_METRICS) & set(scoring.metrics) and not 1 <= k < min(count, real):
         raise UsageError(
             f"--neighbours is {k}, there are {count} samples and {real} real images; give 1 to {min(count, real) - 1}, "
@@ -160,7 +174,7 @@ def _draw(options: SampleOptions, real: Tensor, encoders: list[Encoder], scoring
                     "(channels, height, width)"
                 )
             for encoder in encoders:
-                require_fit(encoder, shape)
+                require_fit(encoder, (shape[0], shape[1], shape[2]))
         parts.append(part)
         observe("drawing", sum(map(len, parts)), options.count)
     return torch.cat(parts)

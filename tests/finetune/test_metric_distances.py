@@ -12,6 +12,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from mmd_finetune.kernels import Cubic, Gaussian
 from mmd_finetune.metrics import kernel_distance
+from mmd_finetune.metrics.bootstrap import multiplicities
 from mmd_finetune.metrics.frechet import frechet
 from mmd_finetune.metrics.kernel_distance import CMMD_SCALE, cmmd, kid
 from mmd_finetune.mmd import unbiased_mmd2
@@ -102,7 +103,7 @@ def test_a_row_drawn_twice_never_meets_itself() -> None:
     # The draws of the U-statistic are centred on the estimate: no bias from k(x, x). A V-statistic would be off by
     # (mean k(x, x) - mean k(x, y)) / n, ten times the bound here.
     x, y = points(60, 6, seed=12), points(60, 6, seed=13)
-    weights = kernel_distance.multiplicities(60, 4000, 0)
+    weights = multiplicities(60, 4000, 0)
     draws = kernel_distance._within(Cubic(), x, weights)
     bias = float(draws[1:].mean() - draws[0])
     diagonal = float(Cubic()(x, x).diagonal().mean() - draws[0]) / 60.0

@@ -55,7 +55,8 @@ def events(place: Path) -> EventAccumulator:
 
 
 def test_events_are_those_of_the_log(tiny_settings: FinetuneSettings) -> None:
-    settings, seen = tiny_settings.model_copy(update={"metrics": ("kid",)}), []
+    settings = tiny_settings.model_copy(update={"metrics": ("kid",)})
+    seen: list[Report] = []
     with TensorBoard(settings.out, seen.append) as observer:
         tune(settings, observer=observer)
     found, logged = events(settings.out), lines(settings)

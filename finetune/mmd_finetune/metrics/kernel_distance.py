@@ -35,8 +35,8 @@ def cmmd(real: Tensor, generated: Tensor, resamples: int, seed: int) -> Measured
     Features (M, d) and (N, d). Meant for CLIP's. The released code takes the biased estimate, which is larger by
     about 1000 (1 - mean k) (1/N + 1/M).
     """
-    unit = [F.normalize(features.double(), dim=1) for features in (real, generated)]
-    found = _mmd2(Gaussian((CMMD_SIGMA**2,)), *unit, resamples, seed)
+    y, x = (F.normalize(features.double(), dim=1) for features in (real, generated))
+    found = _mmd2(Gaussian((CMMD_SIGMA**2,)), y, x, resamples, seed)
     low, high = (None if bound is None else CMMD_SCALE * bound for bound in (found.low, found.high))
     return Measured(CMMD_SCALE * found.value, low, high)
 
