@@ -110,16 +110,21 @@ def arguments_of(description: str, budgets: Sequence[int], runs: Path, out: Path
     return parser
 
 
+# What the paper's loop does beyond its config files: real features of the batch alone, one plain sum of the losses.
+PAPER = {"reference": "batch", "balance": "equal"}
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A config file of ``finetune``, and what the study sets beside it."""
+    """A config file of ``finetune``, and what the study sets beside it; settings that do not exist are left out."""
 
     config: Path
     given: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self, **values: Any) -> FinetuneSettings:
         """The whole; ``values`` win."""
-        return make_settings({**self.given, **values}, self.config)
+        known = {name: value for name, value in self.given.items() if name in FinetuneSettings.model_fields}
+        return make_settings({**known, **values}, self.config)
 
 
 def study(

@@ -27,7 +27,7 @@ from numpy.typing import NDArray  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.budget_tables import reaches  # noqa: E402
-from benchmarks.budgets import Recipe, Ruler, arguments_of, study  # noqa: E402
+from benchmarks.budgets import PAPER, Recipe, Ruler, arguments_of, study  # noqa: E402
 from benchmarks.cells import CellFile  # noqa: E402
 from benchmarks.cifar10_encoders import ENCODERS, load  # noqa: E402
 from benchmarks.common import RESULTS  # noqa: E402
@@ -117,7 +117,7 @@ def recipes_of(folder: Path, *, smoke: bool) -> dict[str, Recipe]:
             "model": str(folder / "base"), "data": str(folder / "train.npz"),
             "features": tuple(f"torchscript:{folder / encoder}.pt" for encoder in FEATURES[name]),
             "holdout": f"torchscript:{folder / JUDGE}.pt",
-        } | (OURS if name == "ours" else {})  # fmt: skip
+        } | (OURS if name == "ours" else PAPER)  # fmt: skip
         made[name] = Recipe(config, given | (SMOKE if smoke else {}))
     return made
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 import torch
 
 from benchmarks.budget_tables import beats_the_paper, keeps_recall, reaches
-from benchmarks.budgets import Recipe, Ruler, arguments_of, study
+from benchmarks.budgets import PAPER, Recipe, Ruler, arguments_of, study
 from benchmarks.cells import CellFile
 from benchmarks.common import RESULTS, ROOT
 from mmd_finetune.digits import load_digits_split
 from mmd_finetune.features import load_encoder
 
 RECIPES = {
-    "paper": Recipe(ROOT / "finetune/configs/digits-paper.toml"),
+    "paper": Recipe(ROOT / "finetune/configs/digits-paper.toml", PAPER),
     "ours": Recipe(ROOT / "finetune/configs/digits-long.toml"),
 }
 BUDGETS = (5, 3, 10, 2, 1, 15, 20)

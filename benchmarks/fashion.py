@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.budget_tables import beats_the_paper, keeps_recall, reaches
-from benchmarks.budgets import Recipe, Ruler, arguments_of, study
+from benchmarks.budgets import PAPER, Recipe, Ruler, arguments_of, study
 from benchmarks.cells import CellFile
 from benchmarks.common import RESULTS, ROOT
 from mmd_finetune.data import load_images
@@ -46,7 +46,8 @@ def main() -> None:
     file = CellFile(arguments.out, "benchmarks/fashion.py", facts)
     given = {"model": str(base / "base"), "data": str(base / "train.npz"), "holdout": scripts[1]}
     recipes = {
-        name: Recipe(config, given | {"features": (scripts[0], *more)}) for name, (config, more) in CONFIGS.items()
+        name: Recipe(config, given | {"features": (scripts[0], *more)} | (PAPER if name == "paper" else {}))
+        for name, (config, more) in CONFIGS.items()
     }
     study(file, ruler, recipes, arguments, UNTUNED)
     print({

@@ -2,7 +2,7 @@
 
 ``--data`` is an .npz with ``x_train``, ``y_train``, ``x_test``, ``y_test`` (uint8; N, 28, 28). Into ``--out`` go
 ``base/`` (a diffusers folder), ``train.npz`` and ``test.npz``, ``fashion-conv.pt`` for the loss and
-``fashion-residual.pt`` to judge (TorchScript), and ``training.json`` with the curve. Minutes on a GPU, a night on 2
+``fashion-residual.pt`` to judge (TorchScript), and ``training.json`` with the curve. Meant for a GPU: many hours on 2
 cores.
 """
 
