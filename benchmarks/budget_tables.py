@@ -36,19 +36,22 @@ def budget_rows(result: Mapping[str, Any]) -> Table:
 
 
 def _scores(found: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    columns: list[Callable[[Mapping[str, Any]], float]] = [
+    columns: list[Callable[[Mapping[str, Any]], float | None]] = [
         lambda cell: cell["held_out_distance"],
         lambda cell: cell["loss_encoder_distance"],
         lambda cell: cell["recall"],
         lambda cell: cell["memorisation"]["value"],
-        lambda cell: cell["copying"]["value"],
+        lambda cell: None if cell["copying"] is None else cell["copying"]["value"],
     ]
     return tuple(_range([column(cell) for cell in found]) for column in columns)
 
 
-def _range(values: Sequence[float]) -> str:
-    """One number, or the lowest and the highest."""
-    low, high = f"{min(values):.3f}", f"{max(values):.3f}"
+def _range(values: Sequence[float | None]) -> str:
+    """One number, or the lowest and the highest; empty where one is not defined."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return ""
+    low, high = f"{min(known):.3f}", f"{max(known):.3f}"
     return low if low == high else f"{low} to {high}"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.cells import CellFile, digest
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.denoiser import AtTimesteps
+from mmd_export.errors import UsageError
 from mmd_export.unroll import UnrolledSampler
 from mmd_finetune.features import Encoder
 from mmd_finetune.loop import tune
@@ -64,14 +65,14 @@ class Ruler:
         sets = [Features(self.judge.name, real, part, OPTIONS, training, held_out) for part in drawn.split(self.count)]
         recalls = [measure(("recall",), each)["recall"].value for each in sets]
         pooled = Features(self.judge.name, real, drawn, OPTIONS, training, held_out)
-        copies = measure(("memorisation", "copying"), pooled)
         mine = frechet_distance(self._encode(self.loss_encoder, self.real), self._encode(self.loss_encoder, images))
         return {
             "held_out_distance": round(frechet_distance(real, drawn), 4),
             "held_out_distance_by_draw": [round(frechet_distance(real, each.generated), 4) for each in sets],
             "loss_encoder_distance": round(mine, 4),
             "recall": round(sum(recalls) / len(recalls), 4),
-            **{name: found.to_dict() for name, found in copies.items()},
+            "memorisation": measure(("memorisation",), pooled)["memorisation"].to_dict(),
+            "copying": _copying(pooled),
         }
 
     def _encode(self, encoder: Encoder, images: Tensor) -> Tensor:
@@ -79,6 +80,15 @@ class Ruler:
         with torch.inference_mode():
             parts = [encode(part.to(self.device)) for part in images.split(ENCODED_AT_ONCE)]
         return torch.cat(parts)
+
+
+def _copying(sets: Features) -> dict[str, float | None] | None:
+    """C_T; None where samples of a few steps crowd into so few cells that it is not defined."""
+    try:
+        return measure(("copying",), sets)["copying"].to_dict()
+    except UsageError as error:
+        print(error, flush=True)
+        return None
 
 
 def tuned(settings: FinetuneSettings, ruler: Ruler) -> Callable[[], dict[str, Any]]:

@@ -48,18 +48,20 @@ OURS: dict[str, Any] = {
 }  # fmt: skip
 SMOKE: dict[str, Any] = {"iterations": 1, "batch_size": 4, "evaluate_every": 1, "evaluate_count": 8, "metrics": ()}
 
+SMOKE_IMAGES = 200
 
-def new_denoiser() -> UNet2DModel:
+
+def new_denoiser(widths: tuple[int, ...] = (64, 128, 256, 256)) -> UNet2DModel:
     """UNet of 25 M parameters: 32, 16, 8 and 4 pixels, attention at 8."""
     return UNet2DModel(
         sample_size=32,
         in_channels=3,
         out_channels=3,
         layers_per_block=2,
-        block_out_channels=(64, 128, 256, 256),
+        block_out_channels=widths,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        attention_head_dim=64,
+        attention_head_dim=32,
     )
 
 
@@ -84,7 +86,7 @@ def prepare(folder: Path, data: Path, device: torch.device, *, smoke: bool) -> P
     images = read(data)
     training, held_out = images[:TRAINING_IMAGES], images[TRAINING_IMAGES:]
     if smoke:
-        training, held_out = training[:64], held_out[:64]
+        training, held_out = training[:SMOKE_IMAGES], held_out[:SMOKE_IMAGES]
     for name, part in (("train", training), ("test", held_out)):
         np.savez(folder / f"{name}.npz", images=part)
     for name in ENCODERS:
@@ -98,10 +100,10 @@ def prepare(folder: Path, data: Path, device: torch.device, *, smoke: bool) -> P
 def train_base(folder: Path, training: Tensor, held_out: Tensor, *, smoke: bool) -> None:
     """``base/`` and ``training.json``."""
     torch.manual_seed(0)
-    model, scheduler = new_denoiser().to(training.device), DDIMScheduler(clip_sample=True)
+    model, scheduler = (new_denoiser((32, 32, 32, 32)) if smoke else new_denoiser()), DDIMScheduler()
     plan = Training(steps=2, batch=4) if smoke else BASE
     start = time.perf_counter()
-    average, curve = train_denoiser(model, scheduler, training, held_out, plan)
+    average, curve = train_denoiser(model.to(training.device), scheduler, training, held_out, plan)
     average.cpu().save_pretrained(folder / "base/unet")
     scheduler.save_pretrained(folder / "base/scheduler")
     seconds = round(time.perf_counter() - start, 1)

@@ -89,6 +89,8 @@ def test_rows_are_ordered_by_budget_and_show_the_seeds() -> None:
     assert [row[0] for row in rows] == [
         "3, ours", "5, untuned", "5, the paper's recipe", "5, ours", "20, untuned", "50, untuned",
     ]  # fmt: skip
+    _, (without,) = budget_rows({"cells": {"untuned/1": cell(99.0) | {"copying": None}}})
+    assert without == ("1, untuned", "1", "99.000", "49.500", "0.500", "0.500", "")
     assert rows[3][1:4] == ("2", "0.200 to 0.350", "0.100 to 0.175")
     assert all(len(row) == len(heads) for row in rows)
     assert [row[1] for row in target_rows({"cells": CELLS}, ((5, 20), (5, 50), (2, 20)))[1]] == [

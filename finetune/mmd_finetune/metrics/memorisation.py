@@ -46,17 +46,18 @@ def copying(training: Tensor, held_out: Tensor, generated: Tensor, resamples: in
     """
     from sklearn.cluster import KMeans
 
-    cells = KMeans(CELLS, n_init=1, random_state=seed).fit(training.cpu().numpy())
+    clusters = KMeans(CELLS, n_init=1, random_state=seed).fit(training.cpu().numpy())
     sides = []
     for features in (held_out, generated):
-        labels = torch.from_numpy(cells.predict(features.cpu().numpy())).long()
+        labels = torch.from_numpy(clusters.predict(features.cpu().numpy())).long()
         sides.append((labels, nearest(features, training).cpu()))
+    cells = _large_cells(*(labels for labels, _ in sides))
     draws = zip(*(resampled_rows(len(labels), resamples, seed + i) for i, (labels, _) in enumerate(sides)), strict=True)
     values = [
-        _over_cells(*((labels[rows], distances[rows]) for rows, (labels, distances) in zip(pair, sides, strict=True)))
+        _over_cells(cells, *((labels[rows], apart[rows]) for rows, (labels, apart) in zip(pair, sides, strict=True)))
         for pair in draws
     ]
-    return centred_interval(_over_cells(*sides), torch.tensor(values, dtype=torch.float64))
+    return centred_interval(_over_cells(cells, *sides), torch.tensor(values, dtype=torch.float64))
 
 
 def nearest(x: Tensor, y: Tensor) -> Tensor:
@@ -76,19 +77,26 @@ def z_score(held_out: Tensor, generated: Tensor) -> float:
     return float((u - n * m / 2.0) / (n * m * (n + m + 1) / 12.0) ** 0.5)
 
 
-def _over_cells(held_out: tuple[Tensor, Tensor], generated: tuple[Tensor, Tensor]) -> float:
-    """The mean of the cells' Z, weighed by the held-out images in them; each side is (labels, distances)."""
-    total, weight = 0.0, 0
-    for cell in range(CELLS):
-        p, q = (distances[labels == cell] for labels, distances in (held_out, generated))
-        if min(len(p), len(q)) >= SMALLEST_CELL:
-            total, weight = total + len(p) * z_score(p, q), weight + len(p)
-    if not weight:
+def _large_cells(held_out: Tensor, generated: Tensor) -> list[int]:
+    """Cells with enough images of both kinds; labels (n,) and (m,). Raises UsageError if there is none."""
+    counts = [torch.bincount(labels, minlength=CELLS) for labels in (held_out, generated)]
+    cells = [cell for cell in range(CELLS) if min(int(count[cell]) for count in counts) >= SMALLEST_CELL]
+    if not cells:
         raise UsageError(
-            f"copying: {len(held_out[0])} held-out and {len(generated[0])} generated images leave no cell of {CELLS} "
+            f"copying: {len(held_out)} held-out and {len(generated)} generated images leave no cell of {CELLS} "
             f"with {SMALLEST_CELL} of both; give more of them"
         )
-    return total / weight
+    return cells
+
+
+def _over_cells(cells: list[int], held_out: tuple[Tensor, Tensor], generated: tuple[Tensor, Tensor]) -> float:
+    """The mean of the cells' Z, weighed by the held-out images in them; each side is (labels, distances)."""
+    total, weight = 0.0, 0
+    for cell in cells:
+        p, q = (distances[labels == cell] for labels, distances in (held_out, generated))
+        if len(p) and len(q):  # a draw may leave a cell empty
+            total, weight = total + len(p) * z_score(p, q), weight + len(p)
+    return total / max(weight, 1)
 
 
 def _none_drawn(c: Tensor, total: int, drawn: int) -> Tensor:
