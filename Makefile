@@ -9,6 +9,7 @@ JOBS ?= 2
 PYTHON ?= python3
 OUT ?= benchmarks/results
 PART ?= all
+DATA ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -53,8 +54,8 @@ bench: setup  ## measure everything that the README states, into benchmarks/resu
 docs: tables  ## the tables, and the page of all commands
 	$(BIN)/typer mmd_export.cli utils docs --name mmd-export --output docs/commands.md
 
-gpu:  ## measure on an NVIDIA GPU; PYTHON=, OUT=, PART= choose; needs no .venv
-	$(PYTHON) benchmarks/gpu.py --out $(OUT) --part $(PART)
+gpu:  ## measure on an NVIDIA GPU; PYTHON=, OUT=, PART=, DATA= choose; needs no .venv
+	$(PYTHON) benchmarks/gpu.py --out $(OUT) --part $(PART) $(if $(DATA),--data $(DATA))
 
 digits: setup  ## train the built-in model and its encoders again
 	$(BIN)/python finetune/recipes/train_digits.py

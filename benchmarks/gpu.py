@@ -1,8 +1,9 @@
-"""Everything that wants an NVIDIA GPU, in one command: ``make gpu OUT=folder [PART=latency|parity|tune]``.
+"""Everything that wants an NVIDIA GPU, in one command: ``make gpu OUT=folder [PART=latency|parity|tune|cifar10]``.
 
 Each part writes ``gpu_<part>.json`` to the folder and is skipped if that file is there, so a broken run goes on where
 it was. Needs torch with CUDA and diffusers; runs from the source tree without an installation. ``--device cpu --smoke``
-tries the code out where there is no GPU and marks its result so.
+tries the code out where there is no GPU and marks its result so. Part ``cifar10`` needs ``DATA=folder``, see
+``benchmarks/cifar10.py``; it goes on cell by cell, and its run folders stay in ``runs/cifar10``.
 """
 
 from __future__ import annotations
@@ -197,13 +198,39 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"steps": STEPS, "run": facts}
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"parity": parity, "latency": latency, "tune": tune}
+def cifar10_budgets(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A base model trained and tuned on CIFAR-10, by step budget."""
+    from benchmarks import cifar10 as budgets
+
+    if arguments.data is None or not (arguments.data / "weights").is_dir():
+        raise SystemExit(f"part cifar10: --data {arguments.data} has no weights/; make gpu PART=cifar10 DATA=folder")
+    return budgets.run(
+        argparse.Namespace(
+            steps=budgets.BUDGETS[:1] if arguments.smoke else budgets.BUDGETS,
+            seeds=[0],
+            methods=["untuned", "ours"],
+            device=arguments.device,
+            runs=ROOT / ("runs/cifar10-smoke" if arguments.smoke else "runs/cifar10"),
+            out=arguments.out / "cifar10.json",
+            data=arguments.data,
+            smoke=arguments.smoke,
+        )
+    )
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "parity": parity,
+    "latency": latency,
+    "tune": tune,
+    "cifar10": cifar10_budgets,
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--part", choices=(*PARTS, "all"), default="all")
+    parser.add_argument("--data", type=Path, help="what part cifar10 works on")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="few rounds, to try the script out")
     arguments = parser.parse_args()
@@ -212,7 +239,9 @@ def main() -> int:
         return 3
     for name, part in PARTS.items():
         path = arguments.out / f"gpu_{name}.json"
-        if arguments.part not in (name, "all"):
+        if arguments.part not in (name, "all") or (
+            arguments.part == "all" and name == "cifar10" and not arguments.data
+        ):
             continue
         if path.exists():
             print(f"{path.name} is there already; delete it to measure again")

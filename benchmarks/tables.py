@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.budget_tables import ablation_rows, budget_rows, draw_budgets
+from benchmarks.budget_tables import target_rows as reached_rows
 from benchmarks.finetune_tables import speed_rows
 from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
 from benchmarks.target_tables import target_rows
@@ -31,6 +33,7 @@ PAGES = (
     "docs/coreml.md",
     "docs/estimators.md",
     "docs/tuning-options.md",
+    "docs/finetuning.md",
 )
 NOT_MEASURED = "not measured"
 
@@ -320,6 +323,36 @@ def finetune_speed() -> str:
     return markdown(*speed_rows(results)) if results else NOT_MEASURED
 
 
+# The studies of step budgets in docs/finetuning.md: which budget of ours is held against which untuned one.
+BUDGETS = {"digits_budgets": ((5, 50), (3, 20)), "fashion": ((5, 20),), "cifar10": ((5, 20),)}
+
+
+def of_budgets(name: str) -> Callable[[], str]:
+    """All cells of one study, and the picture of them."""
+
+    def table() -> str:
+        result = read(f"{name}.json")
+        picture = f"![distance and recall by step budget](images/{name}.png)"
+        return NOT_MEASURED if result is None else f"{markdown(*budget_rows(result))}\n\n{picture}"
+
+    return table
+
+
+def of_targets(name: str) -> Callable[[], str]:
+    """What one study was to reach."""
+
+    def table() -> str:
+        return markdown(*reached_rows(read(f"{name}.json") or {"cells": {}}, BUDGETS[name]))
+
+    return table
+
+
+def ablation() -> str:
+    """Kernel x estimator x reference x batch."""
+    result = read("mmd_ablation.json")
+    return NOT_MEASURED if result is None else markdown(*ablation_rows(result))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "finetune_speed": finetune_speed,
     "coreml": coreml,
@@ -340,6 +373,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "int8": of_precisions(int8_rows),
     "tuning_choices": of_result("plan_learning.json", choice_rows),
     "quantisation_aware": of_result("quantisation_aware.json", aware_rows),
+    "mmd_ablation": ablation,
+    **{name: of_budgets(name) for name in BUDGETS},
+    **{f"{name}_targets": of_targets(name) for name in BUDGETS},
 }
 
 
@@ -356,6 +392,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
+    for name in () if check else BUDGETS:
+        if (result := read(f"{name}.json")) is not None:
+            draw_budgets(result, ROOT / f"docs/images/{name}.png")
     for name in PAGES:
         page = ROOT / name
         text = page.read_text(encoding="utf-8")

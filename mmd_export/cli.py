@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 
 from mmd_export.cli_build import BUILD_EXAMPLES, FINALIZE_EXAMPLES, build, finalize
 from mmd_export.cli_data import Balance, Crop, FeatureCacheSwitch, Features, Flip, Holdout, HoldoutFraction, Resize
+from mmd_export.cli_evaluate import EVALUATE_EXAMPLE, evaluate
 from mmd_export.cli_finetune import (
     Autocast,
     BatchSize,
@@ -134,6 +136,13 @@ def finetune(
     spacing: Spacing = None,
     timesteps: Timesteps = None,
     ema: Ema = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="further held-out metrics for the log, as recall,kid; comma-separated", show_default=False),
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="also write TensorBoard events into the run folder")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
     tune_weights: Tune = None,
     lora_rank: LoraRank = None,
@@ -148,6 +157,7 @@ def finetune(
     from mmd_finetune.loop import tune
     from mmd_finetune.progress import ProgressBar
     from mmd_finetune.settings import make_settings
+    from mmd_finetune.tensorboard import TensorBoard
     from mmd_finetune.world import is_first_process
 
     given = {
@@ -161,9 +171,10 @@ def finetune(
         "compile": compile_network, "device": device,
         "tune": tune_weights, "lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_targets": lora_targets,
         "learn": learn, "plan_learning_rate": plan_lr, "precision": precision, "calibration": calibration,
+        "metrics": metrics,
     }  # fmt: skip
     settings = make_settings(given, config)
-    with ProgressBar() as observer:
+    with ProgressBar() as bar, TensorBoard(settings.out, bar) if tensorboard else nullcontext(bar) as observer:
         result = tune(settings, resume=resume, observer=observer)
     if not is_first_process():
         return
@@ -290,46 +301,7 @@ def sample(
     show(f"{out}: {count} images of seed {seed}")
 
 
-@app.command(epilog="Example: mmd-export evaluate runs/digits-5 --data digits")
-def evaluate(
-    source: Source,
-    data: Annotated[str, typer.Option(help="digits, a .npz or .npy file, or a folder of images")] = "digits",
-    features: Annotated[str, typer.Option(help="encoders, comma-separated")] = "digits-conv,digits-mlp",
-    count: Annotated[int, typer.Option(help="samples to draw")] = 1797,
-    seed: Annotated[int, typer.Option(help="of the noise")] = 1,
-    runtime: RuntimeName = None,
-    checkpoint: CheckpointOption = None,
-    steps: Steps = None,
-    sampler: Sampler = None,
-    eta: Eta = None,
-    spacing: Spacing = None,
-    timesteps: Timesteps = None,
-    ema: Ema = None,
-    json: JsonFile = None,
-    condition: Conditions = None,
-    guidance_scale: GuidanceScale = None,
-    guidance_form: GuidanceForm = "auto",
-    null_label: NullLabel = None,
-    text_length: TextLength = None,
-) -> None:
-    """Score samples against real images: Frechet distance on each encoder, and the share of each class."""
-    from mmd_export.commands.evaluate import evaluate as score
-    from mmd_export.commands.sample import SampleOptions
-
-    network = NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
-    options = SampleOptions(
-        with_ema(source, ema), seed, count, runtime, checkpoint, None, network, tuple(condition or ()),
-        steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps),
-    )  # fmt: skip
-    result = score(options, data, tuple(name.strip() for name in features.split(",")), say)
-    rows = [(name, f"{value:.3f}") for name, value in result["frechet_distance"].items()]
-    show_table(
-        f"Frechet distance of {count} samples to {result['real_images']} real images",
-        ("encoder", "distance"),
-        rows,
-        json,
-    )
-    write_json(json, result)
+app.command(epilog=EVALUATE_EXAMPLE)(evaluate)
 
 
 @app.command(epilog="Example: mmd-export inspect digits --timesteps 999,749,499,249 --plot plan.png")

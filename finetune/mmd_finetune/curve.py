@@ -1,4 +1,4 @@
-"""The curve of a run: loss and held-out distance by iteration."""
+"""The curves of a run: loss, held-out distance and further metrics by iteration."""
 
 from __future__ import annotations
 
@@ -6,21 +6,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+SCALARS: tuple[str, ...] = ("loss", "held_out", "gradient")
+TITLES = {"loss": "MMD² (loss)", "held_out": "held-out Fréchet distance"}
+
+
+def scalars(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers of one line of the log by name: ``loss``, ``held_out``, the losses by encoder, further metrics."""
+    flat: dict[str, float] = {key: float(line[key]) for key in SCALARS if key in line}
+    for group in ("losses", "metrics"):
+        flat |= {f"{group}/{name}": float(value) for name, value in line.get(group, {}).items()}
+    return flat
+
 
 def draw_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the log's ``loss`` and ``held_out`` into a PNG; matplotlib without a display."""
+    """Draw loss, held-out distance and further metrics of the log into a PNG; matplotlib without a display."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    loss_axis, distance_axis = figure.subplots(1, 2)
-    for axis, key, title in (
-        (loss_axis, "loss", "MMD² (loss)"),
-        (distance_axis, "held_out", "held-out Fréchet distance"),
-    ):
-        points = [(line["iteration"], line[key]) for line in lines if key in line]
-        axis.plot([x for x, _ in points], [y for _, y in points], marker="." if key == "held_out" else "")
-        axis.set(xlabel="iteration", title=title)
+    points: dict[str, list[tuple[int, float]]] = {"loss": [], "held_out": []}
+    for line in lines:
+        for name, value in scalars(line).items():
+            if name in points or name.startswith("metrics/"):
+                points.setdefault(name, []).append((line["iteration"], value))
+    figure = Figure(figsize=(3.5 * len(points), 3.2), layout="constrained")
+    for axis, (name, curve) in zip(figure.subplots(1, len(points)), points.items(), strict=True):
+        axis.plot([x for x, _ in curve], [y for _, y in curve], marker="" if name == "loss" else ".")
+        axis.set(xlabel="iteration", title=TITLES.get(name, name.removeprefix("metrics/")))
         axis.grid(alpha=0.3)
-    if all(line["held_out"] > 0 for line in lines if "held_out" in line):
-        distance_axis.set_yscale("log")
+        if name == "held_out" and all(y > 0 for _, y in curve):
+            axis.set_yscale("log")
     figure.savefig(path, dpi=110, metadata={"Software": None})

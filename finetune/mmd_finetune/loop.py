@@ -206,11 +206,12 @@ def _evaluate(task: Task, state: TuningState) -> dict[str, Any]:
 
 
 def _measure(task: Task, denoiser: nn.Module, iteration: int) -> dict[str, Any]:
-    """``held_out``, the distance that decides, and that of every held-out encoder, on the same samples."""
+    """``held_out``, the distance that decides, that of every held-out encoder, and ``metrics``, on the same samples."""
     images = task.samples(denoiser, SELECTION_SEED)
     distances = task.world.first_does(lambda: task.held_out_distances(images))
     _require_finite("held-out distance", distances, iteration)
-    return {"held_out": distances[task.holdout.name], "held_out_by_encoder": distances}
+    further = task.world.first_does(lambda: task.further_metrics(images))
+    return {"held_out": distances[task.holdout.name], "held_out_by_encoder": distances, **further}
 
 
 def _require_finite(what: str, by_encoder: dict[str, float], iteration: int) -> None:

@@ -43,6 +43,7 @@ class FinetuneSettings(BaseModel):
         ema_decay: average <- ema_decay * average + (1 - ema_decay) * weights after every iteration.
         clip_gradient: largest norm of the whole gradient.
         evaluate_every: iterations between two held-out evaluations, each of ``evaluate_count`` samples of the average.
+        metrics: further metrics of those samples for the log, see ``mmd_finetune.metrics.suite``; they decide nothing.
         patience: stop after so many evaluations without a new best; None never stops early.
         tune: which weights: ``all``, ``lora`` (merged into the weights at the end), ``norm-bias`` or ``none``.
         lora_rank: of the adapters, 8 by default; ``lora_alpha`` scales them by alpha / rank, 1 by default;
@@ -89,6 +90,7 @@ class FinetuneSettings(BaseModel):
     clip_gradient: float = Field(default=1.0, gt=0.0)
     evaluate_every: int = Field(default=20, ge=1)
     evaluate_count: int = Field(default=1024, ge=2)
+    metrics: tuple[str, ...] = ()
     patience: int | None = Field(default=None, ge=1)
     tune: Literal["all", "lora", "norm-bias", "none"] = "all"
     lora_rank: int | None = Field(default=None, ge=1)
@@ -104,7 +106,7 @@ class FinetuneSettings(BaseModel):
     compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
-    @field_validator("features", "holdout", "lora_targets", mode="before")
+    @field_validator("features", "holdout", "lora_targets", "metrics", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         """``a,b`` as the command line gives it."""
@@ -115,6 +117,15 @@ class FinetuneSettings(BaseModel):
     def _box(cls, value: Any) -> Any:
         """``left,top,width,height`` as the command line gives it."""
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("metrics")
+    @classmethod
+    def _measurable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Known names, each once, none that needs images outside the training set."""
+        from mmd_finetune.metrics.suite import require_while_tuning
+
+        require_while_tuning(value)
+        return value
 
     @field_validator("timesteps", mode="before")
     @classmethod
@@ -152,6 +163,17 @@ class FinetuneSettings(BaseModel):
             )
         if self.autocast != "off" and self.precision != "fp32":
             raise ValueError(f"autocast is {self.autocast}, but precision {self.precision} sets the arithmetic")
+        return self
+
+    @model_validator(mode="after")
+    def _enough_neighbours(self) -> Self:
+        from mmd_finetune.metrics.suite import NEIGHBOUR_METRICS, MetricOptions
+
+        k, asked = MetricOptions().neighbours, [name for name in self.metrics if name in NEIGHBOUR_METRICS]
+        if asked and self.evaluate_count <= k:
+            raise ValueError(
+                f"metrics {', '.join(asked)} needs more than {k} samples, evaluate_count is {self.evaluate_count}"
+            )
         return self
 
     def plan_options(self) -> PlanOptions:

@@ -25,6 +25,7 @@ from mmd_finetune.feature_cache import FeatureCache, feature_folder
 from mmd_finetune.features import Encoder, load_encoders, require_names
 from mmd_finetune.kernels import parse_kernel
 from mmd_finetune.metrics import frechet_distance, sample_many, sampler_inputs
+from mmd_finetune.metrics.suite import Features, MetricOptions, measure
 from mmd_finetune.reference import LANDMARKS, Reference, encode_in_batches, make_reference
 from mmd_finetune.settings import SEED_LIMIT, FinetuneSettings
 from mmd_finetune.trainable import Trainable, make_emulation, make_trainable, require_continuous_time
@@ -160,6 +161,14 @@ class Task:
     def held_out_distances(self, images: Tensor) -> dict[str, float]:
         """The same in every held-out encoder, by name; the one that decides comes first."""
         return {holdout.encoder.name: _distance(holdout, images) for holdout in self.holdouts}
+
+    def further_metrics(self, images: Tensor) -> dict[str, Any]:
+        """``metrics``: name -> value in the held-out encoder, for the log; empty if the settings name none."""
+        if not self.settings.metrics:
+            return {}
+        features = encode_in_batches(self.holdout, images)
+        sets = Features(self.holdout.name, self.held_out_features, features, MetricOptions(resamples=0))
+        return {"metrics": {name: found.value for name, found in measure(self.settings.metrics, sets).items()}}
 
     def record(self) -> dict[str, Any]:
         """What makes the run what it is; resuming compares it. No path of this machine."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from mmd_export.plan_options import PlanOptions
 from mmd_export.runtime import RunOptions
 from mmd_runtime.chunks import run_in_batches
 
-TORCH_BATCH = 256
+PART = 256
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,17 @@ def is_bundle(source: str) -> bool:
 
 def sample(options: SampleOptions) -> NDArray[Any]:
     """Images float32 (N, C, H, W) in [-1, 1], or uint8 (N, H, W, C) from a bundle built so; latents are decoded."""
+    return np.concatenate(list(draw(options)))
+
+
+def draw(options: SampleOptions) -> Iterator[NDArray[Any]]:
+    """The same in parts, in order, so that a caller can count them; the source is checked before the first is drawn."""
     if options.count < 1:
         raise UsageError(f"--count is {options.count}; it must be at least 1")
     return _from_bundle(options) if is_bundle(options.source) else _from_model(options)
 
 
-def _from_bundle(options: SampleOptions) -> NDArray[Any]:
+def _from_bundle(options: SampleOptions) -> Iterator[NDArray[Any]]:
     bundle = Bundle.open(options.source)
     if bundle.gives_latents:
         raise UsageError(f"bundle {bundle.name} gives latents, no picture; build it with --decode")
@@ -65,7 +70,6 @@ def _from_bundle(options: SampleOptions) -> NDArray[Any]:
     specs = {spec.name: spec.shape for spec in bundle.manifest.inputs}
     channels, height, width = (int(size) for size in specs["noise"][1:])
     noisy = int(specs["step_noise"][0]) if "step_noise" in specs else 0
-    inputs: dict[str, NDArray[Any]] = dict(sampler_noise(options.seed, options.count, (channels, height, width), noisy))
     conditions = [
         Condition(
             spec.name, "int64" if spec.dtype == "int64" else "float32", tuple(int(size) for size in spec.shape[1:])
@@ -73,11 +77,21 @@ def _from_bundle(options: SampleOptions) -> NDArray[Any]:
         for spec in bundle.manifest.inputs
         if spec.name not in ("noise", "step_noise")
     ]
-    inputs |= _told(options, conditions, f"bundle {bundle.name}")
-    return run_in_batches(session, bundle, inputs)
+    told = _told(options, conditions, f"bundle {bundle.name}")
+    part = _part_size(bundle)
+    return (
+        run_in_batches(session, bundle, inputs)
+        for inputs in _inputs(options, (channels, height, width), noisy, told, part)
+    )
 
 
-def _from_model(options: SampleOptions) -> NDArray[Any]:
+def _part_size(bundle: Bundle) -> int:
+    """About PART images, in whole batches of the graph where it takes only one size."""
+    batch = bundle.manifest.batch.next_chunk(PART)
+    return max(1, PART // batch) * batch
+
+
+def _from_model(options: SampleOptions) -> Iterator[NDArray[Any]]:
     from mmd_export.checkpoint import load_checkpoint
     from mmd_export.reference import run_chain, sampler_of
 
@@ -87,15 +101,22 @@ def _from_model(options: SampleOptions) -> NDArray[Any]:
     plan = checkpoint.plan_for(**options.wanted)
     sampler = sampler_of(checkpoint, plan)
     told = _told(options, checkpoint.conditions, checkpoint.name)
-    parts = []
-    for first in range(0, options.count, TORCH_BATCH):
-        count = min(TORCH_BATCH, options.count - first)
-        inputs: dict[str, NDArray[Any]] = dict(
-            sampler_noise(options.seed, count, checkpoint.shape, plan.noisy_steps, first)
-        )
-        inputs |= {name: array[first : first + count] for name, array in told.items()}
-        parts.append(run_chain(sampler, inputs)["sample"])
-    return np.concatenate(parts)
+    parts = _inputs(options, checkpoint.shape, plan.noisy_steps, told, PART)
+    return (run_chain(sampler, inputs)["sample"] for inputs in parts)
+
+
+def _inputs(
+    options: SampleOptions,
+    shape: tuple[int, int, int],
+    noisy_steps: int,
+    told: Mapping[str, NDArray[Any]],
+    part: int,
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """Noise and conditions of all images, ``part`` at a time."""
+    for first in range(0, options.count, part):
+        count = min(part, options.count - first)
+        noise = sampler_noise(options.seed, count, shape, noisy_steps, first)
+        yield {**noise, **{name: array[first : first + count] for name, array in told.items()}}
 
 
 def _told(options: SampleOptions, conditions: Sequence[Condition], where: str) -> dict[str, NDArray[Any]]:

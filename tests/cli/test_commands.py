@@ -160,14 +160,6 @@ def test_verify_and_bench_say_where_nodes_run(command: Command, digits_bundle: P
     assert "pip install onnxruntime-directml" in err
 
 
-def test_evaluate_scores_on_both_encoders(command: Command, digits_bundle: Path) -> None:
-    code, out, err = command("evaluate", digits_bundle, "--count", 128, "--json", "-")
-    assert code == 0, err
-    result = json.loads(out)
-    assert set(result["frechet_distance"]) == {"digits-conv", "digits-mlp"}
-    assert sum(result["class_shares"]["digits-mlp"]) == pytest.approx(1.0)
-
-
 def test_tune_build_sample(command: Command, tmp_path: Path) -> None:
     run, bundle = tmp_path / "run", tmp_path / "bundle"
     small = ("--steps", 2, "--iterations", 1, "--batch-size", 8, "--out", run)

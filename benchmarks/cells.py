@@ -1,0 +1,60 @@
+"""Results that take long, cell by cell: what is measured is written at once, and a second run goes on behind it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import environment
+
+
+class CellFile:
+    """The cells of one result file: ``{key: {"settings": ..., "where": ..., results}}``.
+
+    Args:
+        path: the JSON file; what it holds is kept.
+        script: the script's name for the file.
+        facts: what holds for all cells, written beside them.
+    """
+
+    def __init__(self, path: Path, script: str, facts: Mapping[str, Any]) -> None:
+        self.path, self.script, self.facts = path, script, dict(facts)
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.cells: dict[str, dict[str, Any]] = known.get("cells", {})
+
+    def measure(self, key: str, settings: Mapping[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The cell ``key``: from the file if it was measured with these settings, else from ``work``."""
+        settings = json.loads(json.dumps(dict(settings)))
+        cell = self.cells.get(key)
+        if cell is not None and cell["settings"] == settings:
+            return cell
+        self.cells[key] = {"settings": settings, **work(), "where": where()}
+        self._write()
+        shown = {name: value for name, value in self.cells[key].items() if name not in ("settings", "where")}
+        print(key, shown, flush=True)
+        return self.cells[key]
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        values = {"script": self.script, "environment": environment(), **self.facts, "cells": self.cells}
+        partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
+        partial.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits for a folder's name, so that other settings get another folder."""
+    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def where() -> dict[str, Any]:
+    """The machine of one cell in short: cells of a file may come from several."""
+    described = environment()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else described["cpu"]
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -1,0 +1,33 @@
+"""The values of an evaluation as one picture: a panel for each metric, a bar for each encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmd_export.errors import UsageError
+
+
+def draw_metrics(result: Mapping[str, Any], path: Path) -> None:
+    """Draw ``result["metrics"]`` (encoder -> metric -> value, low, high) into a PNG; matplotlib without a display."""
+    from matplotlib.figure import Figure
+
+    by_encoder = result["metrics"]
+    names = list(next(iter(by_encoder.values())))
+    figure = Figure(figsize=(2.4 * len(names) + 1.0, 3.2), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for position, (encoder, found) in enumerate(by_encoder.items()):
+            value, low, high = (found[name][key] for key in ("value", "low", "high"))
+            reach = None if low is None else [[value - low], [high - value]]
+            axis.bar(position, value, yerr=reach, capsize=4, label=encoder)
+        axis.axhline(0.0, color="black", linewidth=0.8)
+        axis.set(title=name, xticks=[])
+        axis.grid(alpha=0.3, axis="y")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(by_encoder))
+    figure.suptitle(f"{result['source']}: {result['count']} samples")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, format="png", metadata={"Software": None})
+    except OSError as error:
+        raise UsageError(f"--plot {path} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,114 @@
+"""The command ``evaluate``: samples scored against real images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmd_export.cli_network import Conditions, GuidanceForm, GuidanceScale, NullLabel, TextLength
+from mmd_export.cli_options import (
+    CheckpointOption,
+    Ema,
+    Eta,
+    JsonFile,
+    RuntimeName,
+    Sampler,
+    Source,
+    Spacing,
+    Steps,
+    Timesteps,
+    listed,
+    positive,
+    with_ema,
+)
+from mmd_export.cli_output import say, show_table, write_json
+from mmd_export.errors import UsageError
+from mmd_export.network_options import NetworkOptions
+
+EVALUATE_EXAMPLE = "Example: mmd-export evaluate runs/digits-5 --data digits --metrics frechet,recall,memorisation"
+
+
+def evaluate(
+    source: Source,
+    data: Annotated[str, typer.Option(help="digits, a .npz or .npy file, or a folder of images")] = "digits",
+    features: Annotated[str, typer.Option(help="encoders, comma-separated")] = "digits-conv,digits-mlp",
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="frechet, kid, cmmd, precision, recall, density, coverage, memorisation, copying; comma-separated"
+        ),
+    ] = "frechet",
+    count: Annotated[int, typer.Option(help="samples to draw")] = 1797,
+    seed: Annotated[int, typer.Option(help="of the noise")] = 1,
+    real_count: Annotated[
+        int | None, typer.Option(help="real images to compare with; default: all", show_default=False)
+    ] = None,
+    held_out_data: Annotated[
+        str | None, typer.Option(help="images outside the training set, for memorisation, copying", show_default=False)
+    ] = None,
+    neighbours: Annotated[int, typer.Option(help="k of precision, recall, density, coverage")] = 5,
+    bootstrap: Annotated[int, typer.Option(help="draws behind each 95 % interval; 0: no intervals")] = 200,
+    plot: Annotated[Path | None, typer.Option(help="draw the values as a PNG", show_default=False)] = None,
+    runtime: RuntimeName = None,
+    checkpoint: CheckpointOption = None,
+    steps: Steps = None,
+    sampler: Sampler = None,
+    eta: Eta = None,
+    spacing: Spacing = None,
+    timesteps: Timesteps = None,
+    ema: Ema = None,
+    json: JsonFile = None,
+    condition: Conditions = None,
+    guidance_scale: GuidanceScale = None,
+    guidance_form: GuidanceForm = "auto",
+    null_label: NullLabel = None,
+    text_length: TextLength = None,
+) -> None:
+    """Score samples against real images: any metrics on any encoders, each with a bootstrap interval."""
+    positive("--real-count", real_count)
+    if bootstrap < 0:
+        raise UsageError(f"--bootstrap is {bootstrap}; it must be at least 0")
+    from mmd_export.commands import evaluate as command
+    from mmd_export.commands.sample import SampleOptions
+
+    network = NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
+    options = SampleOptions(
+        with_ema(source, ema), seed, count, runtime, checkpoint, None, network, tuple(condition or ()),
+        steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps),
+    )  # fmt: skip
+    scoring = command.Scoring(data, _names(features), _names(metrics), neighbours, bootstrap, real_count, held_out_data)
+    with _bar() as observe:
+        result = command.evaluate(options, scoring, observe)
+    heads = ("encoder", "metric", "value", "95 % interval", "perfect")
+    title = f"{result['source']}: {count} samples of seed {seed} against {result['real_images']} real images"
+    show_table(title, heads, command.rows(result), json)
+    write_json(json, result)
+    if plot:
+        command.plot(result, plot)
+        say(f"{plot}: the values as a picture")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr, one line for each kind of work."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def observe(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what)
+            bar.update(tasks[what], completed=done, total=of)
+
+        yield observe

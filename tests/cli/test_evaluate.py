@@ -1,0 +1,110 @@
+"""``evaluate`` on bundles and models: every metric with its interval, and refusals that name both values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmd_finetune.metrics.suite import METRICS
+from tests.cli.conftest import Command
+
+
+def scored(command: Command, *arguments: object) -> dict[str, Any]:
+    code, out, err = command("evaluate", *arguments, "--json", "-")
+    assert code == 0, err
+    result: dict[str, Any] = json.loads(out)
+    return result
+
+
+def test_a_bundle_on_both_encoders(command: Command, digits_bundle: Path) -> None:
+    result = scored(command, digits_bundle, "--count", 128, "--bootstrap", 10)
+    assert set(result["metrics"]) == {"digits-conv", "digits-mlp"}
+    assert sum(result["class_shares"]["digits-mlp"]) == pytest.approx(1.0)
+    found = result["metrics"]["digits-mlp"]["frechet"]
+    assert found["low"] < found["value"] < found["high"]
+
+
+def test_every_metric_in_a_table_with_a_picture(command: Command, digits_bundle: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "deep" / "values.png"
+    code, out, err = command(
+        "evaluate", digits_bundle, "--features", "digits-mlp,pixels", "--metrics", ",".join(METRICS), "--count", 300,
+        "--bootstrap", 10, "--plot", plot,
+    )  # fmt: skip
+    assert code == 0, err
+    for name in METRICS:
+        assert sum(line.split()[1:2] == [name] for line in out.splitlines()) == 2
+    with Image.open(plot) as picture:
+        assert picture.size[0] > 1000
+    assert "drawing" in err
+
+
+def test_the_same_seed_in_every_runtime_scores_the_same(command: Command, digits_bundle: Path) -> None:
+    # 300 images: more than one part for the model, whole batches for the graph
+    shared = ("--count", 300, "--features", "digits-mlp", "--metrics", "frechet,kid", "--bootstrap", 0)
+    graph = scored(command, digits_bundle, *shared, "--runtime", "onnxruntime")
+    model = scored(command, "digits", "--steps", 2, *shared)
+    for name in ("frechet", "kid"):
+        value = model["metrics"]["digits-mlp"][name]
+        assert value["low"] is None
+        assert graph["metrics"]["digits-mlp"][name]["value"] == pytest.approx(value["value"], rel=1e-3)
+    other = scored(command, "digits", "--steps", 2, *shared, "--seed", 2)
+    assert other["metrics"]["digits-mlp"]["frechet"] != model["metrics"]["digits-mlp"]["frechet"]
+
+
+@pytest.fixture
+def grey(tmp_path: Path) -> Path:
+    """40 random grey images of 8x8."""
+    place = tmp_path / "grey.npz"
+    np.savez(place, images=np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8))
+    return place
+
+
+def test_other_data_and_fewer_real_images(command: Command, grey: Path) -> None:
+    shared = ("digits", "--steps", 2, "--data", grey, "--count", 20, "--features", "pixels")
+    assert scored(command, *shared)["real_images"] == 40
+    assert scored(command, *shared, "--real-count", 30)["real_images"] == 30
+    kept = scored(command, *shared, "--metrics", "memorisation", "--held-out-data", grey)
+    assert kept["held_out_images"] == 40
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--metrics", "fid"), "metric 'fid' is unknown; known: frechet, kid"),
+        (("--metrics", ""), "metrics are none; name at least one"),
+        (("--features", "digits-mlp,digits-mlp"), "encoders are digits-mlp, digits-mlp; name at least one, each once"),
+        (("--bootstrap", -1), "--bootstrap is -1"),
+        (("--real-count", 0), "--real-count is 0"),
+        (("--count", 1), "1 samples and 1797 real images"),
+        (("--metrics", "recall", "--neighbours", 16), "--neighbours is 16, there are 16 samples and 1797 real images"),
+        (("--real-count", 1798), "--real-count is 1798, --data digits holds 1797 images"),
+        (("--metrics", "copying"), "16 generated images leave no cell"),
+    ],
+)
+def test_refusals(command: Command, given: tuple[object, ...], told: str) -> None:
+    code, out, err = command(
+        "evaluate", "digits", "--steps", 1, *(("--count", 16) if "--count" not in given else ()), *given
+    )
+    assert (code, out) == (2, "")
+    assert told in err
+
+
+def test_data_that_does_not_fit_is_refused(command: Command, grey: Path, tmp_path: Path) -> None:
+    shared = ("evaluate", "digits", "--steps", 1, "--count", 16, "--features", "pixels")
+    code, _, err = command(*shared, "--data", grey, "--metrics", "memorisation")
+    assert code == 2
+    assert f"memorisation: images outside --data {grey} are needed; give --held-out-data" in err
+    np.savez(tmp_path / "large.npz", images=np.zeros((20, 16, 16), dtype=np.uint8))
+    code, _, err = command(*shared, "--data", tmp_path / "large.npz")
+    assert code == 2
+    assert "images are (1, 16, 16), digits makes (1, 8, 8)" in err
+    code, _, err = command(
+        *shared, "--data", grey, "--metrics", "memorisation", "--held-out-data", tmp_path / "large.npz"
+    )
+    assert code == 2
+    assert "images are (1, 16, 16), those of --data are (1, 8, 8)" in err

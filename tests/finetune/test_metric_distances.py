@@ -1,0 +1,113 @@
+"""KID, CMMD and the Frechet distance with intervals, against torchmetrics, closed forms and their own sums."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from mmd_finetune.kernels import Cubic, Gaussian
+from mmd_finetune.metrics import kernel_distance
+from mmd_finetune.metrics.bootstrap import multiplicities
+from mmd_finetune.metrics.frechet import frechet
+from mmd_finetune.metrics.kernel_distance import CMMD_SCALE, cmmd, kid
+from mmd_finetune.mmd import unbiased_mmd2
+
+
+def points(count: int, dimensions: int, seed: int) -> Tensor:
+    return torch.randn(count, dimensions, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+class Flat(nn.Module):
+    """Images (N, 3, 1, 2) to features (N, 6), as torchmetrics takes an extractor."""
+
+    num_features = 6
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1).double()
+
+
+def as_images(features: Tensor) -> Tensor:
+    return features.reshape(-1, 3, 1, 2)
+
+
+def test_kid_is_that_of_torchmetrics_on_one_subset_of_all() -> None:
+    real, generated = points(60, 6, seed=0), points(60, 6, seed=1) + 0.3
+    library = KernelInceptionDistance(feature=Flat(), subsets=1, subset_size=60, normalize=True).double()
+    library.update(as_images(real), real=True)
+    library.update(as_images(generated), real=False)
+    expected, _ = library.compute()
+    assert kid(real, generated, 0, 0).value == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_the_mean_over_subsets_tends_to_kid() -> None:
+    real, generated = points(40, 6, seed=2), points(40, 6, seed=3) * 1.5
+    generator = torch.Generator().manual_seed(0)
+    values = [
+        float(
+            unbiased_mmd2(Cubic(), *(side[torch.randperm(40, generator=generator)[:20]] for side in (generated, real)))
+        )
+        for _ in range(2000)
+    ]
+    spread = float(torch.tensor(values).std()) / math.sqrt(len(values))
+    assert sum(values) / len(values) == pytest.approx(kid(real, generated, 0, 0).value, abs=4 * spread)
+
+
+def test_frechet_is_that_of_torchmetrics() -> None:
+    real, generated = points(80, 6, seed=4), points(90, 6, seed=5) * 2.0 + 1.0
+    library = FrechetInceptionDistance(feature=Flat(), normalize=True).double()
+    library.set_dtype(torch.float64)
+    library.update(as_images(real), real=True)
+    library.update(as_images(generated), real=False)
+    assert frechet(real, generated, 0, 0).value == pytest.approx(float(library.compute()), rel=1e-6)
+
+
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, generated = points(50, 4, seed=6), points(31, 4, seed=7)
+    whole = kid(real, generated, 5, 0)
+    monkeypatch.setattr(kernel_distance, "ROWS", 7)
+    parts = kid(real, generated, 5, 0)
+    assert parts.value == pytest.approx(whole.value, rel=1e-9)
+    assert parts.low == pytest.approx(whole.low, rel=1e-9)
+
+
+def test_cmmd_is_the_unbiased_estimate_on_unit_features() -> None:
+    real, generated = points(30, 8, seed=8), 5.0 * points(25, 8, seed=9) + 1.0
+    unit = [side / side.norm(dim=1, keepdim=True) for side in (generated, real)]
+    expected = CMMD_SCALE * float(unbiased_mmd2(Gaussian((100.0,)), *unit))
+    assert cmmd(real, generated, 0, 0).value == pytest.approx(expected, rel=1e-9)
+    assert cmmd(real * 7.0, generated, 0, 0).value == pytest.approx(expected, rel=1e-9)
+
+
+def test_cmmd_of_two_points_by_hand() -> None:
+    # all real rows are e1, all generated ones e2: MMD^2 = 2 - 2 exp(-2 / 200)
+    real, generated = torch.eye(2)[[0, 0]], torch.eye(2)[[1, 1]]
+    assert cmmd(real, generated, 0, 0).value == pytest.approx(1000.0 * (2.0 - 2.0 * math.exp(-0.01)), rel=1e-9)
+
+
+@pytest.mark.parametrize("metric", [kid, cmmd, frechet])
+def test_the_interval_holds_the_value_and_shrinks_with_more_rows(metric) -> None:  # type: ignore[no-untyped-def]
+    widths = []
+    for count in (50, 800):
+        found = metric(points(count, 4, seed=10), points(count, 4, seed=11) + 0.5, 60, 0)
+        assert found.low < found.value < found.high
+        widths.append(found.high - found.low)
+    assert widths[1] < widths[0] / 2.0
+
+
+def test_a_row_drawn_twice_never_meets_itself() -> None:
+    # The draws of the U-statistic are centred on the estimate: no bias from k(x, x). A V-statistic would be off by
+    # (mean k(x, x) - mean k(x, y)) / n, ten times the bound here.
+    x, y = points(60, 6, seed=12), points(60, 6, seed=13)
+    weights = multiplicities(60, 4000, 0)
+    draws = kernel_distance._within(Cubic(), x, weights)
+    bias = float(draws[1:].mean() - draws[0])
+    diagonal = float(Cubic()(x, x).diagonal().mean() - draws[0]) / 60.0
+    assert abs(bias) < 0.2 * diagonal
+    assert float(kernel_distance._across(Cubic(), x, weights, y, weights)[0]) == pytest.approx(
+        float(Cubic()(x, y).mean())
+    )

@@ -1,0 +1,84 @@
+"""Further metrics and TensorBoard events of a run: logged at each evaluation, deciding nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mmd_export.errors import UsageError
+from mmd_finetune.loop import Report, tune
+from mmd_finetune.settings import FinetuneSettings, make_settings
+from mmd_finetune.tensorboard import TensorBoard
+
+
+def lines(settings: FinetuneSettings) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (settings.out / "log.jsonl").read_text().splitlines()]
+
+
+def test_metrics_are_logged_at_each_evaluation_and_change_nothing(
+    tiny_settings: FinetuneSettings, tmp_path: Path
+) -> None:
+    tune(tiny_settings)
+    more = tiny_settings.model_copy(update={"out": tmp_path / "more", "metrics": ("recall", "kid")})
+    tune(more)
+    logged = lines(more)
+    assert [line["iteration"] for line in logged if "metrics" in line] == [0, 2, 4, 6]
+    assert all(set(line["metrics"]) == {"recall", "kid"} for line in logged if "metrics" in line)
+    plain = [
+        {key: line[key] for key in ("iteration", "loss", "held_out") if key in line} for line in lines(tiny_settings)
+    ]
+    assert plain == [{key: line[key] for key in ("iteration", "loss", "held_out") if key in line} for line in logged]
+    with Image.open(more.out / "curve.png") as wide, Image.open(tiny_settings.out / "curve.png") as narrow:
+        assert wide.size[0] == pytest.approx(2 * narrow.size[0], abs=2)  # four curves instead of two
+
+
+@pytest.mark.parametrize("metrics", ["fid", "recall,recall", "memorisation"])
+def test_metrics_that_cannot_be_measured_are_refused(metrics: str) -> None:
+    with pytest.raises(UsageError, match=f"metrics is '{metrics}'.*is not one of frechet, kid"):
+        make_settings({"model": "digits", "steps": 2, "out": "run", "metrics": metrics})
+
+
+def test_too_few_samples_for_the_neighbours_are_refused_before_the_run() -> None:
+    with pytest.raises(UsageError, match="metrics recall needs more than 5 samples, evaluate_count is 4"):
+        make_settings({"model": "digits", "steps": 2, "out": "run", "metrics": "recall", "evaluate_count": 4})
+
+
+def events(place: Path) -> EventAccumulator:
+    found = EventAccumulator(str(place / "tensorboard"))
+    found.Reload()
+    return found
+
+
+def test_events_are_those_of_the_log(tiny_settings: FinetuneSettings) -> None:
+    settings = tiny_settings.model_copy(update={"metrics": ("kid",)})
+    seen: list[Report] = []
+    with TensorBoard(settings.out, seen.append) as observer:
+        tune(settings, observer=observer)
+    found, logged = events(settings.out), lines(settings)
+    assert len(seen) == settings.iterations
+    for tag, name in (("loss", "loss"), ("held_out", "held_out")):
+        expected = [(line["iteration"], pytest.approx(line[name], rel=1e-5)) for line in logged if name in line]
+        assert [(event.step, event.value) for event in found.Scalars(tag)] == expected
+    assert [event.step for event in found.Scalars("metrics/kid")] == [0, 2, 4, 6]
+    assert [event.step for event in found.Scalars("losses/digits-conv")] == [1, 2, 3, 4, 5, 6]
+    assert set(found.Tags()["images"]) == {"before", "after"}
+
+
+def test_a_resumed_run_has_every_point_once(tiny_settings: FinetuneSettings) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(report: Report) -> None:
+        if report.iteration == 3:
+            raise StoppedError
+
+    with pytest.raises(StoppedError), TensorBoard(tiny_settings.out, stop) as observer:
+        tune(tiny_settings, observer=observer)
+    with TensorBoard(tiny_settings.out) as observer:
+        tune(tiny_settings, resume=True, observer=observer)
+    assert [event.step for event in events(tiny_settings.out).Scalars("loss")] == [1, 2, 3, 4, 5, 6]
