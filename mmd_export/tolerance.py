@@ -5,6 +5,8 @@ Absolute, on float32 pixels in [-1, 1] and sampler states of unit scale; on uint
 
 from __future__ import annotations
 
+import math
+
 from mmd_export.errors import NotAvailableError
 from mmd_export.manifest import Tolerance
 
@@ -85,4 +87,11 @@ def torch_tolerance() -> Tolerance:
     return _ARTEFACT["onnx", "fp32"]
 
 
-UINT8_LEVELS = 1.0  # a value within the float tolerance of x.5 may round either way
+def uint8_tolerance(atol: float) -> tuple[float, float]:
+    """For uint8 samples of an artefact within ``atol``: levels that a value may be off, and that all are on average.
+
+    A level is 2 / 255 of the range [-1, 1]. A value near x.5 may round either way, but rounding has no side: on average
+    an error stays what it was, where a truncation would show as half a level.
+    """
+    levels = 127.5 * atol
+    return max(1.0, math.ceil(levels)), levels
