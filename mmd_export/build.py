@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from numpy.typing import NDArray
 
 from mmd_export.bundle import (
     BatchSpec,
@@ -28,6 +31,7 @@ from mmd_export.network_options import AS_IT_IS, NetworkOptions
 from mmd_export.plan_options import PlanOptions
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.reference import golden_arrays
+from mmd_export.runtime import RunOptions
 from mmd_export.target_options import DEFAULTS, TargetOptions
 from mmd_export.targets import Compiled, CompileOptions, DeferrableTarget, Target, get_target, onnx
 from mmd_export.tolerance import artefact_tolerance
@@ -54,6 +58,7 @@ class BuildOptions(PlanOptions):
     network: NetworkOptions = AS_IT_IS
     of_target: TargetOptions = DEFAULTS
     defer: bool = False
+    auto_promote: bool = False
 
 
 def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None) -> Bundle:
@@ -62,6 +67,24 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
     ``notify`` hears each stage as it starts, and every warning. Raises MmdExportError of the right kind.
     """
     require_free(options.out, options.overwrite)
+    prepared = _prepare(options, notify)
+    kept = _promote(prepared, options, notify) if options.auto_promote else ()
+    return _pack(prepared, options, kept, notify)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """All that a target does not change."""
+
+    target: Target
+    batch: BatchSpec
+    program: SamplerProgram
+    golden: dict[str, NDArray[Any]]
+    draft: ManifestDraft
+
+
+def _prepare(options: BuildOptions, notify: Callable[[str], None]) -> _Prepared:
+    """Checkpoint, plan, reference and program."""
     batch, target = BatchSpec.parse(options.batch), usable_target(options)
     require_batches(target, batch)
     notify("reading the checkpoint")
@@ -77,23 +100,59 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
     program = export_program(
         checkpoint.denoiser, plan, checkpoint.shape, static, checkpoint.conditions, checkpoint.decoder
     )
-    draft = _draft(options, checkpoint, program, batch, target)
+    return _Prepared(target, batch, program, golden, _draft(options, checkpoint, program, batch, target))
+
+
+def _pack(prepared: _Prepared, options: BuildOptions, kept: tuple[str, ...], notify: Callable[[str], None]) -> Bundle:
+    """Compile, measure and publish; ``kept``: values of a call whose operators stay float32."""
+    target, draft = prepared.target, prepared.draft
 
     def compile_into(folder: Path) -> ManifestDraft:
         notify(f"compiling for {draft.format}, to be finalized for {target.name}" if options.defer
                else f"compiling for {target.name}")  # fmt: skip
         chosen = CompileOptions(
-            options.precision, options.output, options.form, batch, options.of_target, notify, log_beside(options.out)
-        )
-        return _with_facts(draft, (GRAPH if options.defer else target).compile(program, folder, chosen))
+            options.precision, options.output, options.form, prepared.batch, options.of_target, notify,
+            log_beside(options.out), kept,
+        )  # fmt: skip
+        return _with_facts(draft, (GRAPH if options.defer else target).compile(prepared.program, folder, chosen))
 
     def measure(bundle: Bundle) -> Measured:
         if not options.verify:
             return Measured(model_card(bundle.manifest))
         notify("verifying the artefact")
-        return measured(bundle, runtime_for(draft.format))
+        note = f"; float32 for parity: {', '.join(kept)}" if kept else ""
+        return measured(bundle, runtime_for(draft.format), note)
 
-    return write_bundle(options.out, draft, compile_into, golden, model_card(draft), options.overwrite, measure)
+    card = model_card(draft)
+    return write_bundle(options.out, draft, compile_into, prepared.golden, card, options.overwrite, measure)
+
+
+def _promote(prepared: _Prepared, options: BuildOptions, notify: Callable[[str], None]) -> tuple[str, ...]:
+    """The values whose operators ``--auto-promote`` keeps in float32."""
+    from mmd_export.blame import program_graph
+    from mmd_export.promote import promoted
+    from mmd_runtime.onnxruntime import chain_session
+
+    trial = replace(options, verify=False, form="unrolled", overwrite=False)
+    reference = program_graph(prepared.program, options.output)
+
+    def pack(kept: tuple[str, ...], folder: Path) -> Bundle:
+        return _pack(prepared, replace(trial, out=folder), kept, notify)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        return promoted(
+            pack, lambda bundle, model: chain_session(bundle, RunOptions(), model), reference, Path(scratch), notify
+        )
+
+
+def _require_promotable(options: BuildOptions, target: Target) -> None:
+    """Raise unless there is a lower precision whose operators can be told apart."""
+    if target.name != GRAPH.name:
+        raise NotAvailableError(
+            f"target {target.name} has no --auto-promote; {GRAPH.name} has, for {', '.join(GRAPH.precisions[1:])}"
+        )
+    if options.precision == "fp32":
+        raise UsageError("--auto-promote keeps operators in float32, --precision is fp32; give a lower one")
 
 
 def usable_target(options: BuildOptions) -> Target:
@@ -107,6 +166,8 @@ def usable_target(options: BuildOptions) -> Target:
         if value not in known:
             raise NotAvailableError(f"target {target.name} has no {flag} {value}; it has {', '.join(known)}")
     options.of_target.require_known(target.name, target.options)
+    if options.auto_promote:
+        _require_promotable(options, target)
     deferrable = isinstance(target, DeferrableTarget)
     if options.defer and not deferrable:
         raise NotAvailableError(f"target {target.name} has no --defer: what it builds runs anywhere; leave it out")

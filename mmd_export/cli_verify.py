@@ -101,9 +101,7 @@ def parse_limits(flag: str, texts: Sequence[str]) -> dict[str, float]:
 def _options(wanted: bool, given: dict[str, object]) -> DistributionOptions | None:
     from mmd_export.commands.distribution import DistributionOptions
 
-    chosen = {
-        name: str(value) if isinstance(value, Path) else value for name, value in given.items() if value is not None
-    }
+    chosen = {name: value for name, value in given.items() if value is not None}
     if chosen and not wanted:
         raise UsageError(f"--{next(iter(chosen))} belongs to rung 7; add --distribution")
     return DistributionOptions(**chosen) if wanted else None  # type: ignore[arg-type]  # by name, as typer typed them

@@ -135,6 +135,6 @@ def _culprit(bundle: Bundle, rung: Rung, reference: Reference | None, notify: Ca
         raise UsageError(
             f"--bisect compares with the checkpoint {bundle.manifest.checkpoint.name!r}; pass --checkpoint"
         )
-    from mmd_export.commands.bisect import find_culprit
+    from mmd_export.blame import find_culprit
 
     return find_culprit(bundle, rung, reference.checkpoint, reference.plan, notify)

@@ -11,7 +11,7 @@ from onnx_ir.passes import common as passes
 from mmd_export.errors import UsageError
 from mmd_export.precision.formats import GRIDS, HALVES
 from mmd_export.precision.half import to_half
-from mmd_export.precision.islands import islands
+from mmd_export.precision.islands import islands, promoted
 from mmd_export.precision.quantise import Recipe, quantise
 from mmd_export.precision.scan import scan
 from mmd_export.precision.trajectory import Calls
@@ -26,10 +26,11 @@ def lower(
     images: int | None = None,
     recipe: Recipe | None = None,
     notify: Callable[[str], None] = lambda _: None,
+    float32: frozenset[str] = frozenset(),
 ) -> Calls:
     """``calls`` in ``precision``, a new model; ``images``: how many trajectories to look at, None for the default.
 
-    Raises UsageError for images where no range is needed, and for a trajectory that is not finite.
+    ``float32``: values whose operators stay as they are. Raises UsageError for images where no range is needed, and for a trajectory that is not finite.
     """
     if precision == "fp32":
         return _refuse(images, precision, calls)
@@ -37,7 +38,7 @@ def lower(
     if precision in HALVES:
         half = HALVES[precision]
         seen = scan(lowered, images or SCANNED)
-        kept = islands(lowered.model, seen, half)
+        kept = islands(lowered.model, seen, half) | promoted(lowered.model, float32)
         counts = ", ".join(f"{count} for their {reason}" for reason, count in sorted(Counter(kept.values()).items()))
         nodes = sum(1 for _ in lowered.model.graph)
         notify(f"{precision}: {len(kept)} of {nodes} operations of a call stay float32 ({counts or 'none'})")
@@ -46,7 +47,7 @@ def lower(
         grid = GRIDS[precision]
         if not grid.activations:
             _refuse(images, precision, calls)
-        lowered = quantise(lowered, grid, recipe or Recipe(), images or CALIBRATED)
+        lowered = quantise(lowered, grid, recipe or Recipe(), images or CALIBRATED, float32)
     passes.RemoveUnusedNodesPass()(lowered.model)
     return lowered
 

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mmd_export.precision.formats import INT8, W8, Grid
+from mmd_export.precision.islands import promoted
 from mmd_export.precision.layers import Layer, fold_transposes, layers, outermost
 from mmd_export.precision.ranges import histograms, rounded_scale
 from mmd_export.precision.trajectory import Calls
@@ -49,10 +50,14 @@ class Recipe:
     seven_bits: str = "linear"
 
 
-def quantise(calls: Calls, grid: Grid, recipe: Recipe, images: int) -> Calls:
-    """The calls on ``grid``; the model is changed in place. ``images`` set the ranges, where activations have any."""
+def quantise(calls: Calls, grid: Grid, recipe: Recipe, images: int, float32: frozenset[str] = frozenset()) -> Calls:
+    """The calls on ``grid``; the model is changed in place. ``images`` set the ranges, where activations have any.
+
+    Layers that give one of the values ``float32`` are left out.
+    """
     fold_transposes(calls.model)
-    chosen = chosen_layers(calls.model, recipe)
+    kept = promoted(calls.model, float32)
+    chosen = [layer for layer in chosen_layers(calls.model, recipe) if layer.node not in kept]
     rows = calls.constants
     if grid.activations and chosen:
         values = list(dict.fromkeys(layer.activation for layer in chosen))

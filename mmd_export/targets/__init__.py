@@ -26,7 +26,8 @@ class CompileOptions:
     """What the user may choose; ``form`` is unrolled, loop, or auto, which is one of the two.
 
     ``batch``: the sizes that the artefact must take; the program is static where that is one. ``notify`` hears what a
-    long compilation is doing; ``log`` is where a compiler's own log goes when it fails.
+    long compilation is doing; ``log`` is where a compiler's own log goes when it fails. ``float32``: values of a call
+    whose operators stay float32 in a lower precision.
     """
 
     precision: str = "fp32"
@@ -36,6 +37,7 @@ class CompileOptions:
     target: TargetOptions = DEFAULTS
     notify: Callable[[str], None] = lambda _: None
     log: Path | None = None
+    float32: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

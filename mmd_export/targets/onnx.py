@@ -75,7 +75,9 @@ class OnnxTarget:
         form = chosen_form(options.form, program.plan.step_count)
         # TensorRT takes a scale that is a constant, not one that a loop reads from a table.
         recipe = Recipe(per_step=form == "unrolled")
-        calls = lower(exact, options.precision, options.target.calibration, recipe, options.notify)
+        calls = lower(
+            exact, options.precision, options.target.calibration, recipe, options.notify, frozenset(options.float32)
+        )
         write = compose_loop if form == "loop" else compose
         model = write(calls.model, program.plan, calls.constants, spec)
         clean_up(model)

@@ -1,0 +1,70 @@
+"""What breaks the budget of a bundle's rung 6: its graph and that of its checkpoint, searched from step to operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from mmd_export.bisect import find, question_of
+from mmd_export.bundle import Bundle
+from mmd_export.parity import Culprit, Rung, chunks, take
+
+if TYPE_CHECKING:
+    from mmd_export.checkpoint import Checkpoint
+    from mmd_export.plan import StepPlan
+    from mmd_export.program import SamplerProgram
+
+
+def find_culprit(
+    bundle: Bundle, rung: Rung, checkpoint: Checkpoint, plan: StepPlan, notify: Callable[[str], None] = lambda _: None
+) -> Culprit:
+    """Of an unrolled ONNX graph step, block and operator; of another artefact the step alone."""
+    manifest = bundle.manifest
+    if manifest.format != "onnx" or manifest.graph.form != "unrolled":
+        what = "a loop" if manifest.format == "onnx" else manifest.format
+        first = None if rung.budget is None else rung.budget.first_step
+        note = f"blocks and operators are told apart in unrolled ONNX graphs, this is {what}"
+        return Culprit(first or bundle.golden().steps + 1, note=note)
+    notify("bisect: a fresh float32 graph of the checkpoint")
+    reference = checkpoint_graph(bundle, checkpoint, plan)
+    notify("bisect: searching blocks, then operators")
+    return blame(bundle, rung, ir.load(bundle.artefact_path), reference)
+
+
+def blame(bundle: Bundle, rung: Rung, artefact: ir.Model, reference: ir.Model) -> Culprit:
+    """The same with both graphs at hand, on the batch of golden images with the largest error."""
+    golden = bundle.golden()
+    failed = [each.worst_index[0] for each in rung.failures if each.worst_index]
+    image = failed[0] if failed and failed[0] < golden.count else 0
+    inputs, rows = next(part for part in chunks(bundle) if part[1].start <= image < part[1].stop)
+    states = [take("state", state, rows) for state in golden.states]
+    levels = rung.sample_atol if golden.sample.dtype == np.uint8 else None
+    question = question_of(rung, inputs, states, golden.sample[rows], rung.atol if levels is None else levels)
+    return find(artefact, reference, question)
+
+
+def checkpoint_graph(bundle: Bundle, checkpoint: Checkpoint, plan: StepPlan) -> ir.Model:
+    """The float32 ONNX graph that the checkpoint gives now, unrolled, for the bundle's batches and output."""
+    from mmd_export.program import export_program
+
+    batch = bundle.manifest.batch
+    size = batch.smallest if batch.is_static else None
+    program = export_program(
+        checkpoint.denoiser, plan, checkpoint.shape, size, checkpoint.conditions, checkpoint.decoder
+    )
+    return program_graph(program, bundle.manifest.spec("sample").dtype)
+
+
+def program_graph(program: SamplerProgram, output: str) -> ir.Model:
+    """The same of an exported program; ``output``: float32 or uint8."""
+    from mmd_export.onnx_compose import GraphSpec, compose
+    from mmd_export.onnx_translate import translate
+
+    decoder = None if program.decoder is None else (translate(program.decoder.call), program.decoder.shape)
+    spec = GraphSpec(program.shape, program.batch, program.conditions, output, decoder)
+    steps = range(program.plan.step_count)
+    constants = [[value.detach().cpu().numpy() for value in program.constants(k)] for k in steps]
+    return compose(translate(program.step), program.plan, constants, spec)
