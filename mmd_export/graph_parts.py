@@ -85,10 +85,7 @@ class GraphParts:
             copy = ir.Value(name=name, type=value.type, shape=value.shape, const_value=value.const_value)
             values[name] = copy
             weights.append(copy)
-        copies = []
-        for node in graph:
-            if node in nodes:
-                copies.append(_copy(node, values))
+        copies = [_copy(node, values) for node in graph if node in nodes]  # in order: each adds its outputs to values
         return ir.Model(
             ir.Graph(
                 inputs, [values[name] for name in goals], nodes=copies, initializers=weights,

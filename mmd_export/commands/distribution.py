@@ -10,7 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmd_export.bundle import Bundle
-from mmd_export.distribution import LEAST_COUNT, LEVEL, NUMPY_ENCODERS, Encode, TwoSampleTest, two_sample_test
+from mmd_export.distribution import (
+    LEAST_COUNT,
+    LEVEL,
+    NUMPY_ENCODERS,
+    PERMUTATIONS,
+    Encode,
+    TwoSampleTest,
+    two_sample_test,
+)
 from mmd_export.errors import UsageError
 from mmd_export.noise import sampler_noise
 from mmd_export.parity import Rung, take
@@ -35,6 +43,7 @@ class DistributionOptions:
     against: str | None = None
     seed: int = 11  # the reference's fresh noises are those of the next seed
     level: float = LEVEL
+    permutations: int = PERMUTATIONS
 
     def __post_init__(self) -> None:
         if self.count < LEAST_COUNT:
@@ -43,6 +52,9 @@ class DistributionOptions:
             )
         if not 0.0 < self.level < 1.0:
             raise UsageError(f"--level is {self.level:g}, it must lie between 0 and 1")
+        if (self.permutations + 1) * self.level / 2 < 1.0:
+            least = f"{self.permutations} permutations cannot tell p below {self.level / 2:g}"
+            raise UsageError(f"{least}, so rung 7 could not fail; raise --level")
 
 
 def distribution_rung(
@@ -60,7 +72,7 @@ def distribution_rung(
         reference = _of_bundle(bundle, options)
     else:
         assert sampler is not None
-        reference = _of_checkpoint(bundle, *sampler, options.count)
+        reference = checkpoint_draw(bundle, *sampler, options.count)
     encode = find_encoder(options.features, as_images(bundle.golden().sample).shape[1:])
     return Rung(7, tests=distribution_tests(artefact, reference, encode, options, notify))
 
@@ -78,7 +90,8 @@ def distribution_tests(
     tests = []
     for noise, seed in (("same", options.seed), ("fresh", options.seed + 1)):
         notify(f"rung 7: {options.count} samples of the reference on {noise} noise")
-        tests.append(two_sample_test(noise, options.features, ours, encode(reference(seed)), options.level / 2))
+        theirs = encode(reference(seed))
+        tests.append(two_sample_test(noise, options.features, ours, theirs, options.level / 2, options.permutations))
     return tuple(tests)
 
 
@@ -108,7 +121,7 @@ def as_images(sample: NDArray[Any]) -> NDArray[np.float32]:
     return np.ascontiguousarray(sample.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0)
 
 
-def _of_checkpoint(bundle: Bundle, checkpoint: Checkpoint, plan: StepPlan, count: int) -> Draw:
+def checkpoint_draw(bundle: Bundle, checkpoint: Checkpoint, plan: StepPlan, count: int) -> Draw:
     """The unrolled sampler in torch, float32; rounded to bytes where the artefact gives bytes."""
     from mmd_export.reference import run_chain, sampler_of, to_uint8
 

@@ -30,7 +30,9 @@ def lower(
 ) -> Calls:
     """``calls`` in ``precision``, a new model; ``images``: how many trajectories to look at, None for the default.
 
-    ``float32``: values whose operators stay as they are. Raises UsageError for images where no range is needed, and for a trajectory that is not finite.
+    ``float32``: values whose operators stay as they are.
+
+    Raises UsageError for images where no range is needed, and for a trajectory that is not finite.
     """
     if precision == "fp32":
         return _refuse(images, precision, calls)
