@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.parity_tables import bisect_rows, distribution_rows, fault_rows, honest_rows, tolerance_rows
 from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
 from benchmarks.target_tables import target_rows
 
@@ -27,6 +28,7 @@ PAGES = (
     "docs/targets.md",
     "docs/precision.md",
     "docs/coreml.md",
+    "docs/parity.md",
 )
 NOT_MEASURED = "not measured"
 
@@ -269,6 +271,16 @@ def of_precisions(rows: Callable[[dict[str, Any]], Table]) -> Callable[[], str]:
     return table
 
 
+def of_result(name: str, rows: Callable[[dict[str, Any]], Table]) -> Callable[[], str]:
+    """A table whose rows are made elsewhere."""
+
+    def table() -> str:
+        result = read(name)
+        return NOT_MEASURED if result is None else markdown(*rows(result))
+
+    return table
+
+
 def coreml() -> str:
     """Size, cost and error of each Core ML package."""
     result = read("coreml.json")
@@ -316,6 +328,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision_steps": of_precisions(step_rows),
     "islands": of_precisions(island_rows),
     "int8": of_precisions(int8_rows),
+    "tolerances": lambda: markdown(*tolerance_rows()),
+    "faults": of_result("fault_injection.json", fault_rows),
+    "honest": of_result("fault_injection.json", honest_rows),
+    "distribution": of_result("distribution_rung.json", distribution_rows),
+    "bisect": of_result("bisect.json", bisect_rows),
 }
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx_ir as ir
 
 from mmd_export.bisect import find, question_of
-from mmd_export.bundle import Bundle
+from mmd_export.bundle import Bundle, Golden
+from mmd_export.comparison import FRESH, Comparison
 from mmd_export.parity import Culprit, Rung, chunks, take
 
 if TYPE_CHECKING:
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 
 def find_culprit(
-    bundle: Bundle, rung: Rung, checkpoint: Checkpoint, plan: StepPlan, notify: Callable[[str], None] = lambda _: None
+    bundle: Bundle,
+    rung: Rung,
+    checkpoint: Checkpoint,
+    plan: StepPlan,
+    fresh: Golden | None = None,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> Culprit:
     """Of an unrolled ONNX graph step, block and operator; of another artefact the step alone."""
     manifest = bundle.manifest
@@ -31,19 +36,24 @@ def find_culprit(
     notify("bisect: a fresh float32 graph of the checkpoint")
     reference = checkpoint_graph(bundle, checkpoint, plan)
     notify("bisect: searching blocks, then operators")
-    return blame(bundle, rung, ir.load(bundle.artefact_path), reference)
+    return blame(bundle, rung, ir.load(bundle.artefact_path), reference, fresh)
 
 
-def blame(bundle: Bundle, rung: Rung, artefact: ir.Model, reference: ir.Model) -> Culprit:
-    """The same with both graphs at hand, on the batch of golden images with the largest error."""
-    golden = bundle.golden()
-    failed = [each.worst_index[0] for each in rung.failures if each.worst_index]
+def blame(bundle: Bundle, rung: Rung, artefact: ir.Model, reference: ir.Model, fresh: Golden | None = None) -> Culprit:
+    """The same with both graphs at hand, on the worst batch: of golden noises, or of ``fresh`` if those alone fail."""
+    golden_fails = any(not _is_fresh(each) for each in rung.failures)
+    golden = bundle.golden() if golden_fails or fresh is None else fresh
+    failed = [each.worst_index[0] for each in rung.failures if each.worst_index and golden_fails != _is_fresh(each)]
     image = failed[0] if failed and failed[0] < golden.count else 0
-    inputs, rows = next(part for part in chunks(bundle) if part[1].start <= image < part[1].stop)
+    inputs, rows = next(part for part in chunks(bundle, golden) if part[1].start <= image < part[1].stop)
     states = [take("state", state, rows) for state in golden.states]
-    levels = rung.sample_atol if golden.sample.dtype == np.uint8 else None
-    question = question_of(rung, inputs, states, golden.sample[rows], rung.atol if levels is None else levels)
+    output_atol = next((rung.limit(each) for each in rung.comparisons if each.output == "sample"), rung.atol)
+    question = question_of(rung, inputs, states, golden.sample[rows], output_atol)
     return find(artefact, reference, question)
+
+
+def _is_fresh(comparison: Comparison) -> bool:
+    return comparison.name.startswith(FRESH)
 
 
 def checkpoint_graph(bundle: Bundle, checkpoint: Checkpoint, plan: StepPlan) -> ir.Model:

@@ -50,10 +50,11 @@ class StepError:
 
 @dataclass(frozen=True)
 class ErrorBudget:
-    """Every step, in order, and the tolerance that each state must keep."""
+    """Every step, in order, and the tolerance that each state must keep; ``noises``: golden or fresh ones."""
 
     steps: tuple[StepError, ...]
     atol: float
+    noises: str = "golden"
 
     @property
     def first_step(self) -> int | None:
@@ -77,7 +78,7 @@ class ErrorBudget:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
-            "atol": self.atol, "first_step": self.first_step, "by_itself": self.by_itself,
+            "atol": self.atol, "noises": self.noises, "first_step": self.first_step, "by_itself": self.by_itself,
             "steps": [each.to_dict() for each in self.steps],
         }  # fmt: skip
 
@@ -88,6 +89,7 @@ def error_budget(
     free: Sequence[NDArray[Any]],
     forced: Sequence[NDArray[Any]],
     atol: float,
+    noises: str = "golden",
 ) -> ErrorBudget:
     """The budget of K steps; ``noise`` and each state are (N, C, H, W), states after step 1 .. K."""
     steps, before, passed_on = [], noise, 0.0
@@ -98,7 +100,7 @@ def error_budget(
         growth, gain = (size / passed_on if passed_on > 0.0 else None for size in (sizes[1], sizes[5]))
         steps.append(StepError(k, *sizes, growth, gain, amplification(before, want)))
         before, passed_on = want, sizes[1]
-    return ErrorBudget(tuple(steps), atol)
+    return ErrorBudget(tuple(steps), atol, noises)
 
 
 def amplification(before: NDArray[Any], after: NDArray[Any]) -> float | None:

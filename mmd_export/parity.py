@@ -89,10 +89,14 @@ def artefact_rung(
     golden, atol = bundle.golden(), bundle.manifest.tolerance.atol
     seen = _seen(bundle, session, chain, golden)
     found = list(_compared(seen, golden, limits))
+    budget = _budget(golden, seen, limits.atol.get("", atol), "golden")
     if fresh is not None:
-        found += _compared(_seen(bundle, session, chain, fresh), fresh, limits, FRESH)
+        again = _seen(bundle, session, chain, fresh)
+        found += _compared(again, fresh, limits, FRESH)
+        if budget is not None and budget.first_step is None:  # what fresh noises alone show is worth more
+            other = _budget(fresh, again, budget.atol, "fresh")
+            budget = other if other is not None and other.first_step is not None else budget
     levels, mean = uint8_tolerance(atol) if golden.sample.dtype == np.uint8 else (None, np.inf)
-    budget = _budget(golden, seen, limits.atol.get("", atol))
     return Rung(
         6, tuple(found), atol, "", levels, unseen, None, mean, limits, (), budget, _coverage(bundle, chain is not None)
     )
@@ -130,11 +134,11 @@ def _compared(run: _Seen, golden: Golden, limits: Limits, prefix: str = "") -> I
             yield compare(f"{prefix}{name}{how}", state, golden.states[k - 1], rtol=limits.rtol_of(name))
 
 
-def _budget(golden: Golden, run: _Seen, atol: float) -> ErrorBudget | None:
+def _budget(golden: Golden, run: _Seen, atol: float, noises: str) -> ErrorBudget | None:
     shapes = {state.shape for state in (*golden.states, *run.free, *run.forced)}
     if not run.free or len(shapes) > 1:  # a state of another shape has failed already
         return None
-    return error_budget(golden.noise, golden.states, run.free, run.forced, atol)
+    return error_budget(golden.noise, golden.states, run.free, run.forced, atol, noises)
 
 
 def _coverage(bundle: Bundle, states: bool) -> Coverage:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from mmd_export.bundle import Bundle
+from mmd_export.bundle import Bundle, Golden
 from mmd_export.commands.distribution import DistributionOptions, distribution_rung
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.parity import Culprit, Limits, ParityReport, Rung, check_artefact, chunks, require_outputs
@@ -74,7 +74,7 @@ def verify(
     if distribution is not None:
         sampler = None if reference is None else (reference.checkpoint, reference.plan)
         rungs = (*rungs, distribution_rung(bundle, runtime.open(bundle, options), sampler, distribution, notify))
-    culprit = _culprit(bundle, rung, reference, notify) if bisect else None
+    culprit = _culprit(bundle, rung, reference, fresh, notify) if bisect else None
     unchecked = tuple(_unchecked(bundle, reference, distribution))
     return ParityReport(bundle.name, runtime.name, rungs, runtime.availability().detail, unchecked, culprit)
 
@@ -126,7 +126,9 @@ def _unchecked(bundle: Bundle, reference: Reference | None, distribution: Distri
     return lines
 
 
-def _culprit(bundle: Bundle, rung: Rung, reference: Reference | None, notify: Callable[[str], None]) -> Culprit | None:
+def _culprit(
+    bundle: Bundle, rung: Rung, reference: Reference | None, fresh: Golden | None, notify: Callable[[str], None]
+) -> Culprit | None:
     """What ``--bisect`` finds, None where rung 6 holds."""
     if rung.passed:
         notify("rung 6 holds, so there is nothing to bisect")
@@ -137,4 +139,4 @@ def _culprit(bundle: Bundle, rung: Rung, reference: Reference | None, notify: Ca
         )
     from mmd_export.blame import find_culprit
 
-    return find_culprit(bundle, rung, reference.checkpoint, reference.plan, notify)
+    return find_culprit(bundle, rung, reference.checkpoint, reference.plan, fresh, notify)

@@ -69,7 +69,7 @@ def test_what_cannot_be_tested_is_refused() -> None:
         DistributionOptions(count=10)
     with pytest.raises(UsageError, match="--level is 1"):
         DistributionOptions(level=1.0)
-    with pytest.raises(UsageError, match="99 permutations cannot tell p below 0.005"):
+    with pytest.raises(UsageError, match=r"99 permutations cannot tell p below 0\.005"):
         DistributionOptions(permutations=99)
 
 

@@ -106,6 +106,9 @@ def test_a_comparison_is_plain_json() -> None:
         "mean_abs": None,
         "worst_index": [0, 0, 0, 0],
         "faults": ["1 NaN values"],
+        "required_atol": None,
+        "rtol": 0.0,
+        "values": 96,
     }
 
 

@@ -39,7 +39,7 @@ def options(model: Path, out: Path, **changes: Any) -> BuildOptions:
 def test_an_overflow_is_promoted(wild: Path, tmp_path: Path) -> None:
     """Without islands fp16 overflows; the search finds what must stay float32, and the rest stays fp16."""
     with without_islands():
-        with pytest.raises(ParityError, match="NaN|infinite|is off by"):
+        with pytest.raises(ParityError, match=r"NaN|infinite|is off by"):
             build(options(wild, tmp_path / "plain"))
         heard: list[str] = []
         bundle = build(options(wild, tmp_path / "promoted", auto_promote=True), heard.append)
