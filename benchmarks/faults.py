@@ -46,15 +46,15 @@ WILD = 4000.0  # times the first convolution: activations beyond half precision
 WEIGHT_FILES = {"onnx": "model.onnx", "openvino": "model.bin", "coreml": "weight.bin"}
 
 
-def save_network(folder: Path, wild: float = 1.0) -> Path:
-    """A flat diffusers folder; ``wild`` scales the first convolution."""
+def save_network(folder: Path, wild: float = 1.0, layer: str = "conv_in") -> Path:
+    """A flat diffusers folder; ``wild`` scales the weights of one layer."""
     from diffusers import DDIMScheduler, UNet2DModel
 
     torch.manual_seed(11)
     unet = UNet2DModel(**NETWORK)
     for parameter in list(unet.parameters()):  # zero biases and unit norms would hide swapped tensors
         parameter.data.add_(0.05 * torch.randn_like(parameter))
-    unet.conv_in.weight.data.mul_(wild)
+    unet.get_parameter(f"{layer}.weight").data.mul_(wild)
     unet.save_pretrained(folder)
     DDIMScheduler(prediction_type="v_prediction").save_pretrained(folder)
     return folder

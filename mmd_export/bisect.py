@@ -43,8 +43,7 @@ class _Hybrids:
     def __init__(self, artefact: GraphParts, reference: GraphParts, question: Question) -> None:
         self.artefact, self.reference, self.question = artefact, reference, question
         needed = reference.needed(question.known, question.goal)
-        reached = set(artefact.needed(question.known, question.goal))
-        self.shared = [name for name in needed if name in reached]
+        self.shared = [name for name in needed if name in artefact.producer]
         if not self.shared or self.shared[-1] != question.goal or len(self.shared) < _LEAST_SHARED * len(needed):
             raise NotAvailableError(
                 f"--bisect: the graphs share {len(self.shared)} of {len(needed)} values of step {question.step}; the "

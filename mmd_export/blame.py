@@ -10,12 +10,12 @@ import onnx_ir as ir
 from mmd_export.bisect import find, question_of
 from mmd_export.bundle import Bundle, Golden
 from mmd_export.comparison import FRESH, Comparison
+from mmd_export.onnx_calls import exact_calls, graph_spec, unrolled
 from mmd_export.parity import Culprit, Rung, chunks, take
 
 if TYPE_CHECKING:
     from mmd_export.checkpoint import Checkpoint
     from mmd_export.plan import StepPlan
-    from mmd_export.program import SamplerProgram
 
 
 def find_culprit(
@@ -65,16 +65,4 @@ def checkpoint_graph(bundle: Bundle, checkpoint: Checkpoint, plan: StepPlan) -> 
     program = export_program(
         checkpoint.denoiser, plan, checkpoint.shape, size, checkpoint.conditions, checkpoint.decoder
     )
-    return program_graph(program, bundle.manifest.spec("sample").dtype)
-
-
-def program_graph(program: SamplerProgram, output: str) -> ir.Model:
-    """The same of an exported program; ``output``: float32 or uint8."""
-    from mmd_export.onnx_compose import GraphSpec, compose
-    from mmd_export.onnx_translate import translate
-
-    decoder = None if program.decoder is None else (translate(program.decoder.call), program.decoder.shape)
-    spec = GraphSpec(program.shape, program.batch, program.conditions, output, decoder)
-    steps = range(program.plan.step_count)
-    constants = [[value.detach().cpu().numpy() for value in program.constants(k)] for k in steps]
-    return compose(translate(program.step), program.plan, constants, spec)
+    return unrolled(exact_calls(program), graph_spec(program, bundle.manifest.spec("sample").dtype))

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from numpy.typing import NDArray
 
@@ -31,11 +31,14 @@ from mmd_export.network_options import AS_IT_IS, NetworkOptions
 from mmd_export.plan_options import PlanOptions
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.reference import golden_arrays
-from mmd_export.runtime import RunOptions
+from mmd_export.runtime import ChainSession, RunOptions
 from mmd_export.target_options import DEFAULTS, TargetOptions
 from mmd_export.targets import Compiled, CompileOptions, DeferrableTarget, Target, get_target, onnx
 from mmd_export.tolerance import artefact_tolerance
 from mmd_runtime.registry import runtime_for
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 GRAPH = onnx.TARGET  # what a deferred bundle holds
 MIN_GOLDEN = 4  # parity is measured on several noises
@@ -129,20 +132,24 @@ def _pack(prepared: _Prepared, options: BuildOptions, kept: tuple[str, ...], not
 
 def _promote(prepared: _Prepared, options: BuildOptions, notify: Callable[[str], None]) -> tuple[str, ...]:
     """The values whose operators ``--auto-promote`` keeps in float32."""
-    from mmd_export.blame import program_graph
+    from mmd_export.onnx_calls import exact_calls, graph_spec, unrolled
+    from mmd_export.precision.lower import lower
     from mmd_export.promote import promoted
     from mmd_runtime.onnxruntime import chain_session
 
-    trial = replace(options, verify=False, form="unrolled", overwrite=False)
-    reference = program_graph(prepared.program, options.output)
+    calls, spec = exact_calls(prepared.program), graph_spec(prepared.program, options.output)
 
-    def pack(kept: tuple[str, ...], folder: Path) -> Bundle:
-        return _pack(prepared, replace(trial, out=folder), kept, notify)
+    def lowered(kept: tuple[str, ...]) -> ir.Model:
+        images = options.of_target.calibration
+        return unrolled(lower(calls, options.precision, images, notify=notify, float32=frozenset(kept)), spec)
+
+    def open_chain(bundle: Bundle, model: Any) -> ChainSession:
+        return chain_session(bundle, RunOptions(), model)
 
     with tempfile.TemporaryDirectory() as scratch:
-        return promoted(
-            pack, lambda bundle, model: chain_session(bundle, RunOptions(), model), reference, Path(scratch), notify
-        )
+        trial = replace(options, out=Path(scratch) / "trial", verify=False, form="unrolled", overwrite=False)
+        bundle = _pack(prepared, trial, (), notify)
+        return promoted(bundle, lowered, open_chain, unrolled(calls, spec), notify)
 
 
 def _require_promotable(options: BuildOptions, target: Target) -> None:

@@ -1,10 +1,9 @@
-"""``build --auto-promote``: build, look for the operator that breaks the tolerance, keep it in float32, build again."""
+"""``build --auto-promote``: look for the operator that breaks the tolerance, keep it in float32, lower again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -20,7 +19,7 @@ from mmd_export.precision.formats import BF16
 from mmd_export.runtime import Arrays, ChainSession
 
 MOST = 32  # operators; a network that needs more wants another precision
-Pack = Callable[[tuple[str, ...], Path], Bundle]  # values kept in float32, folder -> a bundle, not verified
+Lower = Callable[[tuple[str, ...]], ir.Model]  # values whose operators stay float32 -> the whole sampler, unrolled
 OpenChain = Callable[[Bundle, Any], ChainSession]  # bundle, ONNX protobuf -> its chain
 
 
@@ -35,16 +34,16 @@ class _Whole:
 
 
 def promoted(
-    pack: Pack, open_chain: OpenChain, reference: ir.Model, scratch: Path, notify: Callable[[str], None]
+    bundle: Bundle, lower: Lower, open_chain: OpenChain, reference: ir.Model, notify: Callable[[str], None]
 ) -> tuple[str, ...]:
-    """The values of a call whose operators must stay float32 for the tolerance to hold; one is found a build.
+    """The values of a call whose operators must stay float32 for the tolerance of ``bundle`` to hold.
 
-    Raises ParityError where the culprit is no operator of the network, or ``MOST`` of them are not enough.
+    ``bundle`` has the golden file and the manifest; one operator is found a round. Raises ParityError where the culprit
+    is no operator of the network, or ``MOST`` of them are not enough.
     """
     kept: list[str] = []
     while True:
-        bundle = pack(tuple(kept), scratch / f"trial-{len(kept)}")
-        graph = runnable(bundle)
+        graph = runnable(lower(tuple(kept)), bundle.manifest.precision)
         rung = rung_of(bundle, graph, open_chain)
         if rung.passed:
             return tuple(kept)
@@ -59,10 +58,9 @@ def promoted(
         kept.append(value)
 
 
-def runnable(bundle: Bundle) -> ir.Model:
-    """The artefact's graph; of bf16, for which onnxruntime's CPU provider has no kernels, an emulation of it."""
-    model = ir.load(bundle.artefact_path)
-    return emulated(model, BF16) if bundle.manifest.precision == BF16.name else model
+def runnable(graph: ir.Model, precision: str) -> ir.Model:
+    """The graph; of bf16, for which onnxruntime's CPU provider has no kernels, an emulation of it."""
+    return emulated(graph, BF16) if precision == BF16.name else graph
 
 
 def rung_of(bundle: Bundle, graph: ir.Model, open_chain: OpenChain) -> Rung:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -30,15 +30,13 @@ def test_the_golden_file_is_enough_within_3_seconds_and_without_torch(digits_bun
         "heavy = {'torch', 'diffusers', 'onnxscript', 'scipy', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'imported {sorted(heavy)}' if heavy else code)\n"
     )
-    seconds = []
-    for _ in range(3):  # on a busy machine one run may be disturbed
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        if seconds[-1] < 3.0:
-            break
-    assert min(seconds) < 3.0, seconds
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    # Of the processor, not of the clock: other tests run meanwhile.
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < 3.0
     assert "rung 1, 2, 3, 4, 5: they need the checkpoint 'digits'; pass --checkpoint digits" in done.stderr
     assert "compared 100% of the artefact's outputs" in done.stderr
 
@@ -72,8 +70,10 @@ def test_with_the_checkpoint_fresh_noises_are_compared(command: Command, digits_
         assert "fresh sample" in names
         assert "fresh state.2 teacher-forced" in names
         assert not any("noises" in line for line in report["not_checked"])  # type: ignore[attr-defined]
-    errors = [report["rungs"][-1]["comparisons"][-1]["max_abs"] for report in reports]  # type: ignore[index]
-    assert errors[0] != errors[1]
+    errors = [[row["max_abs"] for row in report["rungs"][-1]["comparisons"]] for report in reports]  # type: ignore[index]
+    half = len(errors[0]) // 2
+    assert errors[0][:half] == errors[1][:half]  # the golden file's noises
+    assert errors[0][half:] != errors[1][half:]
 
 
 def test_states_that_batches_cannot_reach_are_said(command: Command, tmp_path: Path) -> None:

