@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mmd_export.checkpoint import load_checkpoint
 from mmd_export.commands.verify import verify
 from mmd_export.noise import sampler_noise
 from mmd_export.parity import ParityReport
+from mmd_export.plan import StepPlan
 from mmd_export.reference import golden_arrays
 
 TARGETS = ("onnx", "openvino", "coreml")
@@ -82,8 +84,8 @@ def artefact_faults(target: str) -> Iterator[Fault]:
         "swapped operator, GELU for SiLU", 0, _network(target, lambda n: faults.with_activation(n, 1, nn.GELU()))
     )
     for seed in (0, 2):
-        dropped = _network(target, lambda n, seed=seed: faults.with_activation(n, seed, nn.Identity()))  # type: ignore[misc]
-        yield fault("dropped operator, no SiLU", seed, dropped)
+        dropped = partial(faults.with_activation, place=seed, activation=nn.Identity())
+        yield fault("dropped operator, no SiLU", seed, _network(target, dropped))
     yield fault("transposed channels", 0, _network(target, lambda n: faults.FlippedChannels(n).eval()))
     yield fault("stale engine, weights of another step", 0, _network(target, lambda n: faults.perturbed(n, 0)))
     yield fault("constant image", 0, _network(target, lambda n: faults.Saturated(n).eval()))
@@ -106,15 +108,15 @@ def _network(target: str, change: Callable[[nn.Module], nn.Module]) -> Callable[
     return run
 
 
-def _plan(target: str, change: Callable[[Lab], Any]) -> Callable[[Lab], ParityReport]:
+def _plan(target: str, change: Callable[[Lab], StepPlan]) -> Callable[[Lab], ParityReport]:
     return lambda lab: lab.judge(lab.sealed(lab.honest(target), lab.compiled(target, plan=change(lab))))
 
 
-def _coefficient(k: int) -> Callable[[Lab], Any]:
+def _coefficient(k: int) -> Callable[[Lab], StepPlan]:
     return lambda lab: faults.wrong_coefficient(lab.plan, k, np.random.default_rng(k))
 
 
-def _late(k: int) -> Callable[[Lab], Any]:
+def _late(k: int) -> Callable[[Lab], StepPlan]:
     return lambda lab: faults.changed_step(lab.plan, k, timestep=lab.plan.steps[k].timestep - 1)
 
 
@@ -134,32 +136,32 @@ def upstream_faults() -> Iterator[Fault]:
         return Fault(kind, "onnx", seed, rungs, run)
 
     for k in range(2):
-        yield fault(
-            "wrong coefficient in the plan", k, (1, 2), lambda lab, k=k: faults.consistent(lab, _coefficient(k)(lab))
-        )  # type: ignore[misc]
-        yield fault(
-            "off-by-one timestep in the plan", k, (1, 2), lambda lab, k=k: faults.consistent(lab, _late(k)(lab))
-        )  # type: ignore[misc]
-        yield fault("wrong time table", k, (4,), lambda lab, k=k: _inside(lab, faults.wrong_table(k)))  # type: ignore[misc]
-        yield fault(
-            "wrong exported program", k, (5,), lambda lab, k=k: _inside(lab, faults.wrong_program(1 + 0.001 * (k + 1)))
-        )  # type: ignore[misc]
-        yield fault("golden states of other weights", k, (3,), lambda lab, k=k: _other_golden(lab, k))  # type: ignore[misc]
-    yield fault("wrong eta in the plan", 0, (1, 2), _wrong_eta)
-    yield fault("noise of another seed", 1, (3,), lambda lab: faults.with_golden(lab, _noise(lab, 1)))
-    yield fault(
-        "step noise of another seed", 2, (3,), lambda lab: faults.with_golden(lab, _noise(lab, 2, "step_noise"))
-    )
+        yield fault("wrong coefficient in the plan", k, (1, 2), partial(_wrong_plan, change=_coefficient(k)))
+        yield fault("off-by-one timestep in the plan", k, (1, 2), partial(_wrong_plan, change=_late(k)))
+        yield fault("wrong time table", k, (4,), partial(_wrong_table, k=k))
+        yield fault("wrong exported program", k, (5,), partial(_wrong_program, factor=1.0 + 0.001 * (k + 1)))
+        yield fault("golden states of other weights", k, (3,), partial(_other_golden, seed=k))
+    yield fault("wrong eta in the plan", 0, (1, 2), partial(_wrong_plan, change=_other_eta))
+    for seed, name in ((1, "noise"), (2, "step_noise")):
+        yield fault(f"{name} of another seed", seed, (3,), partial(_other_noise, seed=seed, name=name))
 
 
-def _inside(lab: Lab, stage: Any) -> ParityReport:
-    with stage:
+def _wrong_plan(lab: Lab, change: Callable[[Lab], StepPlan]) -> ParityReport:
+    return faults.consistent(lab, change(lab))
+
+
+def _other_eta(lab: Lab) -> StepPlan:
+    return replace(lab.checkpoint.plan_for(STEPS, eta=0.6), settings=lab.plan.settings)
+
+
+def _wrong_table(lab: Lab, k: int) -> ParityReport:
+    with faults.wrong_table(k):
         return lab.judge(lab.honest("onnx"), upstream=True)
 
 
-def _wrong_eta(lab: Lab) -> ParityReport:
-    wrong = replace(lab.checkpoint.plan_for(STEPS, eta=0.6), settings=lab.plan.settings)
-    return faults.consistent(lab, wrong)
+def _wrong_program(lab: Lab, factor: float) -> ParityReport:
+    with faults.wrong_program(factor):
+        return lab.judge(lab.honest("onnx"), upstream=True)
 
 
 def _other_golden(lab: Lab, seed: int) -> ParityReport:
@@ -167,8 +169,9 @@ def _other_golden(lab: Lab, seed: int) -> ParityReport:
     return faults.with_golden(lab, golden_arrays(other, lab.plan, 4))
 
 
-def _noise(lab: Lab, seed: int, name: str = "noise") -> dict[str, Any]:
-    return {name: sampler_noise(seed, 4, lab.checkpoint.shape, lab.plan.noisy_steps)[name]}
+def _other_noise(lab: Lab, seed: int, name: str) -> ParityReport:
+    drawn = sampler_noise(seed, 4, lab.checkpoint.shape, lab.plan.noisy_steps)
+    return faults.with_golden(lab, {name: drawn[name]})
 
 
 def judged(fault: Fault, lab: Lab) -> dict[str, Any]:

@@ -12,7 +12,7 @@ Table: TypeAlias = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 def tolerance_rows() -> Table:
     """Every tolerance with what it allows for and the largest measured error."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (target, precision), basis in BASES.items():
         because, _, by_hand = basis.because.partition("; ")
         cited = [f"{each.value:.1e} `{each.file}`" for each in basis.measured]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -98,7 +98,7 @@ def parse_limits(flag: str, texts: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def _options(wanted: bool, given: dict[str, object]) -> DistributionOptions | None:
+def _options(wanted: bool, given: Mapping[str, object]) -> DistributionOptions | None:
     from mmd_export.commands.distribution import DistributionOptions
 
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -109,7 +109,7 @@ def _options(wanted: bool, given: dict[str, object]) -> DistributionOptions | No
 
 def show_report(report: ParityReport, json: Path | None) -> None:
     """The ladder, the budget of the steps, what was compared and what was not."""
-    heads = ("rung", "checks", "worst", "would pass at", "tolerance", "verdict")
+    heads: tuple[str, ...] = ("rung", "checks", "worst", "would pass at", "tolerance", "verdict")
     show_table(f"Parity of {report.bundle} in {report.runtime}", heads, rung_rows(report), json)
     if report.artefact is not None and report.artefact.budget is not None:
         heads = ("step", "error", "local", "inherited", "growth", "gain", "sampler's own")

@@ -96,10 +96,15 @@ def error_budget(
     for k, (want, own, taught) in enumerate(zip(exact, free, forced, strict=True), start=1):
         with np.errstate(invalid="ignore", over="ignore"):
             total, local, inherited = (_difference(a, b) for a, b in ((own, want), (taught, want), (own, taught)))
-            sizes = [size for error in (total, local, inherited) for size in (_largest(error), _rms(error))]
-        growth, gain = (size / passed_on if passed_on > 0.0 else None for size in (sizes[1], sizes[5]))
-        steps.append(StepError(k, *sizes, growth, gain, amplification(before, want)))
-        before, passed_on = want, sizes[1]
+        size, brought = _rms(total), _rms(inherited)
+        growth, gain = (size / passed_on, brought / passed_on) if passed_on > 0.0 else (None, None)
+        steps.append(
+            StepError(
+                k, _largest(total), size, _largest(local), _rms(local), _largest(inherited), brought, growth, gain,
+                amplification(before, want),
+            )
+        )  # fmt: skip
+        before, passed_on = want, size
     return ErrorBudget(tuple(steps), atol, noises)
 
 

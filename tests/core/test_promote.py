@@ -17,6 +17,7 @@ from mmd_export.errors import NotAvailableError, ParityError, UsageError
 from mmd_export.precision import quantise
 from mmd_export.precision.formats import Grid
 from mmd_export.precision.layers import Layer
+from mmd_export.reference import golden_arrays
 
 STEPS = 2
 SPOILT = "mid_block.resnets.0.conv1"
@@ -102,15 +103,12 @@ def test_a_culprit_that_is_no_operator_ends_the_search(
     tame: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The golden file itself is off: no promotion can mend that, and no bundle appears."""
-    from mmd_export import build as module
-
-    golden_arrays = module.golden_arrays
 
     def off(*arguments: Any) -> dict[str, np.ndarray[Any, Any]]:
         arrays = golden_arrays(*arguments)
         return {name: array + np.float32(0.5) if name == "state.1" else array for name, array in arrays.items()}
 
-    monkeypatch.setattr(module, "golden_arrays", off)
+    monkeypatch.setattr("mmd_export.build.golden_arrays", off)
     with pytest.raises(ParityError, match=r"with 0 operators in float32 .* breaks the budget too.*another --precision"):
         build(options(tame, tmp_path / "b", auto_promote=True))
     assert not (tmp_path / "b").exists()
