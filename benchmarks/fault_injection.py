@@ -34,6 +34,7 @@ from mmd_export.reference import golden_arrays
 
 TARGETS = ("onnx", "openvino", "coreml")
 HONEST_STEPS = 5
+PARTS = ("faults", "honest")
 HONEST = (
     *(("onnx", precision, batch, output, 13)
       for precision in ("fp32", "fp16", "int8", "fp8", "w8", "w4")
@@ -225,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--target", choices=TARGETS, help="faults and honest bundles of one target")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=RESULTS / "fault_injection.json")
     arguments = parser.parse_args()
     old: dict[str, Any] = {}
@@ -238,13 +240,15 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder))
-        for fault in all_faults():
+        for fault in all_faults() if "faults" in arguments.parts else ():
             if fault.name in cases or (arguments.target and fault.target != arguments.target):
                 continue
             cases[fault.name] = judged(fault, lab)
             print(fault.name, cases[fault.name], flush=True)
             keep()
         for number, (target, precision, batch, output, count) in enumerate(HONEST):
+            if "honest" not in arguments.parts:
+                break
             key = f"{target} {precision}, batch {batch}, {output}"
             if key in runs or (arguments.target and target != arguments.target):
                 continue
