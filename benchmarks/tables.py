@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.budget_tables import ablation_rows, budget_rows, draw_budgets
 from benchmarks.budget_tables import target_rows as reached_rows
 from benchmarks.finetune_tables import speed_rows
+from benchmarks.parity_tables import bisect_rows, distribution_rows, fault_rows, honest_rows, tolerance_rows
 from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
 from benchmarks.target_tables import target_rows
 from benchmarks.tuning_tables import aware_rows, choice_rows
@@ -34,6 +35,7 @@ PAGES = (
     "docs/estimators.md",
     "docs/tuning-options.md",
     "docs/finetuning.md",
+    "docs/parity.md",
 )
 NOT_MEASURED = "not measured"
 
@@ -277,7 +279,7 @@ def of_precisions(rows: Callable[[dict[str, Any]], Table]) -> Callable[[], str]:
 
 
 def of_result(name: str, rows: Callable[[dict[str, Any]], Table]) -> Callable[[], str]:
-    """One table of one result file."""
+    """A table whose rows are made elsewhere."""
 
     def table() -> str:
         result = read(name)
@@ -376,6 +378,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "mmd_ablation": ablation,
     **{name: of_budgets(name) for name in BUDGETS},
     **{f"{name}_targets": of_targets(name) for name in BUDGETS},
+    "tolerances": lambda: markdown(*tolerance_rows()),
+    "faults": of_result("fault_injection.json", fault_rows),
+    "honest": of_result("fault_injection.json", honest_rows),
+    "distribution": of_result("distribution_rung.json", distribution_rows),
+    "bisect": of_result("bisect.json", bisect_rows),
 }
 
 

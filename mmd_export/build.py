@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from numpy.typing import NDArray
 
 from mmd_export.bundle import (
     BatchSpec,
@@ -28,10 +31,15 @@ from mmd_export.network_options import AS_IT_IS, NetworkOptions
 from mmd_export.plan_options import PlanOptions
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.reference import golden_arrays
+from mmd_export.runtime import ChainSession, RunOptions
 from mmd_export.target_options import DEFAULTS, TargetOptions
 from mmd_export.targets import Compiled, CompileOptions, DeferrableTarget, Target, get_target, onnx
 from mmd_export.tolerance import artefact_tolerance
+from mmd_export.tuned_precision import TunedPrecision
 from mmd_runtime.registry import runtime_for
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 GRAPH = onnx.TARGET  # what a deferred bundle holds
 MIN_GOLDEN = 4  # parity is measured on several noises
@@ -54,6 +62,7 @@ class BuildOptions(PlanOptions):
     network: NetworkOptions = AS_IT_IS
     of_target: TargetOptions = DEFAULTS
     defer: bool = False
+    auto_promote: bool = False
 
 
 def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None) -> Bundle:
@@ -62,6 +71,25 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
     ``notify`` hears each stage as it starts, and every warning. Raises MmdExportError of the right kind.
     """
     require_free(options.out, options.overwrite)
+    prepared = _prepare(options, notify)
+    kept = _promote(prepared, options, notify) if options.auto_promote else ()
+    return _pack(prepared, options, kept, notify)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """All that a target does not change."""
+
+    target: Target
+    batch: BatchSpec
+    program: SamplerProgram
+    golden: dict[str, NDArray[Any]]
+    draft: ManifestDraft
+    tuned: TunedPrecision | None
+
+
+def _prepare(options: BuildOptions, notify: Callable[[str], None]) -> _Prepared:
+    """Checkpoint, plan, reference and program."""
     batch, target = BatchSpec.parse(options.batch), usable_target(options)
     require_batches(target, batch)
     notify("reading the checkpoint")
@@ -69,9 +97,8 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
     _require_picture(options, checkpoint)
     for warning in checkpoint.warnings:
         notify(f"warning: {warning}")
-    if (tuned := checkpoint.tuned_precision) and (
-        said := tuned.warning(checkpoint.name, target.name, options.precision)
-    ):
+    tuned = checkpoint.tuned_precision
+    if tuned and (said := tuned.warning(checkpoint.name, target.name, options.precision)):
         notify(f"warning: {said}")
     plan = checkpoint.plan_for(**options.wanted)
     notify("running the float64 reference")
@@ -81,24 +108,65 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
     program = export_program(
         checkpoint.denoiser, plan, checkpoint.shape, static, checkpoint.conditions, checkpoint.decoder
     )
-    draft = _draft(options, checkpoint, program, batch, target)
+    return _Prepared(target, batch, program, golden, _draft(options, checkpoint, program, batch, target), tuned)
+
+
+def _pack(prepared: _Prepared, options: BuildOptions, kept: tuple[str, ...], notify: Callable[[str], None]) -> Bundle:
+    """Compile, measure and publish; ``kept``: values of a call whose operators stay float32."""
+    target, draft = prepared.target, prepared.draft
 
     def compile_into(folder: Path) -> ManifestDraft:
         notify(f"compiling for {draft.format}, to be finalized for {target.name}" if options.defer
                else f"compiling for {target.name}")  # fmt: skip
         chosen = CompileOptions(
-            options.precision, options.output, options.form, batch, options.of_target, notify, log_beside(options.out),
-            checkpoint.tuned_precision,
+            options.precision, options.output, options.form, prepared.batch, options.of_target, notify,
+            log_beside(options.out), prepared.tuned, kept,
         )  # fmt: skip
-        return _with_facts(draft, (GRAPH if options.defer else target).compile(program, folder, chosen))
+        return _with_facts(draft, (GRAPH if options.defer else target).compile(prepared.program, folder, chosen))
 
     def measure(bundle: Bundle) -> Measured:
         if not options.verify:
             return Measured(model_card(bundle.manifest))
         notify("verifying the artefact")
-        return measured(bundle, runtime_for(draft.format))
+        note = f"; float32 for parity: {', '.join(kept)}" if kept else ""
+        return measured(bundle, runtime_for(draft.format), note)
 
-    return write_bundle(options.out, draft, compile_into, golden, model_card(draft), options.overwrite, measure)
+    card = model_card(draft)
+    return write_bundle(options.out, draft, compile_into, prepared.golden, card, options.overwrite, measure)
+
+
+def _promote(prepared: _Prepared, options: BuildOptions, notify: Callable[[str], None]) -> tuple[str, ...]:
+    """The values whose operators ``--auto-promote`` keeps in float32."""
+    from mmd_export.onnx_calls import exact_calls, graph_spec, unrolled
+    from mmd_export.precision.lower import lower
+    from mmd_export.promote import promoted
+    from mmd_runtime.onnxruntime import chain_session
+
+    calls, spec = exact_calls(prepared.program), graph_spec(prepared.program, options.output)
+
+    def lowered(kept: tuple[str, ...]) -> ir.Model:
+        images = options.of_target.calibration
+        return unrolled(
+            lower(calls, options.precision, images, notify=notify, tuned=prepared.tuned, float32=frozenset(kept)), spec
+        )
+
+    def open_chain(bundle: Bundle, model: Any) -> ChainSession:
+        return chain_session(bundle, RunOptions(), model)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trial = replace(options, out=Path(scratch) / "trial", verify=False, form="unrolled", overwrite=False)
+        bundle = _pack(prepared, trial, (), notify)
+        return promoted(bundle, lowered, open_chain, unrolled(calls, spec), notify)
+
+
+def _require_promotable(options: BuildOptions, target: Target) -> None:
+    """Raise unless there is a lower precision whose operators can be told apart."""
+    if target.name != GRAPH.name:
+        raise NotAvailableError(
+            f"target {target.name} has no --auto-promote; {GRAPH.name} has, for {', '.join(GRAPH.precisions[1:])}"
+        )
+    if options.precision == "fp32":
+        raise UsageError("--auto-promote keeps operators in float32, --precision is fp32; give a lower one")
 
 
 def usable_target(options: BuildOptions) -> Target:
@@ -112,6 +180,8 @@ def usable_target(options: BuildOptions) -> Target:
         if value not in known:
             raise NotAvailableError(f"target {target.name} has no {flag} {value}; it has {', '.join(known)}")
     options.of_target.require_known(target.name, target.options)
+    if options.auto_promote:
+        _require_promotable(options, target)
     deferrable = isinstance(target, DeferrableTarget)
     if options.defer and not deferrable:
         raise NotAvailableError(f"target {target.name} has no --defer: what it builds runs anywhere; leave it out")

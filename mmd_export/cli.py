@@ -28,7 +28,6 @@ from mmd_export.cli_finetune import (
 )
 from mmd_export.cli_network import Conditions, GuidanceForm, GuidanceScale, NullLabel, TextLength
 from mmd_export.cli_options import (
-    BundleFolder,
     CheckpointOption,
     Ema,
     Eta,
@@ -57,6 +56,7 @@ from mmd_export.cli_tuning import (
     TunedCalibration,
     TunedIn,
 )
+from mmd_export.cli_verify import VERIFY_EXAMPLES, verify
 from mmd_export.errors import MmdExportError
 from mmd_export.network_options import NetworkOptions
 from mmd_export.plan_options import PlanOptions
@@ -190,30 +190,7 @@ app.command(epilog=BUILD_EXAMPLES)(build)
 app.command(epilog=FINALIZE_EXAMPLES)(finalize)
 
 
-@app.command(epilog="Example: mmd-export verify digits-5.bundle --json parity.json")
-def verify(
-    bundle: BundleFolder, runtime: RuntimeName = None, checkpoint: CheckpointOption = None, json: JsonFile = None
-) -> None:
-    """Check the artefact against the float64 reference, after every step. Exit 4 when it fails."""
-    from mmd_export.bundle import Bundle
-    from mmd_export.commands.verify import verify as check
-
-    report = check(Bundle.open(bundle), runtime, checkpoint, say)
-    rows = [
-        (str(rung.number), rung.title, "-" if rung.skipped else f"{rung.worst:.1e}", f"{rung.atol:g}", rung.verdict)
-        for rung in report.rungs
-    ]
-    heads = ("rung", "checks", "worst", "tolerance", "verdict")
-    show_table(f"Parity of {report.bundle} in {report.runtime}", heads, rows, json)
-    say(f"{report.runtime}: {report.detail}")
-    for reason in sorted({rung.skipped for rung in report.rungs if rung.skipped}):
-        say(f"not checked: {reason}")
-    for reason in (rung.unseen for rung in report.rungs if rung.unseen):
-        say(f"the sample alone was compared, not the states before it: {reason}")
-    for placement in (rung.placement for rung in report.rungs if rung.placement):
-        say(placement.summary)
-    write_json(json, report.to_dict())
-    report.require()
+app.command(epilog=VERIFY_EXAMPLES)(verify)
 
 
 @app.command(epilog="Example: mmd-export bench digits-5.bundle --against torch --against per-step")

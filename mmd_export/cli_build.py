@@ -72,6 +72,10 @@ def build(
     defer: Annotated[
         bool, typer.Option("--defer", help="TensorRT: pack the graph; finalize compiles it where it will run")
     ] = False,
+    auto_promote: Annotated[
+        bool,
+        typer.Option("--auto-promote", help="onnx, below fp32: keep the operators that break parity in float32"),
+    ] = False,
     overwrite: Overwrite = False,
     skip_verify: SkipVerify = False,
     guidance_scale: GuidanceScale = None,
@@ -101,7 +105,7 @@ def build(
     )  # fmt: skip
     options = BuildOptions(
         with_ema(model, ema), target, out, precision, batch, output, overwrite, not skip_verify, form, decode,
-        NetworkOptions(guidance_scale, guidance_form, null_label, text_length), of_target, defer,
+        NetworkOptions(guidance_scale, guidance_form, null_label, text_length), of_target, defer, auto_promote,
         steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps),
     )  # fmt: skip
     show(built(out, make(options, say)))

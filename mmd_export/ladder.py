@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mmd_export.bundle import Bundle
+from mmd_export.bundle import Bundle, Golden
 from mmd_export.checkpoint import Checkpoint
 from mmd_export.errors import UsageError
 from mmd_export.parity import Comparison, Rung, compare, take
 from mmd_export.plan import StepPlan, is_learned
 from mmd_export.probe import both_chains
 from mmd_export.program import SamplerProgram, export_program
-from mmd_export.reference import run_chain, sampler_of
+from mmd_export.reference import golden_arrays, run_chain, sampler_of
 from mmd_export.schedule import SchedulerConfig, alphas_cumprod
 from mmd_export.solvers import resolve
 from mmd_export.tolerance import EXACT, torch_tolerance
@@ -165,3 +165,12 @@ def _in_batches(
         for i in range(0, count, size)
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def fresh_golden(bundle: Bundle, checkpoint: Checkpoint, plan: StepPlan, seed: int) -> Golden:
+    """What the golden file would hold had it been made of another seed: as many images, from the float64 reference."""
+    golden = bundle.golden()
+    output = "uint8" if golden.sample.dtype == np.uint8 else "float32"
+    arrays = golden_arrays(checkpoint, plan, golden.count, output, seed)
+    states = tuple(arrays[f"state.{k}"] for k in range(1, plan.step_count + 1))
+    return Golden({name: arrays[name] for name in golden.inputs}, arrays["sample"], states)

@@ -16,8 +16,11 @@ def log_beside(out: Path) -> Path:
     return out.with_name(f"{out.name}.log")
 
 
-def measured(bundle: Bundle, runtime: Runtime) -> Measured:
-    """Rung 6 on the finished bundle; raises ParityError, and says in the card if there is nothing to run it on."""
+def measured(bundle: Bundle, runtime: Runtime, note: str = "") -> Measured:
+    """Rung 6 on the finished bundle; raises ParityError, and says in the card if there is nothing to run it on.
+
+    ``note`` goes into the card too.
+    """
     if not (found := runtime.availability()).available:
         return Measured(model_card(bundle.manifest, f"not verified: runtime {runtime.name}: {found.detail}"))
     try:
@@ -33,7 +36,7 @@ def measured(bundle: Bundle, runtime: Runtime) -> Measured:
     parity = {comparison.name: rounded_up(comparison.max_abs) for comparison in rung.comparisons}
     draft = bundle.manifest.model_copy(update={"parity": parity})
     unseen = f"; states not seen: {rung.unseen}" if rung.unseen else ""
-    return Measured(model_card(draft, f"runtime {runtime.name}, {found.detail}{unseen}"), parity)
+    return Measured(model_card(draft, f"runtime {runtime.name}, {found.detail}{unseen}{note}"), parity)
 
 
 def rounded_up(error: float) -> float:

@@ -23,10 +23,12 @@ def sampler_of(checkpoint: Checkpoint, plan: StepPlan) -> UnrolledSampler:
     return UnrolledSampler(network, plan, decoder=checkpoint.decoder).eval()
 
 
-def golden_inputs(checkpoint: Checkpoint, plan: StepPlan, count: int) -> dict[str, NDArray[Any]]:
+def golden_inputs(
+    checkpoint: Checkpoint, plan: StepPlan, count: int, seed: int = GOLDEN_SEED
+) -> dict[str, NDArray[Any]]:
     """The inputs of the golden file: noise from a fixed seed, and examples of every condition."""
-    inputs: dict[str, NDArray[Any]] = dict(sampler_noise(GOLDEN_SEED, count, checkpoint.shape, plan.noisy_steps))
-    told = {each.name: each.examples(GOLDEN_SEED + i, count) for i, each in enumerate(checkpoint.conditions, start=1)}
+    inputs: dict[str, NDArray[Any]] = dict(sampler_noise(seed, count, checkpoint.shape, plan.noisy_steps))
+    told = {each.name: each.examples(seed + i, count) for i, each in enumerate(checkpoint.conditions, start=1)}
     return inputs | told
 
 
@@ -45,10 +47,10 @@ def run_chain(
 
 
 def golden_arrays(
-    checkpoint: Checkpoint, plan: StepPlan, count: int, output: str = "float32"
+    checkpoint: Checkpoint, plan: StepPlan, count: int, output: str = "float32", seed: int = GOLDEN_SEED
 ) -> dict[str, NDArray[Any]]:
     """Inputs, states and sample from the float64 reference, rounded to what the graph takes and gives."""
-    inputs = golden_inputs(checkpoint, plan, count)
+    inputs = golden_inputs(checkpoint, plan, count, seed)
     exact = run_chain(sampler_of(checkpoint.as_double(), plan), inputs, torch.float64)
     golden = inputs | {name: array.astype(np.float32) for name, array in exact.items()}
     return golden | {"sample": to_uint8(exact["sample"])} if output == "uint8" else golden

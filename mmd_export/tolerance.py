@@ -1,9 +1,14 @@
-"""The only place tolerances are written, each with the measurement that set it. No torch.
+"""The only place tolerances are written, each with the measurements that set it. No torch.
 
-Absolute, on float32 pixels in [-1, 1] and sampler states of unit scale; on uint8 images one level.
+Absolute, on float32 pixels in [-1, 1] and sampler states of unit scale; on uint8 images in levels. A ``Measurement``
+cites a number of a result file; a test holds it against that file.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from mmd_export.errors import NotAvailableError
 from mmd_export.manifest import Tolerance
@@ -12,57 +17,80 @@ from mmd_export.manifest import Tolerance
 EXACT = Tolerance(atol=1e-9, reason="float64 against float64; measured at most 4e-10 (DDPM), below 1e-12 for DDIM")
 
 
-def _of_digits(atol: float, reason: str) -> Tolerance:
-    return Tolerance(
-        atol=atol,
-        reason=f"{reason} on digits, untuned and tuned, 5 steps, every state (benchmarks/results/precision.json)",
-    )
+@dataclass(frozen=True)
+class Measurement:
+    """The largest error under ``path`` of ``benchmarks/results/<file>``, to three digits.
+
+    A part of the path is a key, ``*`` for all, or ``key=value`` for the entry of a list that has it.
+    """
+
+    file: str
+    path: tuple[str, ...]
+    value: float
 
 
-_ARTEFACT = {
-    ("onnx", "fp32"): Tolerance(
-        atol=1e-4,
-        reason="float32 rounding through the chain; measured at most 4e-6 on digits and 2e-5 on the ddpm-cifar10 "
-        "architecture, 5 steps, every state (benchmarks/results/artefacts.json)",
+@dataclass(frozen=True)
+class Basis:
+    """A tolerance, what makes the error that it allows, and where that was measured."""
+
+    atol: float
+    because: str
+    measured: tuple[Measurement, ...] = ()
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """As it goes into a manifest."""
+        found = [f"{each.value:.2e} ({each.file} {'/'.join(each.path)})" for each in self.measured]
+        measured = f"; measured at most {', '.join(found)}" if found else ""
+        return Tolerance(atol=self.atol, reason=self.because + measured)
+
+
+def _precision(name: str, value: float) -> Measurement:
+    return Measurement("precision.json", ("precisions", name, "errors", "*", "max"), value)
+
+
+def _coreml(model: str, precision: str, value: float) -> Measurement:
+    return Measurement("coreml.json", ("packages", f"model={model}", f"precision={precision}", "worst"), value)
+
+
+_CIFAR10 = "ddpm-cifar10 architecture"
+_ROUNDING = "float32 rounding through the chain"
+_BY_HAND = "measured once by hand in 5 steps, at most"
+
+BASES: Mapping[tuple[str, str], Basis] = {
+    ("onnx", "fp32"): Basis(
+        1e-4,
+        _ROUNDING,
+        (
+            Measurement("artefacts.json", ("models", "digits", "worst_artefact_error"), 3.58e-06),
+            Measurement("artefacts.json", ("models", _CIFAR10, "worst_artefact_error"), 1.76e-05),
+        ),
     ),
-    ("openvino", "fp32"): Tolerance(
-        atol=1e-4,
-        reason="float32 rounding through the chain; measured at most 5e-6 on digits and 3e-6 on the ddpm-cifar10 "
-        "architecture, 5 steps, every state (benchmarks/openvino.py)",
+    ("onnx", "fp16"): Basis(0.03, "float16, norms and softmax float32", (_precision("fp16", 9.12e-03),)),
+    ("onnx", "bf16"): Basis(0.3, "bfloat16, 8 bits of each number, emulated", (_precision("bf16", 5.24e-02),)),
+    ("onnx", "int8"): Basis(0.25, "8-bit weights and activations", (_precision("int8", 1.16e-01),)),
+    ("onnx", "fp8"): Basis(0.6, "E4M3, 4 bits of each weight and activation", (_precision("fp8", 9.83e-02),)),
+    ("onnx", "w8"): Basis(0.1, "8-bit weights", (_precision("w8", 3.46e-02),)),
+    ("onnx", "w4"): Basis(0.95, "4-bit weights", (_precision("w4", 3.16e-01),)),
+    ("openvino", "fp32"): Basis(1e-4, f"{_ROUNDING}; {_BY_HAND} 5e-6 on digits"),
+    ("openvino", "w16"): Basis(1e-2, f"weights rounded to float16, relative 5e-4; {_BY_HAND} 2e-3 on digits"),
+    ("coreml", "fp32"): Basis(
+        1e-4, _ROUNDING, (_coreml("digits", "fp32", 2.62e-06), _coreml(_CIFAR10, "fp32", 1.13e-06))
     ),
-    ("openvino", "w16"): Tolerance(
-        atol=1e-2,
-        reason="weights rounded to float16, relative 5e-4; measured at most 2e-3 on digits and on the ddpm-cifar10 "
-        "architecture, 5 steps, every state (benchmarks/openvino.py)",
+    ("coreml", "fp16"): Basis(
+        1e-2,
+        "half precision in the network, state in float32",
+        (_coreml("digits", "fp16", 6.21e-03), _coreml(_CIFAR10, "fp16", 2.14e-03)),
     ),
-    ("onnx", "fp16"): _of_digits(0.03, "float16, norms and softmax float32; measured at most 1e-2"),
-    ("onnx", "bf16"): _of_digits(0.3, "bfloat16, 8 bits of each number, emulated; measured at most 8e-2"),
-    ("onnx", "int8"): _of_digits(0.25, "8-bit weights and activations; measured at most 0.12"),
-    ("onnx", "fp8"): _of_digits(0.6, "E4M3, 4 bits of each weight and activation; measured at most 0.15"),
-    ("onnx", "w8"): _of_digits(0.1, "8-bit weights; measured at most 4e-2"),
-    ("onnx", "w4"): _of_digits(0.95, "4-bit weights; measured at most 0.42"),
-    # Reference evaluation of digits and the ddpm-cifar10 architecture, 5 steps, every state: results/coreml.json
-    ("coreml", "fp32"): Tolerance(atol=1e-4, reason="float32 rounding; measured at most 3e-6"),
-    ("coreml", "fp16"): Tolerance(
-        atol=1e-2, reason="half precision in the network, state in float32; measured at most 7e-3"
+    ("coreml", "w8"): Basis(
+        0.08, "int8 weights, a scale a channel", (_coreml("digits", "w8", 2.79e-02), _coreml(_CIFAR10, "w8", 2.28e-02))
     ),
-    ("coreml", "w8"): Tolerance(atol=0.08, reason="int8 weights, a scale a channel; measured at most 0.03 on digits"),
-    ("coreml", "w6"): Tolerance(atol=0.25, reason="palettes of 64 values; measured at most 0.08 on digits"),
-    ("coreml", "w4"): Tolerance(atol=0.6, reason="palettes of 16 values; measured at most 0.25 on digits"),
-    ("torch", "fp32"): Tolerance(
-        atol=1e-4,
-        reason="float32 rounding through the chain; measured at most 2e-6 on digits, 5 steps, the sample",
-    ),
-    ("coreai", "fp32"): Tolerance(
-        atol=1e-4,
-        reason="float32 rounding through the chain; measured at most 2e-6 on digits, 5 steps, every state",
-    ),
-    ("executorch", "fp32"): Tolerance(
-        atol=1e-4,
-        reason="float32 rounding through the chain; measured at most 6e-6 on digits, 5 steps, every state",
-    ),
+    ("coreml", "w6"): Basis(0.25, "palettes of 64 values", (_coreml("digits", "w6", 7.91e-02),)),
+    ("coreml", "w4"): Basis(0.6, "palettes of 16 values", (_coreml("digits", "w4", 2.50e-01),)),
+    ("torch", "fp32"): Basis(1e-4, f"{_ROUNDING}; {_BY_HAND} 2e-6 on digits, the sample"),
+    ("coreai", "fp32"): Basis(1e-4, f"{_ROUNDING}; {_BY_HAND} 2e-6 on digits"),
+    ("executorch", "fp32"): Basis(1e-4, f"{_ROUNDING}; {_BY_HAND} 6e-6 on digits"),
 }
-
 
 # Compiled from the graph of target onnx, TF32 off, by libraries that no GPU was at hand to run.
 _FROM_THE_GRAPH = ("tensorrt", "tensorrt-rtx")
@@ -74,15 +102,22 @@ def artefact_tolerance(target: str, precision: str) -> Tolerance:
         graph = artefact_tolerance("onnx", precision)
         return graph.model_copy(update={"reason": f"{graph.reason}; the graph in ONNX Runtime, not yet on a GPU"})
     try:
-        return _ARTEFACT[target, precision]
+        return BASES[target, precision].tolerance
     except KeyError:
-        known = ", ".join(f"{t} {p}" for t, p in _ARTEFACT)
+        known = ", ".join(f"{t} {p}" for t, p in BASES)
         raise NotAvailableError(f"no measured tolerance for {target} {precision}; measured: {known}") from None
 
 
 def torch_tolerance() -> Tolerance:
     """Rungs 3 to 5, inside torch: float64 -> float32 -> specialised -> exported."""
-    return _ARTEFACT["onnx", "fp32"]
+    return BASES["onnx", "fp32"].tolerance
 
 
-UINT8_LEVELS = 1.0  # a value within the float tolerance of x.5 may round either way
+def uint8_tolerance(atol: float) -> tuple[float, float]:
+    """For uint8 samples of an artefact within ``atol``: levels that a value may be off, and that all are on average.
+
+    A level is 2 / 255 of the range [-1, 1]. A value near x.5 may round either way, but rounding has no side: on average
+    an error stays what it was, where a truncation would show as half a level.
+    """
+    levels = 127.5 * atol
+    return max(1.0, math.ceil(levels)), levels

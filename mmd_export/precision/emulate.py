@@ -31,14 +31,16 @@ def emulated(model: ir.Model, half: Half) -> ir.Model:
 
 
 def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, half: Half) -> None:
-    """All that read ``value`` read it rounded."""
+    """All that read ``value`` read it rounded; the rounded one has its name."""
+    name = value.name
     value.type = ir.TensorType(ir.DataType.FLOAT)
     uses = list(value.uses())
     down = ir.Node("", "Cast", [value], attributes=[ir.AttrInt64("to", half.dtype)], num_outputs=1)
     up = ir.Node("", "Cast", [down.outputs[0]], attributes=[ir.AttrInt64("to", ir.DataType.FLOAT)], num_outputs=1)
     for result, dtype in ((down.outputs[0], half.dtype), (up.outputs[0], ir.DataType.FLOAT)):
-        result.name, result.type = f"{value.name}/{dtype.name.lower()}.rounded", ir.TensorType(dtype)
+        result.name, result.type = f"{name}/{dtype.name.lower()}.rounded", ir.TensorType(dtype)
         result.shape = value.shape
+    value.name, up.outputs[0].name = f"{name}/exact", name
     graph.insert_after(node, [down, up])
     for use in uses:
         use.node.replace_input_with(use.idx, up.outputs[0])

@@ -48,6 +48,11 @@ def islands(model: ir.Model, seen: Scan, half: Half) -> dict[ir.Node, str]:
     return found
 
 
+def promoted(model: ir.Model, values: frozenset[str]) -> dict[ir.Node, str]:
+    """The nodes that give one of ``values``: they are kept because a verification asked for it."""
+    return {node: "parity" for node in model.graph if any(str(value.name) in values for value in node.outputs)}
+
+
 def fits(largest: float, half: Half) -> bool:
     """Whether values up to ``largest`` keep their digits, with headroom; zeros do."""
     return largest == 0.0 or half.smallest <= largest <= half.largest

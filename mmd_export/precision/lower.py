@@ -11,7 +11,7 @@ from onnx_ir.passes import common as passes
 from mmd_export.errors import UsageError
 from mmd_export.precision.formats import GRIDS, HALVES
 from mmd_export.precision.half import to_half
-from mmd_export.precision.islands import islands
+from mmd_export.precision.islands import islands, promoted
 from mmd_export.precision.quantise import Recipe, quantise
 from mmd_export.precision.scan import scan
 from mmd_export.precision.trajectory import Calls
@@ -28,10 +28,13 @@ def lower(
     recipe: Recipe | None = None,
     notify: Callable[[str], None] = lambda _: None,
     tuned: TunedPrecision | None = None,
+    float32: frozenset[str] = frozenset(),
 ) -> Calls:
     """``calls`` in ``precision``, a new model; ``images``: how many trajectories to look at, None for the default.
 
-    Ranges that it was ``tuned`` with are taken as they are, if it was tuned in this precision.
+    Ranges that it was ``tuned`` with are taken as they are, if it was tuned in this precision. ``float32``: values
+    whose operators stay as they are.
+
     Raises UsageError for images where no range is needed, and for a trajectory that is not finite.
     """
     if precision == "fp32":
@@ -40,7 +43,7 @@ def lower(
     if precision in HALVES:
         half = HALVES[precision]
         seen = scan(lowered, images or SCANNED)
-        kept = islands(lowered.model, seen, half)
+        kept = islands(lowered.model, seen, half) | promoted(lowered.model, float32)
         counts = ", ".join(f"{count} for their {reason}" for reason, count in sorted(Counter(kept.values()).items()))
         nodes = sum(1 for _ in lowered.model.graph)
         notify(f"{precision}: {len(kept)} of {nodes} operations of a call stay float32 ({counts or 'none'})")
@@ -53,7 +56,7 @@ def lower(
         elif ranges is not None:
             _require_tuned_form(chosen, images)
             notify(f"{precision}: the ranges are those that it was tuned with ({QUANTISATION_FILE})")
-        lowered = quantise(lowered, grid, chosen, images or CALIBRATED, ranges)
+        lowered = quantise(lowered, grid, chosen, images or CALIBRATED, ranges, float32)
     passes.RemoveUnusedNodesPass()(lowered.model)
     return lowered
 

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mmd_export.precision.formats import INT8, W8, Grid
+from mmd_export.precision.islands import promoted
 from mmd_export.precision.layers import Layer, fold_transposes, layers, outermost
 from mmd_export.precision.ranges import histograms, rounded_scale
 from mmd_export.precision.trajectory import Calls
@@ -50,20 +51,30 @@ class Recipe:
     seven_bits: str = "linear"
 
 
-def quantise(calls: Calls, grid: Grid, recipe: Recipe, images: int, tuned: TunedPrecision | None = None) -> Calls:
+def quantise(
+    calls: Calls,
+    grid: Grid,
+    recipe: Recipe,
+    images: int,
+    tuned: TunedPrecision | None = None,
+    float32: frozenset[str] = frozenset(),
+) -> Calls:
     """The calls on ``grid``; the model is changed in place.
 
-    ``images`` set the ranges, where activations have any, unless they are those that it was ``tuned`` with.
+    ``images`` set the ranges, where activations have any, unless they are those that it was ``tuned`` with. Layers that
+    give one of the values ``float32`` are left out.
     """
     fold_transposes(calls.model)
-    chosen = chosen_layers(calls.model, recipe)
+    kept = promoted(calls.model, float32)
+    found = chosen_layers(calls.model, recipe)
+    chosen = [layer for layer in found if layer.node not in kept]
     rows = calls.constants
     if grid.activations and chosen:
         values = list(dict.fromkeys(layer.activation for layer in chosen))
         if tuned is None:
             scales = measured_scales(calls, values, grid, recipe, images)
         else:
-            scales = _tuned_scales(calls, chosen, values, tuned)
+            scales = _tuned_scales(calls, found, values, tuned)
         rows = _quantise_activations(calls, chosen, values, scales, grid)
     for layer in chosen:
         quantise_weight(calls.model.graph, layer, weight_grid(grid, recipe, convolution=layer.convolution))
@@ -89,12 +100,12 @@ def measured_scales(
 
 
 def _tuned_scales(
-    calls: Calls, chosen: Sequence[Layer], values: Sequence[ir.Value], tuned: TunedPrecision
+    calls: Calls, found: Sequence[Layer], values: Sequence[ir.Value], tuned: TunedPrecision
 ) -> list[list[np.float32]]:
-    """``[k][i]`` again, from the record of each layer; layers that read one value have one scale."""
+    """``[k][i]`` again, from the record of each of the layers ``found``; those that read one value have one scale."""
     steps = calls.plan.step_count
-    tuned.require_fit([layer.size for layer in chosen], steps)
-    of_value = {layer.activation: row.scales for layer, row in zip(chosen, tuned.layers, strict=True)}
+    tuned.require_fit([layer.size for layer in found], steps)
+    of_value = {layer.activation: row.scales for layer, row in zip(found, tuned.layers, strict=True)}
     return [[np.float32(of_value[value][k]) for value in values] for k in range(steps)]
 
 

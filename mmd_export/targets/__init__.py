@@ -28,7 +28,8 @@ class CompileOptions:
 
     ``batch``: the sizes that the artefact must take; the program is static where that is one. ``notify`` hears what a
     long compilation is doing; ``log`` is where a compiler's own log goes when it fails. ``tuned``: the precision and
-    ranges that the weights were tuned with.
+    ranges that the weights were tuned with. ``float32``: values of a call whose operators stay float32 in a lower
+    precision.
     """
 
     precision: str = "fp32"
@@ -39,6 +40,7 @@ class CompileOptions:
     notify: Callable[[str], None] = lambda _: None
     log: Path | None = None
     tuned: TunedPrecision | None = None
+    float32: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

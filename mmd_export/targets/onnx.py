@@ -56,26 +56,26 @@ class OnnxTarget:
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
         """``model.onnx`` [+ ``model.onnx_data``]: checked by onnx.checker, linted; one program gives the same bytes."""
-        from mmd_export.onnx_compose import GraphSpec, compose
+        from mmd_export.onnx_calls import exact_calls, graph_spec
+        from mmd_export.onnx_compose import compose
         from mmd_export.onnx_lint import report, require_clean
         from mmd_export.onnx_loop import compose_loop
-        from mmd_export.onnx_translate import translate
         from mmd_export.precision.lower import lower
         from mmd_export.precision.quantise import Recipe
-        from mmd_export.precision.trajectory import Calls
 
-        decoder = None if program.decoder is None else (translate(program.decoder.call), program.decoder.shape)
-        spec = GraphSpec(program.shape, program.batch, program.conditions, options.output, decoder)
-        constants = [
-            [value.detach().cpu().numpy() for value in program.constants(k)] for k in range(program.plan.step_count)
-        ]
-        exact = Calls(
-            translate(program.step), constants, program.plan, program.shape, program.batch, program.conditions
-        )
+        exact, spec = exact_calls(program), graph_spec(program, options.output)
         form = chosen_form(options.form, program.plan.step_count)
         # TensorRT takes a scale that is a constant, not one that a loop reads from a table.
         recipe = Recipe(per_step=form == "unrolled")
-        calls = lower(exact, options.precision, options.target.calibration, recipe, options.notify, options.tuned)
+        calls = lower(
+            exact,
+            options.precision,
+            options.target.calibration,
+            recipe,
+            options.notify,
+            options.tuned,
+            frozenset(options.float32),
+        )
         write = compose_loop if form == "loop" else compose
         model = write(calls.model, program.plan, calls.constants, spec)
         clean_up(model)

@@ -22,7 +22,7 @@ def test_build_says_size_and_error(command: Command, tmp_path: Path) -> None:
 
 
 def test_verify_passes_all_six_rungs(command: Command, digits_bundle: Path, tmp_path: Path) -> None:
-    code, out, err = command("verify", digits_bundle, "--json", tmp_path / "parity.json")
+    code, out, err = command("verify", digits_bundle, "--checkpoint", "digits", "--json", tmp_path / "parity.json")
     assert code == 0, err
     report = json.loads((tmp_path / "parity.json").read_text())
     assert [rung["verdict"] for rung in report["rungs"]] == ["passed"] * 6

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmd_export.errors import ParityError
-from mmd_export.parity import Comparison, ParityReport, Rung, compare
+from mmd_export.parity import Comparison, Coverage, Culprit, Limits, ParityReport, Rung, compare
 
 ATOL = 1e-4
 Array = np.ndarray[Any, Any]
@@ -106,6 +106,9 @@ def test_a_comparison_is_plain_json() -> None:
         "mean_abs": None,
         "worst_index": [0, 0, 0, 0],
         "faults": ["1 NaN values"],
+        "required_atol": None,
+        "rtol": 0.0,
+        "values": 96,
     }
 
 
@@ -199,3 +202,80 @@ def test_a_report_is_plain_json() -> None:
     assert again["passed"] is False
     assert [r["verdict"] for r in again["rungs"]] == ["not checked", "failed"]
     assert again["rungs"][1]["worst"] is None
+
+
+# --- what the user allows, what would have passed, what was not looked at
+
+
+def test_a_relative_tolerance_widens_with_the_reference() -> None:
+    actual = images() * np.float32(1.01)
+    found = compare("sample", actual, images(), rtol=0.02)
+    assert found.required_atol == 0.0
+    assert found.max_abs == pytest.approx(0.01, rel=1e-3)
+    tight = compare("sample", actual, images(), rtol=0.005)
+    assert tight.required_atol == pytest.approx(0.005, rel=1e-3)
+    assert not tight.passes(0.004)
+    assert tight.passes(0.006)
+
+
+def test_no_tolerance_saves_a_fault() -> None:
+    found = compare("sample", changed((0, 0, 0, 0), np.nan), images(), rtol=1e9)
+    assert found.required_atol == np.inf
+    assert rung(6, found).required_atol == np.inf
+    assert rung(6, found).to_dict()["required_atol"] is None
+
+
+def test_tolerances_by_output() -> None:
+    limits = Limits({"": 1e-2, "state.2": 1e-6}, {"state.1": 0.5})
+    bad = Comparison("state.2 teacher-forced", 3e-4, 0.0)
+    fresh = Comparison("fresh state.1", 3e-3, 0.0)
+    found = rung(6, GOOD, bad, fresh, limits=limits)
+    assert [found.limit(each) for each in (GOOD, bad, fresh)] == [1e-2, 1e-6, 1e-2]
+    assert found.failures == (bad,)
+    assert (limits.rtol_of("state.1"), limits.rtol_of("state.3")) == (0.5, 0.0)
+
+
+def test_bytes_keep_their_levels_unless_they_are_named() -> None:
+    sample = Comparison("sample", 1.0, 0.1)
+    general, named = Limits({"": 1e-9}), Limits({"sample": 0.5})
+    assert rung(6, sample, sample_atol=1.0, limits=general).passed
+    assert not rung(6, sample, sample_atol=1.0, limits=named).passed
+
+
+def test_levels_that_all_lean_one_way_fail() -> None:
+    truncated = Comparison("sample", 1.0, 0.3)
+    assert rung(6, truncated, sample_atol=1.0).passed
+    failed = rung(6, truncated, sample_atol=1.0, sample_mean=0.0128)
+    assert failed.verdict == "failed"
+    with pytest.raises(ParityError, match=r"sample is off by 0.3 on average, the tolerance is 0.0128"):
+        report(failed).require()
+
+
+def test_verified_fraction_counts_what_was_compared() -> None:
+    whole = Coverage((1, 1), (3, 3), (3, 3), (2, 2), (1, 1))
+    blind = Coverage((1, 1), (0, 3), (0, 3), (2, 2), (2, 8))
+    assert whole.fraction == 1.0
+    assert blind.fraction == 5 / 17
+    assert report(rung(6, GOOD, coverage=blind)).verified_fraction == 5 / 17
+    assert report().verified_fraction == 0.0
+
+
+def test_a_report_says_what_it_did_not_check() -> None:
+    skipped = tuple(rung(number, skipped="no checkpoint") for number in range(1, 6))
+    unseen = rung(6, GOOD, unseen="an engine is closed")
+    found = ParityReport("digits-5", "tensorrt", (*skipped, unseen), unchecked=("batch sizes 2, 3",))
+    assert found.not_checked == (
+        "rung 1, 2, 3, 4, 5: no checkpoint", "states and single steps: an engine is closed", "batch sizes 2, 3",
+    )  # fmt: skip
+    assert report(rung(6, GOOD)).not_checked == ()
+
+
+def test_the_culprit_is_part_of_the_reason() -> None:
+    culprit = Culprit(2, "mid", "Conv", "step.1/conv", ("mid.weight",), "Identity", 0.5, 1e-6, 1e-4)
+    failed = ParityReport("digits-5", "onnxruntime", (rung(6, BAD),), culprit=culprit)
+    with pytest.raises(
+        ParityError, match=r"; step 2: block mid: operator Conv, value step.1/conv with mid.weight \(the"
+    ):
+        failed.require()
+    data = json.loads(json.dumps(failed.to_dict(), allow_nan=False))
+    assert data["bisect"]["operator"] == "Conv"

@@ -77,7 +77,8 @@ def test_the_weights_lie_beside_the_graph(bundle: Bundle) -> None:
 def test_every_state_is_right(bundle: Bundle, model: Path) -> None:
     report = verify(bundle, checkpoint=str(model))
     report.require()
-    found = [comparison.name for comparison in report.rungs[-1].comparisons]
+    names = [comparison.name for comparison in report.rungs[-1].comparisons]
+    found = [name for name in names if not name.startswith("fresh ")]
     assert found == ["sample", "state.1", "state.2", "state.1 teacher-forced", "state.2 teacher-forced"]
 
 

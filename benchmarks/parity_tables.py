@@ -1,0 +1,75 @@
+"""Rows of the tables in docs/parity.md, from the results of the parity benchmarks and the tolerances themselves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, TypeAlias
+
+from mmd_export.tolerance import BASES
+
+Table: TypeAlias = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def tolerance_rows() -> Table:
+    """Every tolerance with what it allows for and the largest measured error."""
+    rows: list[tuple[str, ...]] = []
+    for (target, precision), basis in BASES.items():
+        because, _, by_hand = basis.because.partition("; ")
+        cited = [f"{each.value:.1e} `{each.file}`" for each in basis.measured]
+        rows.append((f"`{target}` {precision}", f"{basis.atol:g}", because, ", ".join(cited) or by_hand))
+    return ("target, precision", "atol", "allows for", "largest measured"), rows
+
+
+def fault_rows(result: dict[str, Any]) -> Table:
+    """Each kind of fault: how many were planted, caught, and blamed on the right rung and step."""
+    planted, caught, right = Counter[str](), Counter[str](), Counter[str]()
+    targets: dict[str, set[str]] = {}
+    for case in result["faults"].values():
+        kind = case["kind"]
+        planted[kind] += 1
+        caught[kind] += case["caught"]
+        right[kind] += case["right"]
+        targets.setdefault(kind, set()).add(case["target"])
+    rows: list[tuple[str, ...]] = [
+        (kind, ", ".join(sorted(targets[kind])), f"{planted[kind]}", f"{caught[kind]}", f"{right[kind]}")
+        for kind in planted
+    ]
+    rows.append(("**all**", "", *(f"**{sum(count.values())}**" for count in (planted, caught, right))))
+    return ("fault", "targets", "planted", "caught", "blamed right"), rows
+
+
+def honest_rows(result: dict[str, Any]) -> Table:
+    """Honest verifications: how many, how many failed, how near the worst came to the tolerance."""
+    rows: list[tuple[str, ...]] = [
+        (key, f"{run['runs']}", f"{run['alarms']}", f"{run['worst']:.1e}", f"{run['atol']:g}")
+        for key, run in result["honest"].items()
+    ]
+    total = result["summary"]
+    rows.append(("**all**", f"**{total['honest_verifications']}**", f"**{total['false_alarms']}**", "", ""))
+    return ("digits, 5 steps", "verifications", "false alarms", "worst error", "tolerance"), rows
+
+
+def distribution_rows(result: dict[str, Any]) -> Table:
+    """False alarms and power of rung 7."""
+    found = result["summary"]
+    alone = found["each_test_alone"]
+    setting = f"{result['count']} samples a side, {result['features']}"
+    rows: list[tuple[str, ...]] = [
+        (f"honest, {setting}", f"{found['honest_repeats']}", f"{100 * found['false_alarm_rate']:.1f} %"),
+        ("of them by the test on the same noise alone", "", f"{100 * alone['same']:.1f} %"),
+        ("of them by the test on fresh noise alone", "", f"{100 * alone['fresh']:.1f} %"),
+        ("a sampler without one of its steps", f"{found['power_repeats']}", f"{100 * found['power']:.1f} %"),
+    ]
+    return (f"digits, {result['steps']} steps, level {100 * result['level']:.0f} %", "repeats", "failed"), rows
+
+
+def bisect_rows(result: dict[str, Any]) -> Table:
+    """Planted operators: found, and in what time."""
+    rows: list[tuple[str, ...]] = []
+    for kind in dict.fromkeys(case["planted"]["kind"] for case in result["cases"]):
+        cases = [case for case in result["cases"] if case["planted"]["kind"] == kind]
+        hybrids = max(case["found"]["evaluations"] for case in cases)
+        seconds = max(case["seconds"] for case in cases) + result["reference_seconds"]
+        found = sum(case["right"] for case in cases)
+        rows.append((kind, f"{len(cases)}", f"{found}", f"{hybrids}", f"{seconds:.0f}"))
+    return ("operator spoilt", "cases", "found", "most hybrids run", "longest search, s"), rows

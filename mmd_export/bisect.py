@@ -1,0 +1,161 @@
+"""From a failing step down to the operator: hybrids of the artefact's graph and an exact one. onnx_ir, no torch.
+
+Both graphs call their values by the same names. A hybrid takes everything up to some value from the artefact and the
+rest from the reference. Its error is 0 where nothing, and the artefact's own where everything comes from the artefact;
+the value with which it first passes the budget is found by binary search, over blocks and then inside one. So the
+operator named is the one after which exact arithmetic cannot save the step any more, whatever the precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mmd_export.errors import NotAvailableError
+from mmd_export.graph_parts import DECODER, PLAN, GraphParts, weights_of
+from mmd_export.parity_report import Culprit, Rung
+
+Array = NDArray[Any]
+_LEAST_SHARED = 0.5  # of the values that the step needs; below that the graphs are of different toolchains
+
+
+@dataclass(frozen=True)
+class Question:
+    """A step of a sampler: from ``known`` values to ``goal``, which should be ``expected`` within ``budget``."""
+
+    step: int
+    known: Mapping[str, Array]
+    goal: str
+    expected: Array
+    budget: float
+    note: str = ""
+
+
+class _Hybrids:
+    """The error of the goal with the first i shared values from the artefact."""
+
+    def __init__(self, artefact: GraphParts, reference: GraphParts, question: Question) -> None:
+        self.artefact, self.reference, self.question = artefact, reference, question
+        needed = reference.needed(question.known, question.goal)
+        self.shared = [name for name in needed if name in artefact.producer]
+        if not self.shared or self.shared[-1] != question.goal or len(self.shared) < _LEAST_SHARED * len(needed):
+            raise NotAvailableError(
+                f"--bisect: the graphs share {len(self.shared)} of {len(needed)} values of step {question.step}; the "
+                "artefact comes from another toolchain, build it again"
+            )
+        self.errors: dict[int, float] = {}
+
+    def error(self, count: int) -> float:
+        """Largest |goal - expected|; infinite where it is not finite."""
+        if count not in self.errors:
+            self.errors[count] = self._error(count)
+        return self.errors[count]
+
+    def _error(self, count: int) -> float:
+        known, goal = self.question.known, self.question.goal
+        taken = set(self.shared[:count])
+        given = self.artefact.run(known, sorted(self.reference.read(taken | set(known), goal) - set(known)))
+        exact = {name: _as_float32(array) for name, array in given.items()}
+        result = self.reference.run({**known, **exact}, [goal])[goal]
+        if result.shape != self.question.expected.shape or not np.isfinite(result).all():
+            return np.inf
+        return float(np.abs(result.astype(np.float64) - self.question.expected.astype(np.float64)).max(initial=0.0))
+
+
+def find(artefact: ir.Model, reference: ir.Model, question: Question) -> Culprit:
+    """The block and operator with which a step breaks its budget; without them if the step as a whole keeps it."""
+    parts = GraphParts(artefact), GraphParts(reference)
+    hybrids = _Hybrids(*parts, question)
+    everything, budget = len(hybrids.shared), question.budget
+    whole, nothing = hybrids.error(everything), hybrids.error(0)
+    found = Culprit(question.step, budget=budget, error=whole, before=nothing, note=question.note)
+    if not nothing <= budget:
+        note = "a fresh float32 graph of the checkpoint breaks the budget too: look at rungs 1 to 5"
+        return replace(found, note=note, evaluations=len(hybrids.errors))
+    if whole <= budget:
+        note = f"alone, step {question.step} keeps it in onnxruntime; it breaks it in the runtime that was verified"
+        return replace(found, note=note, evaluations=len(hybrids.errors))
+    ends = _block_ends([parts[1].labels.get(name, PLAN) for name in hybrids.shared])
+    low, high = _search(hybrids, [0, *ends])
+    low, high = _search(hybrids, list(range(low, high + 1)))
+    return _named(hybrids, found, low, high)
+
+
+def _search(hybrids: _Hybrids, cuts: Sequence[int]) -> tuple[int, int]:
+    """Two neighbours in ``cuts``, ascending: the budget holds at the first and breaks at the second."""
+    low, high = 0, len(cuts) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if hybrids.error(cuts[middle]) <= hybrids.question.budget:
+            low = middle
+        else:
+            high = middle
+    return cuts[low], cuts[high]
+
+
+def _block_ends(labels: Sequence[str]) -> list[int]:
+    """The number of values up to the end of each run of equal labels."""
+    ends, total = [], 0
+    for _, run in groupby(labels):
+        total += len(list(run))
+        ends.append(total)
+    return ends
+
+
+def _named(hybrids: _Hybrids, found: Culprit, low: int, high: int) -> Culprit:
+    value, before = hybrids.shared[high - 1], set(hybrids.shared[:low]) | set(hybrids.question.known)
+    ours, theirs = (parts.between(before, value) for parts in (hybrids.artefact, hybrids.reference))
+    operators, expected = ([node.op_type for node in nodes] for nodes in (ours, theirs))
+    return replace(
+        found,
+        block=hybrids.reference.labels.get(value, PLAN),
+        operator=", ".join(operators),
+        value=value,
+        weights=weights_of(ours),
+        expected=", ".join(expected) if operators != expected else "",
+        error=hybrids.error(high),
+        before=hybrids.error(low),
+        evaluations=len(hybrids.errors),
+    )
+
+
+def call_value(culprit: Culprit) -> str:
+    """The name of the value inside one network call, as precisions know it; empty for the plan and the decoder."""
+    prefix, slash, name = culprit.value.partition("/")
+    is_call = slash and prefix.startswith("step.") and culprit.block not in (PLAN, DECODER)
+    return name if is_call else ""
+
+
+def _as_float32(array: Array) -> Array:
+    """What the exact graph reads: 16-bit floats widened."""
+    return array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind not in "iub" else array
+
+
+def question_of(
+    rung: Rung, inputs: Mapping[str, Array], states: Sequence[Array], sample: Array, output_atol: float
+) -> Question:
+    """What to ask of a failing rung 6, on one batch of golden ``inputs``, ``states`` and ``sample``.
+
+    The first step that is wrong by itself; where none is, the one that adds most, with half of what it adds as budget;
+    where all states hold, what follows them.
+    """
+    budget = rung.budget
+    if budget is None:
+        raise NotAvailableError("--bisect needs the states inside the artefact, which this runtime does not show")
+    if budget.first_step is None:
+        known = {**inputs, **{f"state.{k}": state for k, state in enumerate(states, start=1)}}
+        return Question(len(states) + 1, known, "sample", sample, output_atol, "all states hold")
+    step, atol, note = budget.first_step, budget.atol, ""
+    if not budget.by_itself:
+        step = budget.largest_local
+        local = budget.steps[step - 1].local_max
+        note = f"no step breaks {atol:.2g} alone, errors pile up to it; step {step} adds most, {local:.2g}"
+        atol = local / 2.0
+    known = {**inputs, **{f"state.{k}": states[k - 1] for k in range(1, step)}}
+    return Question(step, known, f"state.{step}", states[step - 1], atol, note)

@@ -1,0 +1,68 @@
+"""What breaks the budget of a bundle's rung 6: its graph and that of its checkpoint, searched from step to operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from mmd_export.bisect import find, question_of
+from mmd_export.bundle import Bundle, Golden
+from mmd_export.comparison import FRESH, Comparison
+from mmd_export.onnx_calls import exact_calls, graph_spec, unrolled
+from mmd_export.parity import Culprit, Rung, chunks, take
+
+if TYPE_CHECKING:
+    from mmd_export.checkpoint import Checkpoint
+    from mmd_export.plan import StepPlan
+
+
+def find_culprit(
+    bundle: Bundle,
+    rung: Rung,
+    checkpoint: Checkpoint,
+    plan: StepPlan,
+    fresh: Golden | None = None,
+    notify: Callable[[str], None] = lambda _: None,
+) -> Culprit:
+    """Of an unrolled ONNX graph step, block and operator; of another artefact the step alone."""
+    manifest = bundle.manifest
+    if manifest.format != "onnx" or manifest.graph.form != "unrolled":
+        what = "a loop" if manifest.format == "onnx" else manifest.format
+        first = None if rung.budget is None else rung.budget.first_step
+        note = f"blocks and operators are told apart in unrolled ONNX graphs, this is {what}"
+        return Culprit(first or bundle.golden().steps + 1, note=note)
+    notify("bisect: a fresh float32 graph of the checkpoint")
+    reference = checkpoint_graph(bundle, checkpoint, plan)
+    notify("bisect: searching blocks, then operators")
+    return blame(bundle, rung, ir.load(bundle.artefact_path), reference, fresh)
+
+
+def blame(bundle: Bundle, rung: Rung, artefact: ir.Model, reference: ir.Model, fresh: Golden | None = None) -> Culprit:
+    """The same with both graphs at hand, on the worst batch: of golden noises, or of ``fresh`` if those alone fail."""
+    golden_fails = any(not _is_fresh(each) for each in rung.failures)
+    golden = bundle.golden() if golden_fails or fresh is None else fresh
+    failed = [each.worst_index[0] for each in rung.failures if each.worst_index and golden_fails != _is_fresh(each)]
+    image = failed[0] if failed and failed[0] < golden.count else 0
+    inputs, rows = next(part for part in chunks(bundle, golden) if part[1].start <= image < part[1].stop)
+    states = [take("state", state, rows) for state in golden.states]
+    output_atol = next((rung.limit(each) for each in rung.comparisons if each.output == "sample"), rung.atol)
+    question = question_of(rung, inputs, states, golden.sample[rows], output_atol)
+    return find(artefact, reference, question)
+
+
+def _is_fresh(comparison: Comparison) -> bool:
+    return comparison.name.startswith(FRESH)
+
+
+def checkpoint_graph(bundle: Bundle, checkpoint: Checkpoint, plan: StepPlan) -> ir.Model:
+    """The float32 ONNX graph that the checkpoint gives now, unrolled, for the bundle's batches and output."""
+    from mmd_export.program import export_program
+
+    batch = bundle.manifest.batch
+    size = batch.smallest if batch.is_static else None
+    program = export_program(
+        checkpoint.denoiser, plan, checkpoint.shape, size, checkpoint.conditions, checkpoint.decoder
+    )
+    return unrolled(exact_calls(program), graph_spec(program, bundle.manifest.spec("sample").dtype))

@@ -1,0 +1,70 @@
+"""Every tolerance that cites a result file cites the number that stands there, and allows more than it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmd_export.errors import NotAvailableError
+from mmd_export.targets import get_target, target_names
+from mmd_export.tolerance import BASES, Measurement, artefact_tolerance, uint8_tolerance
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+CITED = [(key, measurement) for key, basis in BASES.items() for measurement in basis.measured]
+
+
+def found(value: Any, path: tuple[str, ...]) -> Iterator[float]:
+    """Every number under ``path``."""
+    if not path:
+        yield float(value)
+        return
+    head, *rest = path
+    if head == "*":
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from found(inner, tuple(rest))
+    elif "=" in head and isinstance(value, list):
+        key, wanted = head.split("=")
+        yield from found([row for row in value if row[key] == wanted], tuple(rest))
+    elif isinstance(value, list):
+        assert value
+        for row in value:
+            yield from found(row, path)
+    else:
+        yield from found(value[head], tuple(rest))
+
+
+@pytest.mark.parametrize(("key", "measurement"), CITED, ids=lambda value: str(value)[:60])
+def test_a_cited_number_is_the_one_in_the_file(key: tuple[str, str], measurement: Measurement) -> None:
+    result = json.loads((RESULTS / measurement.file).read_text(encoding="utf-8"))
+    largest = max(found(result, measurement.path))
+    assert measurement.value == float(f"{largest:.2e}"), f"{key}: {measurement.file} says {largest}"
+    assert largest < BASES[key].atol
+
+
+def test_a_number_that_moved_is_noticed() -> None:
+    rows = {"packages": [{"model": "digits", "worst": 0.2}, {"model": "other", "worst": 0.9}]}
+    assert list(found(rows, ("packages", "model=digits", "worst"))) == [0.2]
+    assert max(found(rows, ("packages", "worst"))) == 0.9
+
+
+def test_every_precision_has_a_tolerance_with_its_reason() -> None:
+    for name in target_names():
+        for precision in get_target(name).precisions:
+            tolerance = artefact_tolerance(name, precision)
+            assert tolerance.atol > 0
+            assert len(tolerance.reason) > 10
+    with pytest.raises(NotAvailableError, match="no measured tolerance for onnx fp2; measured: onnx fp32"):
+        artefact_tolerance("onnx", "fp2")
+    cited = {target for (target, _), basis in BASES.items() if basis.measured}
+    assert {"onnx", "coreml"} <= cited
+
+
+def test_levels_of_bytes_follow_the_tolerance() -> None:
+    for atol, levels, mean in ((1e-4, 1.0, 0.01275), (0.03, 4.0, 3.825)):
+        found = uint8_tolerance(atol)
+        assert found[0] == levels
+        assert found[1] == pytest.approx(mean)
