@@ -1,7 +1,7 @@
 """How often a gate is wrong, and how long it takes, by real gates -> benchmarks/results/latency_gate.json.
 
-Each gate is the command itself in a fresh process: ``mmd-export bench NEW --against OLD --max-regression 5%``. Two kinds
-take turns, so that both meet the same noise:
+Each gate is the command itself in a fresh process: ``mmd-export bench NEW --against OLD --max-regression 5%``. Two
+kinds take turns, so that both meet the same noise:
 
 - ``equal``: NEW and OLD are two builds of the digits with 10 steps. A gate that fails is a false alarm.
 - ``slower``: NEW has 11 steps, so that it really does a tenth more work. A gate that does not fail has missed it.
@@ -41,17 +41,8 @@ def bundles(folder: Path) -> dict[str, Path]:
 
 def one_gate(new: Path, old: Path) -> dict[str, Any]:
     """Run the command; what it decided and how long all of it took."""
-    command = [
-        sys.executable,
-        "-m",
-        "mmd_export.cli",
-        "bench",
-        str(new),
-        "--against",
-        str(old),
-        "--max-regression",
-        LIMIT,
-    ]
+    bench = ("-m", "mmd_export.cli", "bench")
+    command = [sys.executable, *bench, str(new), "--against", str(old), "--max-regression", LIMIT]
     start = time.perf_counter()
     done = subprocess.run(
         [*command, "--threads", str(THREADS), "--json", "-"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -24,8 +24,7 @@ LEAST_BLOCKS = 6
 LOOKS = 10  # before the end, at most so many, each at 99.5 %: by Bonferroni together under 5 %
 EARLY = 0.995
 LONGEST_SECONDS = 60.0
-_BLOCKS = 50
-_MOST_ROUNDS = 200
+_BLOCKS = 50  # at most
 _REOPEN_SHARE = 0.25  # of the time, at most, goes into opening sessions
 
 Call = Callable[[], object]
@@ -185,23 +184,22 @@ class BlockPlan:
         if not 0 < self.seconds <= LONGEST_SECONDS:
             raise UsageError(f"a gate takes at most {LONGEST_SECONDS:g} s, --seconds is {self.seconds:g}; lower it")
 
-    def layout(self, left: float, cost: float, opening: float) -> Layout:
-        """The blocks for ``left`` seconds, ``cost`` a round of all candidates and ``opening`` of all sessions."""
+    def layout(self, left: float, opening: float) -> Layout:
+        """The blocks for ``left`` seconds where opening all sessions takes ``opening``."""
         affordable = int(_REOPEN_SHARE * left / opening) if opening > 0 else _BLOCKS
-        blocks = min(_BLOCKS, affordable) if affordable >= LEAST_BLOCKS else _BLOCKS
         reopen = affordable >= LEAST_BLOCKS
+        blocks = min(_BLOCKS, affordable) if reopen else _BLOCKS
         if self.rounds is not None:
-            return Layout(max(1, self.rounds // blocks), reopen)
-        left -= blocks * opening if reopen else 0.0
-        fits = int(left / blocks / cost)
-        return Layout(min(_MOST_ROUNDS, fits if fits >= 5 else max(1, min(5, int(left / LEAST_BLOCKS / cost)))), reopen)
+            return Layout(math.inf, max(1, self.rounds // blocks), reopen)
+        return Layout((left - (blocks * opening if reopen else 0.0)) / blocks, None, reopen)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Rounds of one block, and whether each opens its sessions anew."""
+    """A block ends after ``seconds``, or after so many ``rounds``; ``reopen``: each opens its sessions anew."""
 
-    rounds: int
+    seconds: float
+    rounds: int | None
     reopen: bool
 
 
@@ -225,16 +223,15 @@ def measure_blocks(
     calls, opening = _opened(openers, clock)
     warm = {name: warm_up(call, 50, clock, plan.seconds / 10 / len(calls)) for name, call in calls.items()}
     order, looks = np.random.default_rng(seed), 0
-    cost = sum(timed(name, call, clock) for name, call in calls.items())
-    layout = plan.layout(plan.seconds - (clock() - start), cost, opening)
+    layout = plan.layout(plan.seconds - (clock() - start), opening)
     measured: list[Mapping[str, tuple[float, ...]]] = []
     while True:
-        measured.append(_one_block(calls, layout.rounds, order, clock, start + LONGEST_SECONDS))
+        measured.append(_one_block(calls, layout, order, clock))
         elapsed, blocks = clock() - start, Blocks(tuple(measured), layout.reopen, warm, environment)
         due = min(LOOKS, int(elapsed * (LOOKS + 1) / plan.seconds))
         decided = due > looks and plan.rounds is None and _decided(limits, blocks)
         looks = due
-        if decided or _spent(plan, len(measured), layout.rounds, elapsed):
+        if decided or _spent(plan, blocks, elapsed):
             environment["load_after"] = load()
             return blocks
         if layout.reopen:
@@ -252,17 +249,16 @@ def _opened(openers: Mapping[str, Opener], clock: Clock) -> tuple[dict[str, Call
 
 
 def _one_block(
-    calls: Mapping[str, Call], rounds: int, order: np.random.Generator, clock: Clock, deadline: float
+    calls: Mapping[str, Call], layout: Layout, order: np.random.Generator, clock: Clock
 ) -> Mapping[str, tuple[float, ...]]:
-    """At least one round, and no further one after the deadline."""
-    names = list(calls)
+    """At least one round."""
+    names, end = list(calls), clock() + layout.seconds
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for done in range(rounds):
-        if done and clock() > deadline:
-            break
+    while True:
         for place in order.permutation(len(names)):
             seconds[names[place]].append(timed(names[place], calls[names[place]], clock))
-    return {name: tuple(values) for name, values in seconds.items()}
+        if clock() >= end or len(seconds[names[0]]) == layout.rounds:
+            return {name: tuple(values) for name, values in seconds.items()}
 
 
 def _decided(limits: Sequence[Limit], blocks: Blocks) -> bool:
@@ -270,9 +266,11 @@ def _decided(limits: Sequence[Limit], blocks: Blocks) -> bool:
     return bool(limits) and all(judge(limit, blocks, EARLY).verdict != "undecided" for limit in limits)
 
 
-def _spent(plan: BlockPlan, blocks: int, rounds: int, elapsed: float) -> bool:
+def _spent(plan: BlockPlan, blocks: Blocks, elapsed: float) -> bool:
     """Whether another block would be too much; fewer than 6 blocks are made only if 60 s do not hold them."""
+    done = len(blocks.seconds)
     if plan.rounds is not None:
-        return (blocks + 1) * rounds > plan.rounds
-    after = elapsed * (blocks + 1) / blocks
-    return after > (plan.seconds if blocks >= LEAST_BLOCKS else LONGEST_SECONDS)
+        rounds = [len(next(iter(block.values()))) for block in blocks.seconds]
+        return sum(rounds) + rounds[0] > plan.rounds
+    after = elapsed * (done + 1) / done
+    return after > (plan.seconds if done >= LEAST_BLOCKS else LONGEST_SECONDS)

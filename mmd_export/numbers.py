@@ -19,7 +19,7 @@ PARITY_HEADS = ("rung", "checks", "worst", "tolerance", "verdict")
 def latency_rows(bench: Mapping[str, Any]) -> list[Row]:
     """Name, percentiles in ms with their intervals, and how many times the first candidate it takes."""
     first = first_candidate(bench)
-    rows = []
+    rows: list[Row] = []
     for name, summary in bench["summary"].items():
         cells = [in_ms(summary.get(key)) for key in ("p50", "p90", "p99")]
         ratio = "1" if name == first else with_interval(ratio_of(bench, name, first), "median")
@@ -89,7 +89,7 @@ def bench_conditions(bench: Mapping[str, Any]) -> str:
 
 def parity_rows(verify: Mapping[str, Any]) -> list[Row]:
     """One row a rung."""
-    rows = []
+    rows: list[Row] = []
     for rung in verify.get("rungs", ()):
         worst = "-" if rung.get("skipped") or rung.get("worst") is None else f"{rung['worst']:.1e}"
         atol = "-" if rung.get("atol") is None else f"{rung['atol']:g}"

@@ -74,7 +74,10 @@ def violins_svg(seconds: Mapping[str, Sequence[float]]) -> str:
     for place, values in zip(places, logs, strict=True):
         axes.plot([float(np.median(values))], [place], "|", color=INK, markersize=12)
     axes.set_yticks(places, names)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{10**value:.3g}")
+    low, high = axes.get_xlim()
+    decades = range(int(np.floor(low)), int(np.ceil(high)) + 1)
+    marks = [value for k in decades for m in (1, 2, 5) if low <= (value := k + float(np.log10(m))) <= high]
+    axes.set_xticks(marks, [f"{10**mark:.3g}" for mark in marks])
     axes.set_xlabel("ms, log axis")
     return _svg(figure, "violins", "Distribution of the seconds of a run, by candidate")
 
