@@ -1,4 +1,4 @@
-"""Every benchmark that needs no GPU, one after the other; about 50 minutes on 2 quiet cores."""
+"""Every benchmark that needs no GPU, one after the other; about 2 hours on 2 quiet cores."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ SCRIPTS = (
     "benchmarks.targets",
     "benchmarks.digits_quality",
     "benchmarks.precision",
+    "benchmarks.latency_gate",
     "benchmarks.example",
     "benchmarks.siblings",
     "benchmarks.tables",
