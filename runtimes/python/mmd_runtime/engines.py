@@ -206,16 +206,24 @@ class _Context:
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         """Copy, run, copy back."""
-        self.load(inputs)
+        held = self._copy_in(inputs)
         self._launch()
-        return self.outputs()
+        results = self.outputs()
+        del held  # the arrays had to live until the stream was done with them
+        return results
 
     def load(self, inputs: Arrays) -> None:
         """Copy the inputs to where they stay; the arrays may go when this returns."""
+        held = self._copy_in(inputs)
+        self._cuda.wait(self._stream)
+        del held
+
+    def _copy_in(self, inputs: Arrays) -> list[Array]:
+        """Start copying; the arrays that are read meanwhile."""
         held = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         for name, array in held.items():
             self._cuda.to_device(self.addresses[name], array, self._stream)
-        self._cuda.wait(self._stream)
+        return list(held.values())
 
     def outputs(self) -> dict[str, Array]:
         """What the last run gave, copied."""
