@@ -20,7 +20,8 @@ from benchmarks.common import RESULTS, ROOT, save_cifar10, timed, write_result
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
 from mmd_export.checkpoint import load_checkpoint
-from mmd_export.commands.bench import BenchOptions, bench
+from mmd_export.commands.bench import bench
+from mmd_export.commands.candidates import BenchOptions
 from mmd_export.commands.verify import verify
 from mmd_export.program import export_program
 from mmd_export.targets import CompileOptions, get_target

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mmd_export.latency import describe_environment
+from mmd_export.environment import describe_environment
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

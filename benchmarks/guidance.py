@@ -15,7 +15,8 @@ import torch
 
 from benchmarks.common import RESULTS, write_result
 from mmd_export.build import BuildOptions, build
-from mmd_export.commands.bench import BenchOptions, bench
+from mmd_export.commands.bench import bench
+from mmd_export.commands.candidates import BenchOptions
 from mmd_export.network_options import NetworkOptions
 
 STEPS, ROUNDS, SCALE = 4, 60, 4.0

@@ -1,4 +1,4 @@
-"""Every benchmark that needs no GPU, one after the other; about 50 minutes on 2 quiet cores."""
+"""Every benchmark that needs no GPU, one after the other; about 2 hours on 2 quiet cores."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ SCRIPTS = (
     "benchmarks.fault_injection",
     "benchmarks.distribution_rung",
     "benchmarks.bisect",
+    "benchmarks.latency_gate",
     "benchmarks.example",
     "benchmarks.siblings",
     "benchmarks.tables",

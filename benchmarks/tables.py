@@ -28,6 +28,7 @@ PAGES = (
     "docs/schedulers.md",
     "docs/compiler.md",
     "docs/runtimes.md",
+    "docs/latency.md",
     "docs/siblings.md",
     "docs/targets.md",
     "docs/precision.md",
@@ -355,8 +356,24 @@ def ablation() -> str:
     return NOT_MEASURED if result is None else markdown(*ablation_rows(result))
 
 
+def latency_gate() -> str:
+    """What real gates decided, and how long they took."""
+    result = read("latency_gate.json")
+    if result is None:
+        return NOT_MEASURED
+    rows = []
+    for kind, values in result["results"].items():
+        counts = [str(values[key]) for key in ("gates", "pass", "fail", "undecided")]
+        low, high = values["load_1_minute"]
+        times = (f"{values['median_seconds']:.0f}", f"{values['longest_seconds']:.0f}")
+        rows.append((kind, *counts, f"{values['median_ratio']:.3f}", *times, f"{low:.1f} to {high:.1f}"))
+    heads = ("", "gates", "pass", "fail", "undecided", "median ratio", "median s", "longest s", "load average")
+    return markdown(heads, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "finetune_speed": finetune_speed,
+    "latency_gate": latency_gate,
     "coreml": coreml,
     "coreml_norms": coreml_norms,
     "targets": targets,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmd_export.manifest import ManifestDraft
 
+PARITY, LATENCY = "Parity as measured", "Latency"
 LATENCY_UNKNOWN = "Not measured on this bundle yet: `mmd-export bench BUNDLE --update-card`."
 
 
@@ -47,6 +48,18 @@ def model_card(manifest: ManifestDraft, verified: str = "not verified", latency:
         "",
     ]
     return "\n".join(lines)
+
+
+def with_section(card: str, title: str, body: str, before: str = "") -> str:
+    """``card`` with the section ``## title`` replaced, or put in before another if there is none yet."""
+    head, found, rest = card.partition(f"## {title}\n")
+    if found:
+        following = rest.find("\n## ")
+        rest = "" if following < 0 else rest[following + 1 :]
+    else:
+        head, found, rest = card.partition(f"## {before}\n")
+        rest = found + rest
+    return f"{head}## {title}\n\n{body}\n\n{rest}".rstrip("\n") + "\n"
 
 
 def _gives_latents(manifest: ManifestDraft) -> bool:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mmd_export.cli_bench import BENCH_EXAMPLES, REPORT_EXAMPLES, bench, report
 from mmd_export.cli_build import BUILD_EXAMPLES, FINALIZE_EXAMPLES, build, finalize
 from mmd_export.cli_data import Balance, Crop, FeatureCacheSwitch, Features, Flip, Holdout, HoldoutFraction, Resize
 from mmd_export.cli_evaluate import EVALUATE_EXAMPLE, evaluate
@@ -41,7 +42,6 @@ from mmd_export.cli_options import (
     Timesteps,
     TunedModel,
     listed,
-    positive,
     with_ema,
     with_ema_if_given,
 )  # fmt: skip
@@ -193,51 +193,8 @@ app.command(epilog=FINALIZE_EXAMPLES)(finalize)
 app.command(epilog=VERIFY_EXAMPLES)(verify)
 
 
-@app.command(epilog="Example: mmd-export bench digits-5.bundle --against torch --against per-step")
-def bench(
-    bundles: Annotated[list[Path], typer.Argument(help="bundle folders", show_default=False)],
-    against: Annotated[
-        list[str] | None, typer.Option(help="torch, per-step, a runtime or a bundle; repeatable", show_default=False)
-    ] = None,
-    runtime: RuntimeName = None,
-    checkpoint: CheckpointOption = None,
-    rounds: Annotated[
-        int | None, typer.Option(help="interleaved rounds; default: as many as fit", show_default=False)
-    ] = None,
-    seconds: Annotated[float, typer.Option(help="time to spend when --rounds is not given")] = 30.0,
-    threads: Annotated[int, typer.Option(help="CPU threads a run; 0: each library's choice")] = 0,
-    bound: Annotated[
-        bool, typer.Option("--bound", help="keep inputs and outputs on the device, where the runtime can")
-    ] = False,
-    gate: Annotated[
-        Path | None, typer.Option(help="JSON file with limits; exit 6 when one is broken", show_default=False)
-    ] = None,
-    update_card: Annotated[
-        bool, typer.Option("--update-card", help="write the result into the bundle's model card")
-    ] = False,
-    json: JsonFile = None,
-) -> None:
-    """Measure latency, interleaved with torch eager and with the usual one-step session called K times."""
-    from mmd_export.commands import bench as command
-
-    positive("--rounds", rounds)
-    options = command.BenchOptions(
-        tuple(bundles), tuple(against or ()), runtime, checkpoint, rounds, seconds, threads, bound
-    )
-    report = command.bench(options, say)
-    heads = ("", "median ms", "p90", "p99", f"times {report.candidates[0]} [95 %]")
-    show_table(
-        f"Latency, batch {report.batch}, {report.latency.rounds} rounds", heads, command.summary_rows(report), json
-    )
-    for name, placement in report.placements.items():
-        say(f"{name}: {placement.summary}")
-    for note in report.latency.notes:
-        say(note)
-    write_json(json, report.to_dict())
-    if update_card:
-        command.write_card(bundles[0], report)
-    for verdict in command.check_gates(report, gate) if gate else ():
-        show(f"gate {verdict.verdict}: {verdict.message}")
+app.command(epilog=BENCH_EXAMPLES)(bench)
+app.command(epilog=REPORT_EXAMPLES)(report)
 
 
 @app.command(epilog="Example: mmd-export sample digits-5.bundle --seed 7 --count 64 --out grid.png")

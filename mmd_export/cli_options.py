@@ -101,3 +101,10 @@ def positive(flag: str, value: int | None) -> None:
     """Raise UsageError for a number below 1."""
     if value is not None and value < 1:
         raise UsageError(f"{flag} is {value}; it must be at least 1")
+
+
+JunitFile = Annotated[Path | None, typer.Option("--junit", help="also write JUnit XML", show_default=False)]
+SummaryFile = Annotated[
+    Path | None,
+    typer.Option("--summary", help="append a Markdown summary, as to $GITHUB_STEP_SUMMARY", show_default=False),
+]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmd_export.cli_options import BundleFolder, CheckpointOption, JsonFile, RuntimeName
+from mmd_export.cli_options import BundleFolder, CheckpointOption, JsonFile, JunitFile, RuntimeName, SummaryFile
 from mmd_export.cli_output import say, show_table, write_json
 from mmd_export.errors import UsageError
 
@@ -57,11 +57,14 @@ def verify(
         bool, typer.Option("--bisect", help="name the step, block and operator at fault; needs --checkpoint")
     ] = False,
     json: JsonFile = None,
+    junit: JunitFile = None,
+    summary: SummaryFile = None,
 ) -> None:
     """Check the artefact against the float64 reference, after every step. Exit 4 when it fails.
 
     The golden file in the bundle is enough; --checkpoint adds rungs 1 to 5 and noises that it does not hold.
     """
+    from mmd_export import ci_files
     from mmd_export.bundle import Bundle
     from mmd_export.commands.verify import verify as check
     from mmd_export.comparison import Limits
@@ -73,7 +76,9 @@ def verify(
         distribution=_options(distribution, given), bisect=bisect,
     )  # fmt: skip
     show_report(report, json)
-    write_json(json, report.to_dict())
+    numbers, suite = report.to_dict(), f"mmd-export verify {report.bundle}"
+    write_json(json, numbers)
+    ci_files.write_ci_files(junit, summary, suite, ci_files.verify_cases(numbers), ci_files.verify_summary(numbers))
     report.require()
 
 

@@ -126,3 +126,16 @@ def _os_error_line(error: OSError, place: Path, partial: Path) -> str:
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
     at = f" (at {name.replace(str(partial), str(place))})" if name else ""
     return f"cannot write {place}{at}: {reason}; nothing was left behind, free the cause and run again"
+
+
+def write_text(path: Path, text: str, flag: str = "") -> None:
+    """A text file that appears complete or not at all; ``flag`` is the option that named it."""
+    partial = _beside(path.absolute(), "partial")
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        partial.replace(path)
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be written: {error.strerror or error}".strip()) from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -6,28 +6,24 @@ the ratio of two times of one round is free of it. The order, and the bootstrap,
 
 from __future__ import annotations
 
-import os
-import platform
+import math
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mmd_export.environment import describe_environment, load
 from mmd_export.errors import MmdExportError, UsageError
+from mmd_export.intervals import LEAST_ROUNDS, RESAMPLES, percentile_interval, rounds_for
 
-CONFIDENCE = 0.95
-LEAST_ROUNDS = 6  # the range of 6 draws covers the median with 1 - 2 / 2**6 = 97 %, that of 5 with 94 %
+Clock = Callable[[], float]
+PERCENTILES = (50.0, 90.0, 99.0)
+RESOLUTION = 0.05  # a difference that a run is expected to tell from none
 _WINDOW = 5
 _STABLE = 0.10
-_RESAMPLES = 2000
-_PACKAGES = ("mmd-export", "numpy", "onnx", "onnxruntime", "openvino", "torch", "diffusers")
 
 
 @dataclass(frozen=True)
@@ -39,14 +35,35 @@ class Warmup:
 
 
 @dataclass(frozen=True)
+class Percentile:
+    """Seconds of one percentile with its bootstrap 95 % interval; the interval is None with fewer than 6 rounds."""
+
+    percent: float
+    seconds: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
 class Summary:
-    """Seconds a run. A percentile that so many rounds cannot support is None."""
+    """Seconds a run. A percentile that so many rounds cannot support is left out."""
 
     rounds: int
     median: float
     mean: float
-    p90: float | None
-    p99: float | None
+    percentiles: tuple[Percentile, ...]
+
+    def percentile(self, percent: float) -> Percentile | None:
+        """That percentile, if the rounds support it."""
+        return next((found for found in self.percentiles if found.percent == percent), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {f"p{found.percent:g}": found for found in self.percentiles}
+        known = {
+            name: None if name not in found else {key: getattr(found[name], key) for key in ("seconds", "low", "high")}
+            for name in (f"p{percent:g}" for percent in PERCENTILES)
+        }
+        return {"rounds": self.rounds, "median": self.median, "mean": self.mean, **known}
 
 
 @dataclass(frozen=True)
@@ -78,29 +95,39 @@ class LatencyReport:
         return len(next(iter(self.seconds.values())))
 
     def summary(self, name: str) -> Summary:
-        """Median, mean, 90th and 99th percentile of one candidate."""
+        """Median, mean, and those of p50, p90 and p99 that the rounds support."""
         values = np.array(self._seconds(name))
-        p90 = float(np.percentile(values, 90)) if len(values) >= 10 else None
-        p99 = float(np.percentile(values, 99)) if len(values) >= 100 else None
-        return Summary(len(values), float(np.median(values)), float(values.mean()), p90, p99)
+        found = []
+        for percent in PERCENTILES:
+            if len(values) >= rounds_for(percent):
+                enough = len(values) >= LEAST_ROUNDS
+                low, high = percentile_interval(values, percent) if enough else (None, None)
+                found.append(Percentile(percent, float(np.percentile(values, percent)), low, high))
+        return Summary(len(values), float(np.median(values)), float(values.mean()), tuple(found))
 
-    def ratio(self, candidate: str, against: str, resamples: int = _RESAMPLES, seed: int = 0) -> Ratio:
+    def ratio(self, candidate: str, against: str, resamples: int = RESAMPLES, seed: int = 0) -> Ratio:
         """Paired time ratio of two candidates with its bootstrap interval."""
         ratios = np.array(self._seconds(candidate)) / np.array(self._seconds(against))
-        low, high = _median_interval(ratios, resamples, seed) if len(ratios) >= LEAST_ROUNDS else (None, None)
+        enough = len(ratios) >= LEAST_ROUNDS
+        low, high = percentile_interval(ratios, 50, resamples, seed) if enough else (None, None)
         return Ratio(candidate, against, float(np.median(ratios)), low, high, len(ratios))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the numbers cannot say."""
-        lines = []
-        for least, what in ((LEAST_ROUNDS, "no interval of a ratio"), (10, "no p90"), (100, "no p99")):
-            if self.rounds < least:
-                lines.append(f"{what}: it takes {least} rounds, this run has {self.rounds}")
-        for name, warmup in self.warmup.items():
-            if not warmup.stable:
-                lines.append(f"{name}: not yet stable within 10 % after {warmup.runs} warm-up runs")
-        return tuple(lines)
+        """What the numbers cannot say, and how many rounds would do."""
+        needed = [(LEAST_ROUNDS, "no interval"), (rounds_for(90), "no p90"), (rounds_for(99), "no p99")]
+        few = [
+            f"{what}: it takes {least} rounds, this run has {self.rounds}"
+            for least, what in needed
+            if self.rounds < least
+        ]
+        shaky = [
+            f"{name}: not yet stable within 10 % after {warmup.runs} warm-up runs"
+            for name, warmup in self.warmup.items()
+            if not warmup.stable
+        ]
+        first, *others = self.seconds
+        return (*few, *shaky, *(note for name in others if (note := noise_note(self.ratio(name, first)))))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: summaries, all pairs' ratios, raw seconds, environment, notes."""
@@ -108,7 +135,7 @@ class LatencyReport:
         pairs = [(a, b) for place, a in enumerate(names) for b in names[:place]]
         return {
             "rounds": self.rounds,
-            "summary": {name: vars(self.summary(name)) for name in names},
+            "summary": {name: self.summary(name).to_dict() for name in names},
             "ratios": [vars(self.ratio(a, b)) for a, b in pairs],
             "seconds": {name: list(values) for name, values in self.seconds.items()},
             "warmup": {name: vars(warmup) for name, warmup in self.warmup.items()},
@@ -122,37 +149,30 @@ class LatencyReport:
         return self.seconds[name]
 
 
-@dataclass(frozen=True)
-class GateVerdict:
-    """Whether a candidate is slower than ``limit`` times another, judged by the interval of the ratio.
+def noise_note(ratio: Ratio, resolution: float = RESOLUTION) -> str:
+    """A warning if the interval is too wide to tell ``resolution`` from no difference, with the rounds that would do.
 
-    "fail": the whole interval lies above the limit; "pass": it lies at or below; "undecided": the limit lies within,
-    or there were too few rounds for an interval.
+    The half width shrinks as 1 / sqrt(rounds).
     """
+    if ratio.low is None or ratio.high is None:
+        return ""
+    half = (ratio.high - ratio.low) / 2 / ratio.median
+    if half <= resolution:
+        return ""
+    rounds = math.ceil(ratio.rounds * (half / resolution) ** 2)
+    return (
+        f"too noisy to conclude: {ratio.candidate} / {ratio.against} is known to +-{100 * half:.0f} % after "
+        f"{ratio.rounds} rounds; about {rounds} rounds would tell {100 * resolution:.0f} % apart"
+    )
 
-    verdict: Literal["pass", "fail", "undecided"]
-    ratio: Ratio
-    limit: float
 
-    @property
-    def failed(self) -> bool:
-        """Whether a regression is proven."""
-        return self.verdict == "fail"
-
-    @property
-    def message(self) -> str:
-        """The verdict with its numbers and the next move, in one line."""
-        ratio = self.ratio
-        interval = "no interval" if ratio.low is None else f"95 % interval {ratio.low:.3f} to {ratio.high:.3f}"
-        numbers = (
-            f"{ratio.candidate} takes {ratio.median:.3f} times {ratio.against} ({interval}, {ratio.rounds} rounds)"
-        )
-        moves = {
-            "pass": "",
-            "fail": "; make it faster or raise the limit",
-            "undecided": "; measure more rounds on a quieter machine",
-        }
-        return f"{self.verdict}: {numbers}, the limit is {self.limit:.3f}{moves[self.verdict]}"
+def require_rounds(rounds: int, percentiles: Sequence[float]) -> None:
+    """Raise UsageError if a percentile needs more rounds."""
+    for percent in percentiles:
+        if percent not in PERCENTILES:
+            raise UsageError(f"percentile {percent:g} is not reported; p50, p90 and p99 are")
+        if rounds < (least := rounds_for(percent)):
+            raise UsageError(f"p{percent:g} takes at least {least} rounds, this run has {rounds}; raise --rounds")
 
 
 def measure(
@@ -160,7 +180,7 @@ def measure(
     rounds: int,
     warmup: int = 50,
     seed: int = 0,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
 ) -> LatencyReport:
     """Run every candidate once a round, in an order drawn anew each round.
 
@@ -174,94 +194,38 @@ def measure(
     if not candidates or rounds < 1 or warmup < 0:
         raise UsageError(f"{len(candidates)} candidates, {rounds} rounds, {warmup} warm-up runs; give at least 1, 1, 0")
     environment = describe_environment()
-    warm = {name: _warm_up(run, warmup, clock) for name, run in candidates.items()}
+    warm = {name: warm_up(run, warmup, clock) for name, run in candidates.items()}
     names, order = list(candidates), np.random.default_rng(seed)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for place in order.permutation(len(names)):
-            seconds[names[place]].append(_timed(names[place], candidates[names[place]], clock))
-    environment["load_after"] = _load()
+            seconds[names[place]].append(timed(names[place], candidates[names[place]], clock))
+    environment["load_after"] = load()
     return LatencyReport({name: tuple(values) for name, values in seconds.items()}, warm, environment)
 
 
-def gate(report: LatencyReport, candidate: str, against: str, max_regression: float) -> GateVerdict:
-    """Whether ``candidate`` takes at most ``1 + max_regression`` times ``against``, both measured in this report."""
-    ratio, limit = report.ratio(candidate, against), 1.0 + max_regression
-    if ratio.low is None or ratio.high is None:
-        return GateVerdict("undecided", ratio, limit)
-    if ratio.low > limit:
-        return GateVerdict("fail", ratio, limit)
-    return GateVerdict("pass" if ratio.high <= limit else "undecided", ratio, limit)
-
-
-def describe_environment() -> dict[str, Any]:
-    """What the numbers depend on; no host name, no user, no path."""
-    return {
-        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
-        "load_before": _load(),
-    }
-
-
-def _warm_up(run: Callable[[], object], most: int, clock: Callable[[], float]) -> Warmup:
-    seconds: list[float] = []
-    while len(seconds) < most:
+def warm_up(
+    run: Callable[[], object], most: int, clock: Clock = time.perf_counter, seconds: float = math.inf
+) -> Warmup:
+    """Run until the median of 5 agrees with that of the 5 before within 10 %, ``most`` times or ``seconds`` long."""
+    taken: list[float] = []
+    while len(taken) < most and sum(taken) < seconds:
         start = clock()
         run()
-        seconds.append(clock() - start)
-        if len(seconds) >= 2 * _WINDOW:
-            last = statistics.median(seconds[-_WINDOW:])
-            before = statistics.median(seconds[-2 * _WINDOW : -_WINDOW])
+        taken.append(clock() - start)
+        if len(taken) >= 2 * _WINDOW:
+            last = statistics.median(taken[-_WINDOW:])
+            before = statistics.median(taken[-2 * _WINDOW : -_WINDOW])
             if abs(last - before) <= _STABLE * before:
-                return Warmup(len(seconds), True)
-    return Warmup(len(seconds), False)
+                return Warmup(len(taken), True)
+    return Warmup(len(taken), False)
 
 
-def _timed(name: str, run: Callable[[], object], clock: Callable[[], float]) -> float:
+def timed(name: str, run: Callable[[], object], clock: Clock = time.perf_counter) -> float:
+    """Seconds of one run."""
     start = clock()
     run()
     seconds = clock() - start
     if not seconds > 0:
         raise MmdExportError(f"{name} took {seconds} s by this clock, which cannot be compared; run it longer")
     return seconds
-
-
-def _median_interval(values: NDArray[np.float64], resamples: int, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap of the median; Efron 1979."""
-    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    medians = np.median(values[drawn], axis=1)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(medians, [tail, 100 - tail])
-    return float(low), float(high)
-
-
-def _load() -> list[float] | None:
-    """Load average over 1, 5 and 15 minutes, where the system keeps one."""
-    return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_model() -> str:
-    """The processor's name from the operating system, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    if platform.system() == "Darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stdout.strip() or platform.machine()
-    return platform.processor() or platform.machine()

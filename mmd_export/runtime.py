@@ -111,6 +111,15 @@ class Bound(Protocol):
 
 
 @runtime_checkable
+class EventTimed(Protocol):
+    """Something bound that can be timed by the clock of its device."""
+
+    def device_seconds(self) -> float:
+        """One pass, between two events on the stream that it runs on."""
+        ...
+
+
+@runtime_checkable
 class BindingSession(Protocol):
     """A session whose inputs and outputs can stay on the device from pass to pass."""
 

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
-from mmd_export.commands.bench import BenchOptions, BenchReport, bench, write_card
+from mmd_export.commands.bench import BenchReport, bench
+from mmd_export.commands.candidates import BenchOptions
+from mmd_export.commands.cards import write_latency
 from mmd_export.commands.sample import SampleOptions, sample
 from mmd_export.commands.verify import verify
 from mmd_export.errors import UsageError
@@ -68,7 +70,7 @@ def run_demo(
     parity.require()
     notify("4/5 measuring latency against torch and a per-step session")
     latency = bench(BenchOptions((folder,), checkpoint=str(run), seconds=15.0))
-    write_card(folder, latency)
+    write_latency(folder, latency.to_dict())
     notify(f"5/5 sampling {COUNT} images of each kind")
     kinds = draw_kinds(folder)
     distances = {name: distance_to_real(images) for name, images in kinds.items() if len(images) == COUNT}

@@ -20,7 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from mmd_export import openvino_ir
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import BatchSpec, Bundle
-from mmd_export.commands.bench import BenchOptions, bench
+from mmd_export.commands.bench import bench
+from mmd_export.commands.candidates import BenchOptions
 from mmd_export.errors import BundleError, MmdExportError, NotAvailableError
 from mmd_export.openvino_library import openvino
 from mmd_export.parity import check_artefact

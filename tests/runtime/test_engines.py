@@ -19,7 +19,7 @@ import pytest
 
 from mmd_export.bundle import BatchSpec, Bundle, TensorSpec
 from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, UsageError
-from mmd_export.runtime import RunOptions, Session
+from mmd_export.runtime import BindingSession, EventTimed, RunOptions, Session
 from mmd_export.trt.device import Device
 from mmd_export.trt.library import RTX
 from mmd_export.trt.lock import LockFacts
@@ -42,6 +42,7 @@ class HostCuda:
         self.buffers: dict[int, Any] = {}
         self.capturing: list[Any] | None = None
         self.fail: str | None = None
+        self.events: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
         kinds = {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2, "cudaStreamCaptureModeThreadLocal": 1}
@@ -56,6 +57,9 @@ class HostCuda:
             "cudaStreamEndCapture": self.end,
             "cudaGraphInstantiate": lambda graph, _: graph,
             "cudaGraphLaunch": lambda graph, _: [run() for run in graph],
+            "cudaEventCreate": lambda: self.calls.count("cudaEventCreate"),
+            "cudaEventRecord": lambda event, _: self.events.append(event),
+            "cudaEventElapsedTime": lambda start, stop: 2.5 * (stop - start),
         }
 
         def call(*arguments: Any) -> Any:
@@ -254,6 +258,25 @@ def test_buffers_on_the_device(tmp_path: Path) -> None:
     for call in (session.buffers, session.run_on_device):
         with pytest.raises(UsageError, match="has batch 2"):
             call(2)
+
+
+def test_a_bound_engine_copies_nothing_and_is_timed_by_events(tmp_path: Path) -> None:
+    cuda = HostCuda()
+    session = EngineSession(bundle_for(tmp_path), AddsOne(cuda), Cuda(cuda))
+    assert isinstance(session, BindingSession)
+    bound = session.bind({"noise": noise(1)})
+    assert isinstance(bound, EventTimed)
+    before = len(cuda.calls)
+    bound()
+    assert cuda.calls[before:] == ["cudaGraphLaunch", "cudaStreamSynchronize"]
+    np.testing.assert_array_equal(bound.outputs()["sample"], expected(noise(1)))
+    before = len(cuda.calls)
+    assert bound.device_seconds() == pytest.approx(0.0025)
+    assert cuda.calls[before:] == [
+        "cudaEventCreate", "cudaEventCreate", "cudaEventRecord", "cudaGraphLaunch", "cudaEventRecord",
+        "cudaEventSynchronize", "cudaEventElapsedTime", "cudaEventDestroy", "cudaEventDestroy",
+    ]  # fmt: skip
+    assert cuda.events == [1, 2]
 
 
 def test_another_session_has_memory_of_its_own(tmp_path: Path) -> None:

@@ -14,8 +14,11 @@ import onnxruntime as ort
 import pytest
 
 from mmd_export.bundle import BatchSpec, Bundle
-from mmd_export.commands.bench import BenchOptions, bench, check_gates, latency_table
+from mmd_export.commands.bench import bench
+from mmd_export.commands.bench_gate import Gates
+from mmd_export.commands.candidates import BenchOptions
 from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.numbers import latency_markdown
 from mmd_export.parity import check_artefact
 from mmd_export.runtime import BindingSession, Placement, ProviderRuntime, RunOptions, placement_of
 from mmd_runtime import registry
@@ -191,12 +194,16 @@ def test_bench_measures_bound_runs_where_there_are_any(bundle: Bundle) -> None:
     report = bench(options)
     assert report.candidates == ("chain-2",)
     assert report.to_dict()["bound"] is True
-    assert "the others copy theirs" in latency_table(report)
-    assert "the others copy theirs" not in latency_table(replace(report, bound=False))
-    gates = bundle.folder.parent / "gates.json"
-    gates.write_text('{"gates": [{"against": "onnxruntime", "max_ratio": 9}]}')
+    assert "the others copy theirs" in latency_markdown(report.to_dict())
+    assert "the others copy theirs" not in latency_markdown(replace(report, bound=False).to_dict())
+
+
+def test_a_gate_on_bound_runs_is_refused_before_anything_is_measured(bundle: Bundle) -> None:
+    options = BenchOptions((bundle.folder,), ("onnxruntime",), rounds=6, threads=1, bound=True)
+    heard: list[str] = []
     with pytest.raises(UsageError, match="with --bound the bundles alone copy nothing"):
-        check_gates(report, gates)
+        bench(options, heard.append, Gates.of(None, "5%", None))
+    assert heard == []
 
 
 def test_a_recorded_run_reads_new_inputs_where_the_first_were(bundle: Bundle) -> None:

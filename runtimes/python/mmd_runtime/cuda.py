@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 from mmd_export.errors import MmdExportError, NotAvailableError
@@ -27,11 +28,28 @@ class Cuda:
         self.runtime = _imported() if runtime is None else runtime
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """What the function gives beside its error code."""
+        """The first of what the function gives beside its error code."""
+        values = self.values(name, *arguments)
+        return values[0] if values else None
+
+    def values(self, name: str, *arguments: Any) -> list[Any]:
+        """All that the function gives beside its error code."""
         code, *values = getattr(self.runtime, name)(*arguments)
         if int(code):
             raise MmdExportError(f"{name} failed: {getattr(code, 'name', code)}; is the GPU's memory full?")
-        return values[0] if values else None
+        return list(values)
+
+    def device_seconds(self, stream: Any, work: Callable[[], None]) -> float:
+        """Seconds between two events round what ``work`` puts on the stream."""
+        start, stop = self.call("cudaEventCreate"), self.call("cudaEventCreate")
+        try:
+            self.call("cudaEventRecord", start, stream)
+            work()
+            self.call("cudaEventRecord", stop, stream)
+            self.call("cudaEventSynchronize", stop)
+            return float(self.call("cudaEventElapsedTime", start, stop)) / 1e3
+        finally:
+            self.release([("cudaEventDestroy", start), ("cudaEventDestroy", stop)])
 
     def stream(self) -> Any:
         """A new stream."""

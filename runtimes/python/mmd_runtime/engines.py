@@ -124,6 +124,14 @@ class EngineSession:
         with self._lock:
             self._context(count).run_on_device()
 
+    def bind(self, inputs: Arrays) -> BoundEngine:
+        """The session with its inputs and outputs on the device."""
+        count = check_inputs(self._bundle, inputs)
+        with self._lock:
+            context = self._context(count)
+            context.load(inputs)
+        return BoundEngine(context, self._lock)
+
     def is_captured(self, count: int) -> bool:
         """Whether a batch runs as one CUDA graph; an engine that cannot be captured is enqueued call by call."""
         with self._lock:
@@ -137,6 +145,27 @@ class EngineSession:
         if count not in self._contexts:
             self._contexts[count] = _Context(self._bundle, self._engine, self._cuda, count)
         return self._contexts[count]
+
+
+class BoundEngine:
+    """An engine with the inputs of one batch on the device; a call copies nothing."""
+
+    def __init__(self, context: _Context, lock: threading.Lock) -> None:
+        self._context, self._lock = context, lock
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._context.run_on_device()
+
+    def outputs(self) -> dict[str, Array]:
+        """What the last run gave, copied."""
+        with self._lock:
+            return self._context.outputs()
+
+    def device_seconds(self) -> float:
+        """One run by the clock of the GPU: between two events on the stream that it runs on."""
+        with self._lock:
+            return self._context.device_seconds()
 
 
 class _Context:
@@ -177,10 +206,27 @@ class _Context:
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         """Copy, run, copy back."""
+        held = self._copy_in(inputs)
+        self._launch()
+        results = self.outputs()
+        del held  # the arrays had to live until the stream was done with them
+        return results
+
+    def load(self, inputs: Arrays) -> None:
+        """Copy the inputs to where they stay; the arrays may go when this returns."""
+        held = self._copy_in(inputs)
+        self._cuda.wait(self._stream)
+        del held
+
+    def _copy_in(self, inputs: Arrays) -> list[Array]:
+        """Start copying; the arrays that are read meanwhile."""
         held = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         for name, array in held.items():
             self._cuda.to_device(self.addresses[name], array, self._stream)
-        self._launch()
+        return list(held.values())
+
+    def outputs(self) -> dict[str, Array]:
+        """What the last run gave, copied."""
         results = {name: np.empty_like(array) for name, array in self._outputs.items()}
         for name, array in results.items():
             self._cuda.to_host(array, self.addresses[name], self._stream)
@@ -194,6 +240,9 @@ class _Context:
     def run_on_device(self) -> None:
         self._launch()
         self._cuda.wait(self._stream)
+
+    def device_seconds(self) -> float:
+        return self._cuda.device_seconds(self._stream, self._launch)
 
     def _launch(self) -> None:
         if self._graph is None:

@@ -1,0 +1,151 @@
+"""The gates of ``bench``: against a baseline file, against limits in a file, or against another bundle measured now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmd_export.baseline import Baseline, Reference, baseline_of, read_json, with_ratio
+from mmd_export.commands.candidates import BenchOptions, Candidate
+from mmd_export.environment import describe_environment
+from mmd_export.errors import MmdExportError, UsageError
+from mmd_export.folders import write_text
+from mmd_export.gate import BlockPlan, Blocks, Limit
+
+DEFAULT_REGRESSION = 0.05
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What ``--gate``, ``--max-regression`` and ``--save-baseline`` ask for.
+
+    ``file`` None: the first bundle against the first ``--against``, which is to be as fast. A file is a baseline, or
+    limits: ``{"gates": [{"against": "torch", "max_ratio": 0.5}]}``, the first bundle may take so many times the other.
+    """
+
+    file: Path | None = None
+    max_regression: float = DEFAULT_REGRESSION
+    save: Path | None = None
+    _read: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, file: Path | None, max_regression: str | None, save: Path | None) -> Gates | None:
+        """From the command line; None where nothing was asked for."""
+        if file is None and max_regression is None and save is None:
+            return None
+        share = DEFAULT_REGRESSION if max_regression is None else parse_share(max_regression)
+        return cls(file, share, save, {} if file is None else read_json(file))
+
+    @property
+    def rows(self) -> list[tuple[str, float]] | None:
+        """The limits of a file that holds some, else None."""
+        if "gates" not in self._read:
+            return None
+        try:
+            return [(str(row["against"]), float(row["max_ratio"])) for row in self._read["gates"]]
+        except (ValueError, KeyError, TypeError) as error:
+            example = '{"gates": [{"against": "torch", "max_ratio": 0.5}]}'
+            reason = f"{type(error).__name__} {error}"
+            raise UsageError(f"--gate {self.file} is not of the form {example}: {reason}") from error
+
+    @property
+    def baseline(self) -> Baseline | None:
+        """The baseline of a file that is one."""
+        return Baseline.read(self.file) if self.file is not None and self.rows is None else None
+
+    def against(self, options: BenchOptions) -> tuple[str, ...]:
+        """What to measure beside the bundles: as given, else what the file names."""
+        if options.against:
+            return options.against
+        if (rows := self.rows) is not None:
+            return tuple(name for name, _ in rows)
+        if (baseline := self.baseline) is not None and baseline.reference.sha256 is None:
+            return (baseline.reference.against,)
+        needed = "the reference of its baseline" if self.file else "what is to be as fast, such as the old bundle"
+        raise UsageError(f"a gate takes a reference that is measured now; pass --against with {needed}")
+
+
+@dataclass(frozen=True)
+class SettledGates:
+    """The limits to judge, and where the ratio goes that was measured."""
+
+    limits: tuple[Limit, ...]
+    baseline: Baseline | None = None
+    reference: str = ""
+    place: Path | None = None
+
+    def save(self, blocks: Blocks) -> None:
+        """Write the baseline, if one was asked for."""
+        if self.place is None or self.baseline is None:
+            return
+        import json
+
+        measured = with_ratio(self.baseline, blocks, self.baseline.candidate, self.reference)
+        write_text(self.place, json.dumps(measured.to_dict(), indent=1, sort_keys=True) + "\n")
+
+
+def gate_plan(options: BenchOptions) -> BlockPlan:
+    """How long to measure; raises UsageError for less than a gate takes, or more."""
+    return BlockPlan(rounds=options.rounds) if options.seconds is None else BlockPlan(options.seconds, options.rounds)
+
+
+def settled_gates(
+    gates: Gates, found: Sequence[Candidate], bundles: int, batch: int, options: BenchOptions
+) -> SettledGates:
+    """The limits on the first bundle; raises UsageError if the file is of another machine, model or reference."""
+    candidate, others = found[0], found[1:]
+    if (rows := gates.rows) is not None:
+        limits = tuple(Limit(candidate.name, _named(name, others, gates), most) for name, most in rows)
+        return SettledGates(limits)
+    reference = found[bundles] if len(found) > bundles else None
+    saved = gates.baseline
+    if saved is not None:
+        reference = _reference(saved, others, gates)
+    if reference is None or candidate.bundle is None:
+        raise MmdExportError("a gate has no reference; pass --against")
+    described = Reference(against=reference.against, runs_in=reference.runs_in, sha256=_sha256(reference))
+    now = baseline_of(candidate.bundle, candidate.runs_in, described, batch, options.threads, describe_environment())
+    if saved is not None and gates.file is not None:
+        saved.require_same(now, gates.file)
+        limits = (saved.limit(candidate.name, reference.name, gates.max_regression),)
+    else:
+        limits = (Limit(candidate.name, reference.name, 1.0 + gates.max_regression),)
+    return SettledGates(() if gates.save else limits, now, reference.name, gates.save)
+
+
+def _sha256(candidate: Candidate) -> str | None:
+    """Of a bundle that is the reference itself; a runtime runs the candidate, which may change."""
+    return candidate.sha256 if candidate.bundle is not None and candidate.against == candidate.bundle.name else None
+
+
+def _reference(saved: Baseline, others: Sequence[Candidate], gates: Gates) -> Candidate:
+    for each in others:
+        if each.against == saved.reference.against:
+            return each
+    known = ", ".join(each.against for each in others)
+    raise UsageError(
+        f"--gate {gates.file} is held against {saved.reference.against!r}; measured are {known}; pass --against "
+        f"{saved.reference.against}"
+    )
+
+
+def _named(name: str, others: Sequence[Candidate], gates: Gates) -> str:
+    for each in others:
+        if name in (each.name, each.against):
+            return each.name
+    known = ", ".join(each.name for each in others)
+    raise UsageError(f"--gate {gates.file} names {name!r}; measured are {known}; add --against {name}")
+
+
+def parse_share(text: str) -> float:
+    """``5%`` or ``0.05``."""
+    percent = text.strip().endswith("%")
+    try:
+        value = float(text.strip().removesuffix("%")) / (100.0 if percent else 1.0)
+    except ValueError:
+        raise UsageError(f"--max-regression is {text!r}; give a share such as 5% or 0.05") from None
+    if not 0.0 <= value <= 1.0:
+        raise UsageError(f"--max-regression is {text}, {100 * value:g} %; give 0% to 100%")
+    return value

@@ -1,0 +1,1 @@
+"""``report.html``: one static page about bundles. jinja2 and matplotlib; no network, no script."""

@@ -1,0 +1,227 @@
+"""``bench`` on the command line: batches, baselines, cold starts, and gates that pass, fail and refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmd_export.build import BuildOptions, build
+from mmd_export.bundle import Bundle
+from mmd_export.checkpoint import load_checkpoint
+from mmd_export.ci_files import Case, bench_cases, junit_xml, verify_cases
+from mmd_export.commands.candidates import inputs_of
+from mmd_export.plan import StepPlan
+from mmd_export.torch_baselines import baseline
+from tests.cli.conftest import Command
+
+QUICK = ("--threads", 1, "--cold", 0)
+
+
+@pytest.fixture(scope="session")
+def longer_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six times the work of ``digits_bundle``, batches 1 and 3."""
+    out = tmp_path_factory.mktemp("bundles") / "digits-12"
+    build(BuildOptions("digits", "onnx", out, steps=12, batch="1,3", verify=False))
+    return out
+
+
+@pytest.fixture(scope="session")
+def saved(digits_bundle: Path, longer_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A baseline: the short bundle against the long one."""
+    from mmd_export.cli import app, run
+
+    path = tmp_path_factory.mktemp("gates") / "baseline.json"
+    arguments = ("bench", digits_bundle, "--against", longer_bundle, "--save-baseline", path, "--rounds", 24, *QUICK)
+    assert run(app, [str(argument) for argument in arguments]) == 0
+    return path
+
+
+def test_throughput_and_cold_start(command: Command, longer_bundle: Path, tmp_path: Path) -> None:
+    code, out, err = command(
+        "bench", longer_bundle, "--against", "onnxruntime:cpu", "--batches", "1,3", "--rounds", 12, "--threads", 1,
+        "--percentiles", "50,90", "--json", tmp_path / "bench.json", "--junit", tmp_path / "bench.xml",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "Throughput" in out
+    report = json.loads((tmp_path / "bench.json").read_text())
+    rows = {(row["name"], row["batch"]): row for row in report["throughput"]}
+    assert set(rows) == {(name, batch) for name in ("digits-12", "onnxruntime:cpu") for batch in (1, 3)}
+    for row in rows.values():
+        assert row["low"] <= row["images_per_second"] <= row["high"]
+    cold = report["cold"]["digits-12"]
+    assert cold["process"] > cold["load"] > 0 < cold["first"]
+    assert cold["host_mib"] > 20
+    environment = report["environment"]
+    assert {"governor", "clock_mhz", "gpu", "cores_usable", "load_before", "packages"} <= set(environment)
+    assert {case.attrib["name"] for case in ET.parse(tmp_path / "bench.xml").getroot().iter("testcase")} == {
+        "digits-12: measured",
+        "onnxruntime:cpu: measured",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batches", "2"), "batch 2, bundle digits-12 was built for 1,3; build with --batch 1,2,3"),
+        (("--batches", "1..3"), "--batches is '1..3'"),
+        (("--rounds", 50, "--percentiles", "99"), "p99 takes at least 100 rounds, this run has 50"),
+        (("--percentiles", "often"), "--percentiles is 'often'"),
+        (("--max-regression", "often"), "--max-regression is 'often'"),
+        (("--max-regression", "500%"), "--max-regression is 500%, 500 %"),
+        (("--max-regression", "5%"), "a gate takes a reference that is measured now; pass --against"),
+        (("--max-regression", "5%", "--against", "onnxruntime", "--rounds", 5), "at least 6 rounds, this run has 5"),
+        (("--max-regression", "5%", "--against", "onnxruntime", "--seconds", 90), "at most 60 s, --seconds is 90"),
+        (("--max-regression", "5%", "--against", "onnxruntime", "--batches", "1,3"), "--batches names 2; name one"),
+        (("--against", "nothing"), "--against 'nothing' is none of torch, diffusers, per-step, torch-compile"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    command: Command, longer_bundle: Path, arguments: tuple[object, ...], message: str
+) -> None:
+    code, _, err = command("bench", longer_bundle, *arguments)
+    assert code == 2
+    assert message in err
+    assert "measuring" not in err
+
+
+def test_a_gate_against_a_bundle_measured_now(
+    command: Command, digits_bundle: Path, longer_bundle: Path, tmp_path: Path
+) -> None:
+    gate = ("--max-regression", "5%", "--batches", 1, "--rounds", 24, *QUICK)
+    code, out, err = command("bench", digits_bundle, "--against", longer_bundle, *gate)
+    assert code == 0, err
+    assert "gate pass: digits-2 takes 0." in out
+    files = ("--junit", tmp_path / "gate.xml", "--summary", tmp_path / "summary.md", "--json", tmp_path / "gate.json")
+    code, out, err = command("bench", longer_bundle, "--against", digits_bundle, *gate, *files)
+    assert code == 6, out
+    assert "the limit is 1.050; make it faster or raise the limit" in err
+    suite = ET.parse(tmp_path / "gate.xml").getroot()
+    assert suite.attrib["failures"] == "1"
+    assert "- **fail**: fail: digits-12 takes" in (tmp_path / "summary.md").read_text()
+    assert json.loads((tmp_path / "gate.json").read_text())["gates"][0]["verdict"] == "fail"
+
+
+def test_a_gate_on_a_baseline(command: Command, digits_bundle: Path, longer_bundle: Path, saved: Path) -> None:
+    gate = ("--against", longer_bundle, "--gate", saved, "--rounds", 24, *QUICK)
+    code, out, err = command("bench", digits_bundle, *gate, "--max-regression", "90%")
+    assert code == 0, err
+    assert "times the baseline's 0." in out
+    faster = json.loads(saved.read_text())
+    for key in ("median", "low", "high"):
+        faster["ratio"][key] /= 3
+    other = saved.with_name("faster.json")
+    other.write_text(json.dumps(faster))
+    code, _, err = command("bench", digits_bundle, "--against", longer_bundle, "--gate", other, "--rounds", 24, *QUICK)
+    assert code == 6, err
+
+
+def changed(key: str, value: object) -> Callable[[dict[str, Any]], object]:
+    def change(data: dict[str, Any]) -> object:
+        *parents, last = key.split(".")
+        for parent in parents:
+            data = data[parent]
+        old, data[last] = data[last], value
+        return old
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("machine.cpu", "Another 9000", "of another machine: cpu is Another 9000 there and"),
+        ("machine.cores", 128, "of another machine: cores is 128 there and"),
+        ("model.sha256", "ab" * 32, "of another model: sha256 is abababababababab there and"),
+        ("model.steps", 50, "of another model: steps is 50 there and 2 now"),
+        ("model.batch", 8, "of another model: batch is 8 there and 1 now"),
+        ("reference.sha256", "ab" * 32, "of another reference: sha256 is abababababababab there and"),
+        ("reference.runs_in", "onnxruntime: 0.1", "of another reference: runs_in is onnxruntime: 0.1 there and"),
+        ("threads", 7, "of another run: threads is 7 there and 1 now"),
+        ("schema_version", 99, "has schema 99, this version reads schema 1"),
+        ("ratio.median", -1.0, "ratio.median: Input should be greater than 0"),
+    ],
+)
+def test_a_baseline_of_something_else_is_refused_with_both_values(
+    command: Command, digits_bundle: Path, longer_bundle: Path, saved: Path, key: str, value: object, message: str
+) -> None:
+    data = json.loads(saved.read_text())
+    old = changed(key, value)(data)
+    other = saved.with_name("other.json")
+    other.write_text(json.dumps(data))
+    code, _, err = command("bench", digits_bundle, "--against", longer_bundle, "--gate", other, "--rounds", 24, *QUICK)
+    assert code == 2
+    assert message in err
+    assert "measuring" not in err
+    if " there and" in message:
+        assert str(old)[:16] in err
+
+
+def test_a_baseline_names_what_it_is_held_against(command: Command, digits_bundle: Path, saved: Path) -> None:
+    code, _, err = command("bench", digits_bundle, "--gate", saved, *QUICK)
+    assert code == 2
+    assert "pass --against with the reference of its baseline" in err
+    code, _, err = command("bench", digits_bundle, "--against", "onnxruntime", "--gate", saved, *QUICK)
+    assert code == 2
+    assert "is held against 'digits-12'; measured are onnxruntime" in err
+
+
+def test_diffusers_own_pipeline_draws_images(digits_bundle: Path) -> None:
+    """The pipeline draws its own noise, so that its images are compared by their range and shape alone."""
+    bundle, checkpoint = Bundle.open(digits_bundle), load_checkpoint("digits")
+    plan, inputs = StepPlan.from_dict(bundle.manifest.plan), inputs_of(bundle, 1)
+    call, detail = baseline("diffusers", checkpoint, plan, inputs, threads=1)
+    images = call()
+    assert images.shape == (1, 8, 8, 1)
+    assert 0.0 <= images.min() < images.max() <= 1.0
+    assert detail.startswith("diffusers 0.")
+
+
+def test_inputs_are_repeated_up_to_the_batch(longer_bundle: Path) -> None:
+    bundle = Bundle.open(longer_bundle)
+    three = inputs_of(bundle, 3)
+    assert three["noise"].shape == (3, 1, 8, 8)
+    np.testing.assert_array_equal(three["noise"], bundle.golden().noise[:3])
+
+
+def test_verify_writes_junit_and_summary(command: Command, digits_bundle: Path, tmp_path: Path) -> None:
+    files = ("--junit", tmp_path / "v.xml", "--summary", tmp_path / "s.md")
+    assert command("verify", digits_bundle, *files)[0] == 0
+    assert command("verify", digits_bundle, *files)[0] == 0
+    suite = ET.parse(tmp_path / "v.xml").getroot()
+    names = [case.attrib["name"] for case in suite.iter("testcase")]
+    assert names[-1] == "rung 6: artefact in its runtime"
+    assert (tmp_path / "s.md").read_text().count("## Parity of digits-2: passed") == 2
+
+
+def test_junit_of_a_failure_and_of_what_xml_cannot_hold() -> None:
+    rungs = [
+        {"rung": 5, "title": "program", "verdict": "not checked", "skipped": "no checkpoint", "comparisons": []},
+        {"rung": 6, "title": "artefact", "verdict": "failed", "atol": 1e-4, "worst": 0.1, "skipped": "",
+         "comparisons": [{"name": "sample", "max_abs": 0.1, "faults": []}]},
+    ]  # fmt: skip
+    root = ET.fromstring(junit_xml("suite", verify_cases({"rungs": rungs})))
+    assert (root.attrib["tests"], root.attrib["failures"], root.attrib["skipped"]) == ("2", "1", "1")
+    (failure,) = root.iter("failure")
+    assert "off: sample" in failure.attrib["message"]
+    strange = ET.fromstring(junit_xml("a<b>&\x00", [Case("\x1b[31mred", failure='"]]>')]))
+    assert next(strange.iter("testcase")).attrib["name"] == "?[31mred"
+    gate = {"candidate": "a", "against": "b", "limit": 1.05, "verdict": "undecided", "message": "undecided: ..."}
+    (case,) = bench_cases({"gates": [gate]})
+    assert case.skipped
+    assert not case.failure
+
+
+def test_a_damaged_reference_is_refused(command: Command, digits_bundle: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(digits_bundle, damaged)
+    (damaged / "golden.safetensors").unlink()
+    code, _, err = command("bench", digits_bundle, "--against", damaged, "--max-regression", "5%", *QUICK)
+    assert code == 5
+    assert "'golden.safetensors' is missing" in err
