@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mmd_export.cli_build import BUILD_EXAMPLES, FINALIZE_EXAMPLES, build, finalize
+from mmd_export.cli_embed import EMBED_EXAMPLES, embed
 from mmd_export.cli_network import Conditions, GuidanceForm, GuidanceScale, NullLabel, TextLength
 from mmd_export.cli_options import (
     BundleFolder,
@@ -117,6 +118,7 @@ def finetune(
 
 app.command(epilog=BUILD_EXAMPLES)(build)
 app.command(epilog=FINALIZE_EXAMPLES)(finalize)
+app.command(epilog=EMBED_EXAMPLES)(embed)
 
 
 @app.command(epilog="Example: mmd-export verify digits-5.bundle --json parity.json")
