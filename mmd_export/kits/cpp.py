@@ -14,9 +14,16 @@ KIT = SourceKit(
         Library("TensorRT", "NVIDIA's own", "NVIDIA, for bundles of format tensorrt"),
     ),
     run=(
-        'cmake -B build -DONNXRUNTIME_ROOT="$PWD/onnxruntime"',
         "cmake --build build --config Release",
         "build/mmd_sample --self-test",
         "build/mmd_sample --seed 7 --out sample.png",
     ),
+    before={
+        "onnx": ('cmake -B build -DONNXRUNTIME_ROOT="$PWD/onnxruntime"',),
+        "openvino": (
+            "pip install openvino",
+            """cmake -B build -DOpenVINO_DIR="$(python -c 'import openvino; print(openvino.__path__[0])')/cmake\"""",
+        ),
+        "tensorrt": ('cmake -B build -DTENSORRT_ROOT="$PWD/tensorrt"',),
+    },
 )

@@ -21,6 +21,10 @@
 #ifdef MMD_WITH_OPENVINO
 #include <openvino/c/openvino.h>
 #endif
+#ifdef MMD_WITH_EXECUTORCH
+#include <executorch/extension/module/module.h>
+#include <executorch/extension/tensor/tensor.h>
+#endif
 #ifdef MMD_WITH_TENSORRT
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
@@ -953,6 +957,57 @@ class OpenVino final : public Backend {
 };
 #endif
 
+#ifdef MMD_WITH_EXECUTORCH
+namespace et = executorch::extension;
+
+class ExecuTorch final : public Backend {
+ public:
+  ExecuTorch(const Bundle &bundle, int threads) : bundle_(bundle), module_(artefact_of(bundle).string()) {
+    if (threads > 0)
+      throw Error(MMD_NOT_AVAILABLE, "ExecuTorch chooses its threads itself; leave their number out");
+    check(module_.load_method("forward"));
+    const auto meta = module_.method_meta("forward");
+    check(meta.error());
+    if (meta->num_inputs() != bundle.manifest.inputs.size())
+      failed(bundle, text("it takes ", meta->num_inputs(), " inputs, the manifest says ", bundle.manifest.inputs.size()));
+  }
+
+  std::string name() const override { return "executorch"; }
+
+  void run(const Tensors &inputs, Tensor &output) override {
+    std::vector<et::TensorPtr> owned;
+    std::vector<executorch::runtime::EValue> values;
+    for (const TensorSpec &spec : bundle_.manifest.inputs) {
+      const Tensor &tensor = inputs.at(spec.name);
+      const std::vector<executorch::aten::SizesType> sizes(tensor.shape.begin(), tensor.shape.end());
+      // Inputs are only read.
+      owned.push_back(et::from_blob(const_cast<std::byte *>(tensor.data.data()), sizes, type_of(tensor.dtype)));
+      values.emplace_back(owned.back());
+    }
+    const auto results = module_.forward(values);
+    check(results.error());
+    const auto &sample = results->at(0).toTensor();
+    if (sample.nbytes() != output.data.size() || sample.scalar_type() != type_of(output.dtype))
+      failed(bundle_, text("it gave ", sample.nbytes(), " bytes, the manifest says ", output.data.size()));
+    std::memcpy(output.data.data(), sample.const_data_ptr(), output.data.size());
+  }
+
+ private:
+  void check(executorch::runtime::Error error) const {
+    if (error != executorch::runtime::Error::Ok) failed(bundle_, text("executorch: ", executorch::runtime::to_string(error)));
+  }
+
+  static executorch::aten::ScalarType type_of(DType dtype) {
+    return dtype == DType::float32 ? executorch::aten::ScalarType::Float
+           : dtype == DType::int64 ? executorch::aten::ScalarType::Long
+                                   : executorch::aten::ScalarType::Byte;
+  }
+
+  const Bundle &bundle_;
+  et::Module module_;
+};
+#endif
+
 #ifdef MMD_WITH_TENSORRT
 class TensorRt final : public Backend, private nvinfer1::ILogger {
  public:
@@ -1061,6 +1116,10 @@ std::unique_ptr<Backend> load(const Bundle &bundle, [[maybe_unused]] int threads
 #ifdef MMD_WITH_OPENVINO
   if (format == "openvino") return std::make_unique<OpenVino>(bundle, threads);
   known += " openvino";
+#endif
+#ifdef MMD_WITH_EXECUTORCH
+  if (format == "pte") return std::make_unique<ExecuTorch>(bundle, threads);
+  known += " pte";
 #endif
 #ifdef MMD_WITH_TENSORRT
   if (format == "tensorrt") return std::make_unique<TensorRt>(bundle);
