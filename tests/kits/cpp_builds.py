@@ -14,6 +14,10 @@ from tests.contract.required import skip
 from tests.project.checks import ROOT
 
 HEADERS = ROOT / ".cache/onnxruntime"  # .ci/kits puts them there
+SANITIZERS = {
+    "TBB_ENABLE_SANITIZERS": "1",
+    "LSAN_OPTIONS": f"print_suppressions=0:suppressions={Path(__file__).parent / 'known_leaks.txt'}",
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ def call(
     command: list[object], cwd: Path | None = None, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run it. OpenVINO's TBB loads a library in a way that the sanitizers refuse, unless it is told of them."""
-    words, known = [str(word) for word in command], os.environ | {"TBB_ENABLE_SANITIZERS": "1"}
+    words, known = [str(word) for word in command], os.environ | SANITIZERS
     return subprocess.run(words, cwd=cwd, env=known | (environment or {}), capture_output=True, text=True, check=False)
 
 
