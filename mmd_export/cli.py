@@ -13,6 +13,7 @@ import typer
 from mmd_export.cli_bench import BENCH_EXAMPLES, REPORT_EXAMPLES, bench, report
 from mmd_export.cli_build import BUILD_EXAMPLES, FINALIZE_EXAMPLES, build, finalize
 from mmd_export.cli_data import Balance, Crop, FeatureCacheSwitch, Features, Flip, Holdout, HoldoutFraction, Resize
+from mmd_export.cli_embed import EMBED_EXAMPLES, embed
 from mmd_export.cli_evaluate import EVALUATE_EXAMPLE, evaluate
 from mmd_export.cli_finetune import (
     Autocast,
@@ -188,6 +189,7 @@ def finetune(
 
 app.command(epilog=BUILD_EXAMPLES)(build)
 app.command(epilog=FINALIZE_EXAMPLES)(finalize)
+app.command(epilog=EMBED_EXAMPLES)(embed)
 
 
 app.command(epilog=VERIFY_EXAMPLES)(verify)

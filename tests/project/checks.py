@@ -10,9 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from mmd_export.kit_project import source_files
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("mmd_export", "finetune/mmd_finetune", "runtimes/python/mmd_runtime")
@@ -25,6 +28,9 @@ SHIPPED = (
     "mmd_finetune/encoders/digits-mlp.safetensors",
     "mmd_export/report/report.html.j2",
     "mmd_export/py.typed",
+    "mmd_export/kits/files/LICENSE",
+    "mmd_export/kits/files/cpp/mmd_bundle.cpp",
+    "mmd_export/kits/files/python-kit/app.py",
     "mmd_finetune/py.typed",
     "mmd_runtime/py.typed",
 )
@@ -55,9 +61,17 @@ def build_wheel(folder: Path) -> Path:
     return wheel
 
 
+def kit_files(root: Path = ROOT) -> set[str]:
+    """Every source of the embed kits in the tree, under its name in the wheel: what ``force-include`` names."""
+    build = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
+    named = [(root / source, place) for source, place in build["targets"]["wheel"]["force-include"].items()]
+    files = {place for source, place in named if source.is_file()}
+    return files | {f"{place}/{file}" for source, place in named if source.is_dir() for file in source_files(source)}
+
+
 def packaged_files(root: Path = ROOT) -> set[str]:
-    """Every file of the three packages in the tree, under its name in the wheel."""
-    return {
+    """Every file of the three packages in the tree, under its name in the wheel, and the sources of the kits."""
+    return kit_files(root) | {
         file.relative_to((root / package).parent).as_posix()
         for package in PACKAGES
         for file in (root / package).rglob("*")

@@ -1,0 +1,26 @@
+"""A real bundle for the kits, and every damaged copy of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mmd_export.build import BuildOptions, build
+from tests.attacks import write_attacks
+
+
+@pytest.fixture(scope="session")
+def digits_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model, untuned, 2 steps, batch 1, as ONNX."""
+    out = tmp_path_factory.mktemp("bundles") / "digits-onnx"
+    build(BuildOptions("digits", "onnx", out, steps=2, verify=False))
+    return out
+
+
+@pytest.fixture(scope="session")
+def attacks(digits_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a damaged copy of it an attack, and ``index.json``."""
+    out = tmp_path_factory.mktemp("attacks")
+    write_attacks(digits_onnx, out)
+    return out
