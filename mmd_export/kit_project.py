@@ -59,7 +59,8 @@ class Kit(Protocol):
 class SourceKit:
     """A kit whose project is its sources as they lie, and the bundle at ``bundle_at``.
 
-    ``sources``: their folder, if it is not called as the kit.
+    ``sources``: their folder, if it is not called as the kit. ``parts``: sources that kits share, by their folder in
+    ``runtimes/``, each with its place in the project.
     """
 
     name: str
@@ -69,10 +70,13 @@ class SourceKit:
     run: tuple[str, ...]
     bundle_at: str = "bundle"
     sources: str = ""
+    parts: tuple[tuple[str, str], ...] = ()
 
     def write(self, bundle: Bundle, folder: Path) -> None:
         """Sources, then the bundle, then what the README says of this bundle."""
         copy_sources(self.sources or self.name, folder)
+        for part, place in self.parts:
+            copy_sources(part, folder / place)
         copy_bundle(bundle, folder / self.bundle_at)
         readme = folder / README_NAME
         text = readme.read_text(encoding="utf-8").rstrip("\n")
