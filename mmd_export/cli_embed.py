@@ -27,4 +27,4 @@ def embed(
 
     written = write(EmbedOptions(bundle, kit, out, overwrite))
     show(f"{out}: {written.summary}")
-    show("\n".join(["next:", f"  cd {out}", *(f"  {line}" for line in written.run)]))
+    show("\n".join(["next:", f"  cd {out}", *(f"  {line}" for line in written.lines)]))

@@ -6,8 +6,8 @@ The sources of a kit are plain files: ``runtimes/<kit>/`` in a checkout, ``mmd_e
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -38,17 +38,16 @@ class Library:
 
 @runtime_checkable
 class Kit(Protocol):
-    """Turns a bundle into a project in one language.
-
-    ``formats``: the artefact formats it takes, as in the manifest. ``run``: the lines that build and run the project,
-    said after it was written and in its README.
-    """
+    """Turns a bundle into a project in one language. ``formats``: the artefact formats it takes, as in the manifest."""
 
     name: str
     summary: str
     formats: tuple[str, ...]
     libraries: tuple[Library, ...]
-    run: tuple[str, ...]
+
+    def lines(self, artefact_format: str) -> tuple[str, ...]:
+        """What builds and runs a project with such an artefact; said after it was written, and in its README."""
+        ...
 
     def write(self, bundle: Bundle, folder: Path) -> None:
         """Put the project into the empty ``folder``; licences and ``kit.json`` are added by the caller."""
@@ -59,6 +58,7 @@ class Kit(Protocol):
 class SourceKit:
     """A kit whose project is its sources as they lie, and the bundle at ``bundle_at``.
 
+    ``run``: the lines that build and run it, after those that ``before`` has for the format of its artefact.
     ``sources``: their folder, if it is not called as the kit. ``parts``: sources that kits share, by their folder in
     ``runtimes/``, each with its place in the project.
     """
@@ -70,7 +70,12 @@ class SourceKit:
     run: tuple[str, ...]
     bundle_at: str = "bundle"
     sources: str = ""
+    before: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     parts: tuple[tuple[str, str], ...] = ()
+
+    def lines(self, artefact_format: str) -> tuple[str, ...]:
+        """Those for the format, then those for all."""
+        return (*self.before.get(artefact_format, ()), *self.run)
 
     def write(self, bundle: Bundle, folder: Path) -> None:
         """Sources, then the bundle, then what the README says of this bundle."""

@@ -28,7 +28,15 @@ class EmbedOptions:
     overwrite: bool = False
 
 
-def embed(options: EmbedOptions) -> Kit:
+@dataclass(frozen=True)
+class Embedded:
+    """A project that was written: what it is, and the lines that build and run it."""
+
+    summary: str
+    lines: tuple[str, ...]
+
+
+def embed(options: EmbedOptions) -> Embedded:
     """Open the bundle, which checks its hashes, and write the project; it appears complete or not at all."""
     kit = get_kit(options.kit)
     bundle = Bundle.open(options.bundle)
@@ -40,7 +48,7 @@ def embed(options: EmbedOptions) -> Kit:
             shutil.copy(path, folder)
         (folder / "LICENSES.md").write_text(licence_notes(bundle, kit), encoding="utf-8", newline="\n")
         (folder / MARK).write_text(_mark(kit, bundle), encoding="utf-8", newline="\n")
-    return kit
+    return Embedded(kit.summary, kit.lines(bundle.manifest.format))
 
 
 def _require_fitting(kit: Kit, bundle: Bundle) -> None:

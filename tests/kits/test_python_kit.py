@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmd_export.bundle import Bundle, write_bundle
 from mmd_export.commands.embed import EmbedOptions, embed
 from mmd_export.commands.sample import SampleOptions, sample
 from mmd_export.errors import BundleError, NotAvailableError
-from mmd_export.manifest import ManifestDraft
 from mmd_runtime.app import SelfTest, open_bundle
 from tests.attacks import ATTACKS, Attack
+from tests.kits.wrong import with_other_sample
 from tests.project.checks import PACKAGES, ROOT
 
 IMPORT_SECONDS = 0.150
@@ -59,18 +58,8 @@ def test_a_damaged_bundle_is_refused(project: Path, attacks: Path) -> None:
 
 
 def test_a_wrong_image_fails_the_self_test(project: Path, digits_onnx: Path, tmp_path: Path) -> None:
-    """A bundle whose golden sample is another one: every hash is right, the result is not."""
-    good = Bundle.open(digits_onnx)
-    golden = good.golden()
-    states = {f"state.{k}": state for k, state in enumerate(golden.states, start=1)}
-    arrays = {**golden.inputs, **states, "sample": golden.sample + np.float32(0.001)}
-    draft = ManifestDraft(**{name: getattr(good.manifest, name) for name in ManifestDraft.model_fields})
-
-    def artefact(folder: Path) -> None:
-        (folder / "model.onnx").write_bytes(good.artefact_path.read_bytes())
-
-    write_bundle(tmp_path / "wrong", draft, artefact, arrays, "# wrong\n")
-    done = run(project, "--bundle", tmp_path / "wrong", "--self-test")
+    wrong = with_other_sample(digits_onnx, tmp_path / "wrong", 0.001)
+    done = run(project, "--bundle", wrong, "--self-test")
     assert done.returncode == 4
     assert "self-test FAILED" in done.stdout
 

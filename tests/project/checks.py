@@ -28,6 +28,7 @@ SHIPPED = (
     "mmd_finetune/encoders/digits-mlp.safetensors",
     "mmd_export/py.typed",
     "mmd_export/kits/files/LICENSE",
+    "mmd_export/kits/files/cpp/mmd_bundle.cpp",
     "mmd_export/kits/files/python-kit/app.py",
     "mmd_finetune/py.typed",
     "mmd_runtime/py.typed",

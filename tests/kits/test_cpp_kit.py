@@ -1,0 +1,247 @@
+"""Kit ``cpp``: compiled with warnings as errors, run plain and under sanitizers, against Python and the attacks."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from mmd_export.build import BuildOptions, build
+from mmd_export.commands.embed import EmbedOptions, embed
+from mmd_export.noise import normal, sampler_noise
+from mmd_export.pictures import grid
+from mmd_runtime.app import open_bundle
+from tests.attacks import ATTACKS, Attack
+from tests.kits.cpp_builds import Build, call, configure_and_build
+from tests.kits.wrong import with_other_artefact, with_other_sample
+
+C_PROGRAM = Path(__file__).parent / "c_program"
+MANY = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def project(digits_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("projects") / "cpp"
+    embed(EmbedOptions(digits_onnx, "cpp", out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(project: Path) -> Build:
+    return configure_and_build(project, project / "build", "-DBUILD_SHARED_LIBS=ON")
+
+
+@pytest.fixture(scope="module")
+def sanitized(project: Path) -> Build:
+    """As a part of a program in C, with AddressSanitizer, its leak check and UndefinedBehaviorSanitizer.
+
+    Any finding ends the program with an exit code and a message of its own.
+    """
+    options = (f"-DKIT={project}", "-DMMD_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug")
+    return Build(configure_and_build(C_PROGRAM, project / "build-sanitized", *options).folder / "kit")
+
+
+@pytest.fixture(scope="module")
+def kit(plain: Build) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(plain.library))
+    library.mmd_last_error.restype = ctypes.c_char_p
+    return library
+
+
+@pytest.fixture(scope="session")
+def digits_openvino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundles") / "digits-openvino"
+    build(BuildOptions("digits", "openvino", out, steps=2))
+    return out
+
+
+@pytest.fixture(scope="session")
+def digits_noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything at once that a plain bundle has not: noisy steps, bytes as output, several batch sizes."""
+    out = tmp_path_factory.mktemp("bundles") / "digits-noisy"
+    build(BuildOptions("digits", "onnx", out, steps=3, eta=1.0, output="uint8", batch="2,5"))
+    return out
+
+
+def test_the_project_tests_itself(plain: Build, project: Path) -> None:
+    done = plain.run("--self-test", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("self-test passed: digits-2 in onnxruntime 1.")
+    assert done.stdout.endswith(" ms a batch\n")
+    tested = call(["ctest", "--test-dir", plain.folder])
+    assert "100% tests passed, 0 tests failed out of 2" in tested.stdout
+
+
+def test_openvino_runs_its_bundles(plain: Build, digits_openvino: Path) -> None:
+    done = plain.run("--bundle", digits_openvino, "--threads", 1, "--self-test")
+    assert done.returncode == 0, done.stderr
+    assert "passed: digits-2 in openvino 20" in done.stdout
+
+
+def test_the_picture_is_that_of_python(plain: Build, digits_onnx: Path, tmp_path: Path) -> None:
+    out = tmp_path / "seven.png"
+    done = plain.run("--bundle", digits_onnx, "--seed", 7, "--count", 5, "--first", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    expected = grid(open_bundle(digits_onnx).sample(seed=7, count=5, first=2))[:, :, 0]
+    found = np.asarray(Image.open(out))
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1  # a value may lie just beside x.5
+    assert len(np.unique(found)) > 20
+
+
+def test_a_color_picture_is_whole(plain: Build) -> None:
+    """The writer of PNG, beyond one block of 65,535 bytes, as Pillow reads it: sheets of 300 images."""
+    done = plain.run("--bundle", plain.folder.parent / "bundle", "--count", 300, "--out", plain.folder / "many.png")
+    assert done.returncode == 0, done.stderr
+    with Image.open(plain.folder / "many.png") as picture:
+        picture.verify()
+    assert Image.open(plain.folder / "many.png").size == (18 * 50 - 2, 17 * 50 - 2)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.id)
+def test_every_attack_is_refused(attack: Attack, attacks: Path, sanitized: Build) -> None:
+    done = sanitized.run("--bundle", attacks / attack.id, "--self-test")
+    assert done.returncode == 5, done.stderr
+    assert attack.says in done.stderr
+    assert len(done.stderr.splitlines()) == 1, "not one line"
+
+
+def test_nothing_leaks_and_nothing_is_undefined(
+    sanitized: Build, digits_onnx: Path, digits_openvino: Path, digits_noisy: Path, tmp_path: Path
+) -> None:
+    for bundle in (digits_onnx, digits_noisy, digits_openvino):
+        for action in (["--self-test"], ["--count", 3, "--out", tmp_path / "a.png"]):
+            done = sanitized.run("--bundle", bundle, "--threads", 1, *action)
+            assert done.returncode == 0, done.stderr
+            assert done.stderr == ""
+
+
+def test_bytes_noisy_steps_and_batches(plain: Build, kit: ctypes.CDLL, digits_noisy: Path) -> None:
+    done = plain.run("--bundle", digits_noisy, "--self-test")
+    assert done.returncode == 0, done.stderr
+    assert "(tolerance 1)" in done.stdout
+    expected = open_bundle(digits_noisy).sample(seed=2**63 + 5, count=8, first=3)
+    found = sampled(kit, digits_noisy, 2**63 + 5, 3, np.zeros_like(expected))
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+
+
+def sampled(kit: ctypes.CDLL, bundle: Path, seed: int, first: int, images: NDArray[Any]) -> NDArray[Any]:
+    sampler = ctypes.c_void_p()
+    assert kit.mmd_open(str(bundle).encode(), 1, ctypes.byref(sampler)) == 0, kit.mmd_last_error()
+    try:
+        place = images.ctypes.data_as(ctypes.c_void_p)
+        size = ctypes.c_size_t(images.nbytes)
+        status = kit.mmd_sample(sampler, ctypes.c_uint64(seed), first, len(images), None, place, size)
+        assert status == 0, kit.mmd_last_error()
+    finally:
+        kit.mmd_close(sampler)
+    return images
+
+
+class GivenTensor(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p), ("dtype", ctypes.c_int), ("rank", ctypes.c_size_t),
+        ("shape", ctypes.POINTER(ctypes.c_int64)), ("data", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+def test_inputs_of_the_callers_own(kit: ctypes.CDLL, digits_onnx: Path) -> None:
+    noise = sampler_noise(11, 3, (1, 8, 8), 0)["noise"]
+    shape = (ctypes.c_int64 * 4)(*noise.shape)
+    given = GivenTensor(b"noise", 0, 4, shape, noise.ctypes.data)
+    images, sampler = np.zeros_like(noise), ctypes.c_void_p()
+    assert kit.mmd_open(str(digits_onnx).encode(), 1, ctypes.byref(sampler)) == 0
+    size = ctypes.c_size_t(images.nbytes)
+    assert kit.mmd_run(sampler, ctypes.byref(given), 1, images.ctypes.data_as(ctypes.c_void_p), size) == 0
+    np.testing.assert_allclose(images, open_bundle(digits_onnx).sample(seed=11, count=3), atol=1e-5)
+    given.name = b"nose"
+    assert kit.mmd_run(sampler, ctypes.byref(given), 1, images.ctypes.data_as(ctypes.c_void_p), size) == 2
+    assert b"input 'nose' is unknown" in kit.mmd_last_error()
+    kit.mmd_close(sampler)
+
+
+@pytest.mark.parametrize(("seed", "stream", "image"), [(7, 0, 0), (2**64 - 1, 3, 2**32 - 1)])
+def test_a_million_values_of_a_seed_are_those_of_python(kit: ctypes.CDLL, seed: int, stream: int, image: int) -> None:
+    found = np.zeros(MANY, dtype=np.float32)
+    place = found.ctypes.data_as(ctypes.c_void_p)
+    assert kit.mmd_normal(ctypes.c_uint64(seed), stream, ctypes.c_uint32(image), place, ctypes.c_size_t(MANY)) == 0
+    expected = normal(seed, (1, 1, MANY), range(image, image + 1), stream).reshape(-1)
+    steps = np.abs(found.view(np.int32).astype(np.int64) - expected.view(np.int32))
+    # Where numpy computes ln, cos and sin by other instructions than the C library, a float64 may differ in its last
+    # bit, which moves about one float32 in 2^27 by one step; on most machines none of a million differs.
+    assert steps.max() <= 1
+    assert np.count_nonzero(steps) <= 2
+
+
+def test_a_wrong_image_fails_the_self_test(plain: Build, digits_onnx: Path, tmp_path: Path) -> None:
+    done = plain.run("--bundle", with_other_sample(digits_onnx, tmp_path / "wrong", 0.001), "--self-test")
+    assert done.returncode == 4
+    assert "self-test FAILED: digits-2 in onnxruntime" in done.stdout
+
+
+def test_an_artefact_that_does_not_load_is_one_line(sanitized: Build, digits_onnx: Path, tmp_path: Path) -> None:
+    done = sanitized.run("--bundle", with_other_artefact(digits_onnx, tmp_path / "broken", b"onnx?"), "--self-test")
+    assert done.returncode == 5
+    assert "model.onnx cannot be loaded or run: onnxruntime: " in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--seed", "-1"], "--seed is '-1'; give a whole number from 0 to 18446744073709551615"),
+        (["--seed", "18446744073709551616"], "give a whole number"),
+        (["--count", "0"], "0 images from 0 on; ask for one or more"),
+        (["--first", "4294967295", "--count", "2"], "ask for one or more below 2^32"),
+        (["--cuont", "3"], "--cuont is unknown"),
+        (["--class-label", "3"], "input 'class_labels' is unknown; leave it out"),
+        (["--bundle", "nowhere"], "nowhere is not a bundle: it has no manifest.json"),
+    ],
+)
+def test_a_wrong_argument_is_a_usage_error(
+    arguments: list[str], says: str, plain: Build, project: Path, tmp_path: Path
+) -> None:
+    done = plain.run(*arguments, "--out", tmp_path / "none.png", cwd=project)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def c_program(sanitized: Build) -> Path:
+    """The program in C that the kit was compiled for."""
+    return sanitized.folder.parent / "use_from_c"
+
+
+def test_a_c_program_uses_it(c_program: Path, digits_onnx: Path) -> None:
+    done = call([c_program, digits_onnx, "draw"])
+    assert done.returncode == 0, done.stderr
+    value = open_bundle(digits_onnx).sample(seed=7)[0, 0, 0, 0]
+    text, found = done.stdout.rsplit(" ", 1)
+    assert text == "1 x 8 x 8 of type 0, 8 images, first value"
+    assert abs(float(found) - float(value)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("action", "says"),
+    [
+        ("small", "images hold 256 bytes, the buffer 255; give one of that size"),
+        ("null", "sampler or images is NULL"),
+        ("labels", "input 'class_labels' is unknown"),
+    ],
+)
+def test_a_c_program_is_told_what_is_wrong(action: str, says: str, c_program: Path, digits_onnx: Path) -> None:
+    done = call([c_program, digits_onnx, action])
+    assert done.returncode == 2
+    assert says in done.stderr
+
+
+def test_the_leak_check_can_fail(c_program: Path, digits_onnx: Path) -> None:
+    done = call([c_program, digits_onnx, "leak"], environment={"ASAN_OPTIONS": "exitcode=23"})
+    assert done.returncode == 23
+    assert "LeakSanitizer: detected memory leaks" in done.stderr

@@ -1,0 +1,37 @@
+"""Bundles that are whole and wrong: every hash is right, what they hold is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmd_export.bundle import Bundle, write_bundle
+from mmd_export.manifest import ManifestDraft
+
+
+def with_other_sample(source: Path, out: Path, offset: float) -> Path:
+    """A copy whose golden sample is off by ``offset``."""
+    sample = Bundle.open(source).golden().sample
+    return _rewrite(source, out, {"sample": sample + sample.dtype.type(offset)}, None)
+
+
+def with_other_artefact(source: Path, out: Path, artefact: bytes) -> Path:
+    """A copy whose artefact is other bytes, rightly listed."""
+    return _rewrite(source, out, {}, artefact)
+
+
+def _rewrite(source: Path, out: Path, arrays: dict[str, NDArray[Any]], artefact: bytes | None) -> Path:
+    good = Bundle.open(source)
+    golden = good.golden()
+    states = {f"state.{k}": np.asarray(state) for k, state in enumerate(golden.states, start=1)}
+    draft = ManifestDraft(**{name: getattr(good.manifest, name) for name in ManifestDraft.model_fields})
+
+    def write(folder: Path) -> None:
+        data = good.artefact_path.read_bytes() if artefact is None else artefact
+        (folder / good.manifest.artefact).write_bytes(data)
+
+    write_bundle(out, draft, write, {**golden.inputs, **states, "sample": golden.sample} | arrays, "# wrong\n")
+    return out
