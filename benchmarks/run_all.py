@@ -18,6 +18,7 @@ SCRIPTS = (
     "benchmarks.precision",
     "benchmarks.example",
     "benchmarks.siblings",
+    "benchmarks.web_kit",
     "benchmarks.tables",
 )
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
+from benchmarks.kit_tables import HEADS as WEB_HEADS
+from benchmarks.kit_tables import web_rows
 from benchmarks.target_tables import target_rows
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +29,7 @@ PAGES = (
     "docs/targets.md",
     "docs/precision.md",
     "docs/coreml.md",
+    "docs/embedding-web.md",
 )
 NOT_MEASURED = "not measured"
 
@@ -217,6 +220,12 @@ def openvino() -> str:
     return markdown(heads, rows)
 
 
+def web_kit() -> str:
+    """What the page of kit ``web`` takes, and the time of an image in three places."""
+    result = read("web.json")
+    return NOT_MEASURED if result is None else markdown(WEB_HEADS, web_rows(result))
+
+
 def interval(ratio: dict[str, Any]) -> str:
     """Median with its 95 % interval, if there were rounds enough for one."""
     median = f"{ratio['median']:.2f}"
@@ -312,6 +321,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "forms": forms,
     "speed": speed,
     "openvino": openvino,
+    "web_kit": web_kit,
     "precision": of_precisions(precision_rows),
     "precision_steps": of_precisions(step_rows),
     "islands": of_precisions(island_rows),

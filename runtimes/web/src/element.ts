@@ -64,7 +64,7 @@ export class SamplerElement extends HTMLElement {
         for (let i = 0; i < part; i++) this.show(images, i, first + i);
         first += part;
       }
-      this.time("an image", (performance.now() - start) / count);
+      this.time("each image", (performance.now() - start) / count);
       this.dispatchEvent(new CustomEvent("mmd-drawn", { detail: { seed, count } }));
       await this.choose(Math.min(this.chosen, count - 1));
     });

@@ -8,7 +8,9 @@ import { onnxEngine } from "./core/onnx.js";
 export type Backend = "wasm" | "webgpu";
 
 const NAMES: Readonly<Record<Backend, string>> = { wasm: "WebAssembly", webgpu: "WebGPU" };
-const MOST_THREADS = 4;
+
+/** Threads of WebAssembly: half the processors, at most 4, where the server isolates the page; else 1. */
+export const THREADS = globalThis.crossOriginIsolated ? Math.min(4, Math.ceil(navigator.hardwareConcurrency / 2)) : 1;
 
 interface Adapter {
   readonly isFallbackAdapter?: boolean;
@@ -57,8 +59,7 @@ async function webgpuMissing(softwareToo: boolean): Promise<string> {
 async function load(backend: Backend): Promise<Engine> {
   // Two builds of ONNX Runtime, each a file of its own; only the one that is used is fetched.
   const ort = await (backend === "webgpu" ? import("onnxruntime-web/webgpu") : import("onnxruntime-web/wasm"));
-  const threads = Math.min(MOST_THREADS, Math.ceil(navigator.hardwareConcurrency / 2));
-  ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? threads : 1;
+  ort.env.wasm.numThreads = THREADS;
   ort.env.logLevel = "error";
   return onnxEngine(ort, `onnxruntime-web on ${NAMES[backend]}`, {
     executionProviders: [backend], executionMode: "sequential", logSeverityLevel: 3,

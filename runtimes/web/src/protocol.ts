@@ -3,12 +3,13 @@
 import type { Manifest, OpenTimes, Sampler } from "./core/index.js";
 import type { Backend } from "./engine.js";
 
-/** What is known once a bundle is open. `note` says why WebGPU is not used, and is empty if it is. */
+/** What is known once a bundle is open. `note` says why WebGPU is not used, and is empty if it is; `threads` are those of WebAssembly. */
 export interface Opened {
   readonly manifest: Manifest;
   readonly backend: Backend;
   readonly runtime: string;
   readonly note: string;
+  readonly threads: number;
   readonly times: OpenTimes;
 }
 

@@ -87,7 +87,7 @@ button { font: inherit; color: inherit; cursor: pointer; }
 .action.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
 .action:disabled { opacity: 0.55; cursor: progress; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(var(--tile), 1fr)); gap: 0.5rem; margin-top: 1rem; }
+.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(max(var(--tile), 10.5%), 1fr)); gap: 0.5rem; margin-top: 1rem; }
 .tile { padding: 0; border: 0; border-radius: 0.5rem; background: none; line-height: 0; }
 .tile[aria-pressed="true"] { outline: 3px solid var(--accent); outline-offset: 2px; }
 canvas { width: 100%; border-radius: 0.5rem; image-rendering: pixelated; background: var(--field); }

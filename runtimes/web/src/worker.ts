@@ -1,7 +1,7 @@
 /** The sampler in a thread of its own, so that the page stays live while it computes. */
 
 import { Sampler, UsageError } from "./core/index.js";
-import { BrowserEngine } from "./engine.js";
+import { BrowserEngine, THREADS } from "./engine.js";
 import { fetchedSource } from "./fetched.js";
 import type { Methods, Opened, Reply, Request } from "./protocol.js";
 
@@ -17,7 +17,7 @@ async function open(url: string, wanted: Parameters<Methods["open"]>[1]): Promis
   choosing.catch(() => undefined); // awaited below, after the bundle, whose errors come first
   sampler = await Sampler.open(fetchedSource(url), choosing);
   const { backend, note, runtime } = await choosing;
-  return { manifest: sampler.manifest, backend, note, runtime, times: sampler.times };
+  return { manifest: sampler.manifest, backend, note, runtime, threads: THREADS, times: sampler.times };
 }
 
 function opened(): Sampler {

@@ -14,8 +14,11 @@ const TYPES = {
   ".svg": "image/svg+xml", ".wasm": "application/wasm",
 };
 
+/** Headers that let a page use threads. */
+export const ISOLATING = { "cross-origin-opener-policy": "same-origin", "cross-origin-embedder-policy": "require-corp" };
+
 /** Serve `folders`, by the first part of the path, and `dist/` for everything else; returns the address and `close`. */
-export async function serve(folders = {}) {
+export async function serve(folders = {}, headers = {}) {
   const server = createServer((request, response) => {
     const path = decodeURIComponent(new URL(request.url, "http://x").pathname);
     const [, first, ...rest] = path.split("/");
@@ -25,7 +28,7 @@ export async function serve(folders = {}) {
       response.writeHead(404).end();
       return;
     }
-    response.writeHead(200, { "content-type": TYPES[extname(place)] ?? "application/octet-stream" });
+    response.writeHead(200, { "content-type": TYPES[extname(place)] ?? "application/octet-stream", ...headers });
     createReadStream(place).pipe(response);
   });
   await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
