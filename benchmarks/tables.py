@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
 from benchmarks.kit_tables import HEADS as WEB_HEADS
 from benchmarks.kit_tables import web_rows
+from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
 from benchmarks.target_tables import target_rows
 
 ROOT = Path(__file__).parents[1]
