@@ -23,6 +23,7 @@ export class SamplerElement extends HTMLElement {
   private readonly times: Record<string, string> = {};
   private drawing = 0; // the number of the drawing; an older one stops when it sees a newer
   private chosen = 0;
+  private drawn = { seed: 0n, label: 0 }; // what the fields said when the images were drawn
   /** The open sampler; null before `connectedCallback` and after an error. */
   sampler: BrowserSampler | null = null;
   /** The last self-test; null if none has run. */
@@ -54,6 +55,7 @@ export class SamplerElement extends HTMLElement {
     if (!sampler || !view.form.reportValidity()) return;
     const mine = ++this.drawing;
     const seed = BigInt(view.seed.value), count = Number(view.number.value);
+    this.drawn = { seed, label: Number(view.class.value) };
     await this.guarded(async () => {
       view.images.replaceChildren(...Array.from({ length: count }, () => make("div", "", "waiting")));
       const start = performance.now();
@@ -131,7 +133,7 @@ export class SamplerElement extends HTMLElement {
     const { view } = this;
     const tile = make("button", "", "tile");
     tile.type = "button";
-    tile.title = `image ${index} of seed ${view.seed.value}: its steps`;
+    tile.title = `image ${index} of seed ${this.drawn.seed}: its steps`;
     tile.setAttribute("aria-label", tile.title);
     tile.append(paint(make("canvas"), picture(images, row)));
     tile.onclick = () => void this.guarded(() => this.choose(index));
@@ -154,7 +156,7 @@ export class SamplerElement extends HTMLElement {
     const channels = inputs.find(({ name }) => name === "noise")?.shape[1];
     if (channels !== 1 && channels !== 3) return; // states that are latents; a picture has 1 or 3 channels
     const options = { first: index, conditions: this.conditions(1) };
-    const { noise, states } = await sampler.chain(BigInt(view.seed.value), options);
+    const { noise, states } = await sampler.chain(this.drawn.seed, options);
     if (mine !== this.drawing || index !== this.chosen) return;
     view.chain.hidden = false;
     view.chainTitle.textContent = `From noise to image ${index}`;
@@ -174,7 +176,7 @@ export class SamplerElement extends HTMLElement {
   }
 
   private conditions(count: number): Tensors {
-    return this.view.classField.hidden ? {} : { class_labels: classLabels(Number(this.view.class.value), count) };
+    return this.view.classField.hidden ? {} : { class_labels: classLabels(this.drawn.label, count) };
   }
 
   private time(name: string, value: number): void {

@@ -9,6 +9,7 @@ import { after, before, describe, test } from "node:test";
 import { findChromium, ISOLATING, launch, serve, watchedPage } from "./site.mjs";
 
 const attacks = process.env.MMD_ATTACKS; // a folder that `python -m tests.attacks` of mmd-export wrote
+const noise = process.env.MMD_NOISE; // SHA-256 of 1,000,000 values of noise that mmd-export drew
 const noBrowser = findChromium() ? false : "no Chromium: set CHROMIUM to the path of one";
 
 /** Wait for the event that ends the element's self-test. */
@@ -60,6 +61,7 @@ describe("on WebAssembly", { skip: noBrowser }, () => {
 
   test("a chosen image shows its own steps", async () => {
     const before = await page.locator(".steps li:last-child canvas").evaluate((canvas) => canvas.toDataURL());
+    await page.locator(".seed").fill("99"); // not drawn: the steps are those of the images that are shown
     await page.locator(".tile").nth(3).click();
     await page.getByText("From noise to image 3").waitFor();
     const after = await page.locator(".steps li:last-child canvas").evaluate((canvas) => canvas.toDataURL());
@@ -82,6 +84,15 @@ describe("on WebAssembly", { skip: noBrowser }, () => {
     await context.setOffline(false);
     const after = await page.locator(".tile canvas").first().evaluate((canvas) => canvas.toDataURL());
     assert.notEqual(after, before);
+  });
+
+  test("a million values of noise are those of Python", { skip: noise ? false : "MMD_NOISE is no hash" }, async () => {
+    const found = await page.evaluate(async () => {
+      const { normal } = await import("./mmd-sampler.js");
+      const digest = await crypto.subtle.digest("SHA-256", normal(20261126n, 1_000_000, 5, 2));
+      return Array.from(new Uint8Array(digest), (byte) => byte.toString(16).padStart(2, "0")).join("");
+    });
+    assert.equal(found, noise);
   });
 
   test("another page takes the element and the functions from mmd-sampler.js", async () => {
