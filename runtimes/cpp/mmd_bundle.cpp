@@ -24,6 +24,7 @@
 #ifdef MMD_WITH_EXECUTORCH
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
+#include <executorch/runtime/platform/platform.h>
 #endif
 #ifdef MMD_WITH_TENSORRT
 #include <NvInfer.h>
@@ -965,6 +966,9 @@ class ExecuTorch final : public Backend {
   ExecuTorch(const Bundle &bundle, int threads) : bundle_(bundle), module_(artefact_of(bundle).string()) {
     if (threads > 0)
       throw Error(MMD_NOT_AVAILABLE, "ExecuTorch chooses its threads itself; leave their number out");
+    // What it logs would go to stderr; an app is told of an error by its code.
+    executorch::runtime::register_pal(executorch::runtime::PalImpl::create(
+        [](et_timestamp_t, et_pal_log_level_t, const char *, const char *, size_t, const char *, size_t) {}, __FILE__));
     check(module_.load_method("forward"));
     const auto meta = module_.method_meta("forward");
     check(meta.error());

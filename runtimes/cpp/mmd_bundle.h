@@ -91,7 +91,7 @@ namespace mmd {
 /* One line; code is MMD_USAGE, MMD_BUNDLE, ... */
 class MMD_API Error : public std::runtime_error {
  public:
-  Error(int code, const std::string &message) : std::runtime_error(message), code(code) {}
+  Error(int status, const std::string &message) : std::runtime_error(message), code(status) {}
   const int code;
 };
 
@@ -105,7 +105,7 @@ struct Tensor {
   std::vector<std::byte> data;
 
   Tensor() = default;
-  Tensor(DType dtype, Shape shape);
+  Tensor(DType type, Shape sizes);
   template <class T>
   T *as() { return reinterpret_cast<T *>(data.data()); }
   template <class T>
@@ -152,7 +152,7 @@ struct Manifest {
   std::vector<FileEntry> files;
   std::string sha256;
 
-  const TensorSpec *find(const std::string &name) const;
+  const TensorSpec *find(const std::string &wanted) const;
   const TensorSpec &sample() const { return *find("sample"); }
 };
 

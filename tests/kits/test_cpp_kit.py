@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmd_export.build import BuildOptions, build
+from mmd_export.bundle import Bundle
 from mmd_export.commands.embed import EmbedOptions, embed
 from mmd_export.noise import normal, sampler_noise
 from mmd_export.pictures import grid
@@ -19,6 +20,7 @@ from mmd_runtime.app import open_bundle
 from tests.attacks import ATTACKS, Attack
 from tests.kits.cpp_builds import Build, call, configure_and_build
 from tests.kits.wrong import with_other_artefact, with_other_sample
+from tests.models import LABELS, save_model
 
 C_PROGRAM = Path(__file__).parent / "c_program"
 MANY = 1_000_000
@@ -56,16 +58,28 @@ def kit(plain: Build) -> ctypes.CDLL:
 @pytest.fixture(scope="session")
 def digits_openvino(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundles") / "digits-openvino"
-    build(BuildOptions("digits", "openvino", out, steps=2))
+    build(BuildOptions("digits", "openvino", out, steps=2, verify=False))
     return out
 
 
 @pytest.fixture(scope="session")
-def digits_noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything at once that a plain bundle has not: noisy steps, bytes as output, several batch sizes."""
-    out = tmp_path_factory.mktemp("bundles") / "digits-noisy"
-    build(BuildOptions("digits", "onnx", out, steps=3, eta=1.0, output="uint8", batch="2,5"))
-    return out
+def tiny_pte(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles")
+    build(BuildOptions(str(save_model(folder / "tiny")), "executorch", folder / "tiny-1", steps=1, verify=False))
+    return folder / "tiny-1"
+
+
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a plain bundle has not, all at once: noisy steps, classes, three channels as bytes, several batch sizes."""
+    folder = tmp_path_factory.mktemp("bundles")
+    model = save_model(folder / "model", in_channels=3, out_channels=3, **LABELS)
+    build(
+        BuildOptions(
+            str(model), "onnx", folder / "all", steps=3, eta=1.0, output="uint8", batch="2,5", verify=False
+        )
+    )  # fmt: skip
+    return folder / "all"
 
 
 def test_the_project_tests_itself(plain: Build, project: Path) -> None:
@@ -94,13 +108,16 @@ def test_the_picture_is_that_of_python(plain: Build, digits_onnx: Path, tmp_path
     assert len(np.unique(found)) > 20
 
 
-def test_a_color_picture_is_whole(plain: Build) -> None:
-    """The writer of PNG, beyond one block of 65,535 bytes, as Pillow reads it: sheets of 300 images."""
-    done = plain.run("--bundle", plain.folder.parent / "bundle", "--count", 300, "--out", plain.folder / "many.png")
+def test_a_large_picture_in_color_is_whole(plain: Build, everything: Path, tmp_path: Path) -> None:
+    """The writer of PNG, beyond one block of 65,535 bytes, as Pillow reads it."""
+    out = tmp_path / "many.png"
+    done = plain.run("--bundle", everything, "--count", 20, "--class-label", 3, "--out", out)
     assert done.returncode == 0, done.stderr
-    with Image.open(plain.folder / "many.png") as picture:
-        picture.verify()
-    assert Image.open(plain.folder / "many.png").size == (18 * 50 - 2, 17 * 50 - 2)
+    labels = np.full(20, 3, dtype=np.int64)
+    expected = grid(open_bundle(everything).sample(seed=0, count=20, conditions={"class_labels": labels}))
+    found = np.asarray(Image.open(out).convert("RGB"))
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.id)
@@ -112,31 +129,46 @@ def test_every_attack_is_refused(attack: Attack, attacks: Path, sanitized: Build
 
 
 def test_nothing_leaks_and_nothing_is_undefined(
-    sanitized: Build, digits_onnx: Path, digits_openvino: Path, digits_noisy: Path, tmp_path: Path
+    sanitized: Build, digits_onnx: Path, digits_openvino: Path, tiny_pte: Path, everything: Path, tmp_path: Path
 ) -> None:
-    for bundle in (digits_onnx, digits_noisy, digits_openvino):
-        for action in (["--self-test"], ["--count", 3, "--out", tmp_path / "a.png"]):
-            done = sanitized.run("--bundle", bundle, "--threads", 1, *action)
+    for bundle in (digits_onnx, digits_openvino, tiny_pte, everything):
+        labels = ["--class-label", 1] if bundle == everything else []
+        for action in (["--self-test"], ["--count", 3, "--out", tmp_path / "a.png", *labels]):
+            done = sanitized.run("--bundle", bundle, *action)
             assert done.returncode == 0, done.stderr
             assert done.stderr == ""
 
 
-def test_bytes_noisy_steps_and_batches(plain: Build, kit: ctypes.CDLL, digits_noisy: Path) -> None:
-    done = plain.run("--bundle", digits_noisy, "--self-test")
+def test_executorch_runs_its_bundles(plain: Build, tiny_pte: Path) -> None:
+    done = plain.run("--bundle", tiny_pte, "--self-test")
+    assert done.returncode == 0, done.stderr
+    assert "passed: tiny-1 in executorch, " in done.stdout
+    done = plain.run("--bundle", tiny_pte, "--threads", 1, "--self-test")
+    assert done.returncode == 3
+    assert "ExecuTorch chooses its threads itself" in done.stderr
+
+
+def test_classes_bytes_noisy_steps_and_batches(plain: Build, kit: ctypes.CDLL, everything: Path) -> None:
+    done = plain.run("--bundle", everything, "--self-test")
     assert done.returncode == 0, done.stderr
     assert "(tolerance 1)" in done.stdout
-    expected = open_bundle(digits_noisy).sample(seed=2**63 + 5, count=8, first=3)
-    found = sampled(kit, digits_noisy, 2**63 + 5, 3, np.zeros_like(expected))
+    labels = np.arange(8, dtype=np.int64) % 5
+    expected = open_bundle(everything).sample(seed=2**63 + 5, count=8, first=3, conditions={"class_labels": labels})
+    found = sampled(kit, everything, 2**63 + 5, 3, np.zeros_like(expected), labels)
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+    assert np.abs(found.astype(int) - found[:1].astype(int)).max() > 20
 
 
-def sampled(kit: ctypes.CDLL, bundle: Path, seed: int, first: int, images: NDArray[Any]) -> NDArray[Any]:
+def sampled(
+    kit: ctypes.CDLL, bundle: Path, seed: int, first: int, images: NDArray[Any], labels: NDArray[np.int64]
+) -> NDArray[Any]:
     sampler = ctypes.c_void_p()
     assert kit.mmd_open(str(bundle).encode(), 1, ctypes.byref(sampler)) == 0, kit.mmd_last_error()
     try:
         place = images.ctypes.data_as(ctypes.c_void_p)
         size = ctypes.c_size_t(images.nbytes)
-        status = kit.mmd_sample(sampler, ctypes.c_uint64(seed), first, len(images), None, place, size)
+        given = labels.ctypes.data_as(ctypes.c_void_p)
+        status = kit.mmd_sample(sampler, ctypes.c_uint64(seed), first, len(images), given, place, size)
         assert status == 0, kit.mmd_last_error()
     finally:
         kit.mmd_close(sampler)
@@ -223,7 +255,7 @@ def test_a_c_program_uses_it(c_program: Path, digits_onnx: Path) -> None:
     assert done.returncode == 0, done.stderr
     value = open_bundle(digits_onnx).sample(seed=7)[0, 0, 0, 0]
     text, found = done.stdout.rsplit(" ", 1)
-    assert text == "1 x 8 x 8 of type 0, 8 images, first value"
+    assert text == f"1 x 8 x 8 of type 0, {Bundle.open(digits_onnx).golden().count} images, first value"
     assert abs(float(found) - float(value)) < 1e-5
 
 

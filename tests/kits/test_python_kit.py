@@ -94,8 +94,8 @@ def test_the_verdict(worst: float, fault: str, passed: bool) -> None:
 
 
 def seconds_of_import(module: str) -> float:
-    """Median of several fresh processes, by the process's own clock."""
-    code = f"import time; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)"
+    """Median of several fresh processes, in seconds of the processor: other work on the machine adds nothing."""
+    code = f"import time; start = time.process_time(); import {module}; print(time.process_time() - start)"
     environment = {**os.environ, "PYTHONPATH": PATH}
 
     def once() -> float:
@@ -106,12 +106,11 @@ def seconds_of_import(module: str) -> float:
 
 
 def test_the_import_is_quick() -> None:
-    best = min(seconds_of_import("mmd_runtime.app") for _ in range(3))  # a busy machine only ever adds
-    assert best < IMPORT_SECONDS
+    assert seconds_of_import("mmd_runtime.app") < IMPORT_SECONDS
 
 
-def test_the_measurement_of_an_import_can_fail() -> None:
-    assert seconds_of_import("time; time.sleep(0.2)") > IMPORT_SECONDS
+def test_a_slow_import_is_found() -> None:
+    assert seconds_of_import("time; sum(range(60_000_000))") > IMPORT_SECONDS
 
 
 def test_neither_torch_nor_a_compiler_is_loaded(digits_onnx: Path) -> None:

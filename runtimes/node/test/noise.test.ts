@@ -1,6 +1,7 @@
 /** The generator against its published words and the test vectors of the specification. */
 
 import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
 import { test } from "node:test";
 
 import { normal, philox4x32, samplerNoise, UsageError } from "../src/index.js";
@@ -36,6 +37,16 @@ test("the first values are those of the specification, bit for bit", () => {
     const found = new Uint32Array(normal(seed, 4, image, stream).buffer);
     assert.deepEqual([...found], words(bits));
   }
+});
+
+test("streams have the hashes of the contract, a million values each", () => {
+  const hash = (values: Float32Array) => createHash("sha256").update(new Uint8Array(values.buffer)).digest("hex");
+  const hashes = [normal(7, 64), normal(7, 1_000_000), normal(2n ** 64n - 1n, 1_000_000, 2 ** 32 - 1, 3)].map(hash);
+  assert.deepEqual(hashes, [
+    "5dacb4d84779c7dc128789e49205f8ec807df3166fd65d4885cc3146956a2a3b",
+    "342a1a10126ff254fcbbe025dbb95099dee21398909dd9384b51b6850c7224d1",
+    "9246ac2c5f0b1983eb4268e6a04abc25e6d6ff155aebd2eeb0291d959015c120",
+  ]);
 });
 
 test("a number and a BigInt are the same seed", () => {
