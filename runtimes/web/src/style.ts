@@ -90,7 +90,14 @@ button { font: inherit; color: inherit; cursor: pointer; }
 .images { display: grid; grid-template-columns: repeat(auto-fill, minmax(max(var(--tile), 10.5%), 1fr)); gap: 0.5rem; margin-top: 1rem; }
 .tile { padding: 0; border: 0; border-radius: 0.5rem; background: none; line-height: 0; }
 .tile[aria-pressed="true"] { outline: 3px solid var(--accent); outline-offset: 2px; }
-canvas { width: 100%; border-radius: 0.5rem; image-rendering: pixelated; background: var(--field); }
+canvas {
+  width: 100%;
+  border-radius: 0.5rem;
+  outline: 1px solid var(--line);
+  outline-offset: -1px;
+  image-rendering: pixelated;
+  background: var(--field);
+}
 .waiting { aspect-ratio: 1; border-radius: 0.5rem; background: var(--field); }
 .title { display: flex; flex-wrap: wrap; gap: 0.25rem 0.75rem; align-items: center; justify-content: space-between; }
 .steps { display: flex; gap: 0.6rem; margin: 0.75rem 0 0; padding: 0 0 0.35rem; list-style: none; overflow-x: auto; }
