@@ -33,7 +33,7 @@ class Attack:
     id: str
     what: str
     says: str
-    damage: Callable[[Path], None]
+    damage: Callable[[Path], object]
     sealed: bool = False
     needs_listing: bool = False
 

@@ -14,7 +14,8 @@
 namespace {
 
 const char *const usage =
-    "usage: mmd_sample [--bundle DIR] [--seed S] [--count N] [--first I] [--class-label L] [--threads T] [--out FILE.png]\n"
+    "usage: mmd_sample [--bundle DIR] [--seed S] [--count N] [--first I] [--class-label L] [--threads T] [--out "
+    "FILE.png]\n"
     "       mmd_sample [--bundle DIR] [--threads T] [--rounds R] --self-test\n";
 
 struct Options {
@@ -56,7 +57,8 @@ Options parse(int count, char **words) {
     else if (flag == "--first") options.first = static_cast<uint32_t>(number(flag, value, UINT32_MAX));
     else if (flag == "--threads") options.threads = static_cast<int>(number(flag, value, 1024));
     else if (flag == "--rounds") options.rounds = static_cast<int>(number(flag, value, 1 << 20));
-    else if (flag == "--class-label") options.class_label = static_cast<int64_t>(number(flag, value, INT32_MAX)), options.has_class = true;
+    else if (flag == "--class-label")
+      options.class_label = static_cast<int64_t>(number(flag, value, INT32_MAX)), options.has_class = true;
     else throw mmd::Error(MMD_USAGE, flag + " is unknown\n" + usage);
   }
   return options;
@@ -71,10 +73,13 @@ struct Picture {
 Picture sheet(const mmd::Tensor &images) {
   const bool bytes = images.dtype == mmd::DType::uint8;
   const auto size = [&](size_t axis) { return static_cast<size_t>(images.shape[axis]); };
-  const size_t count = size(0), channels = bytes ? size(3) : size(1), height = bytes ? size(1) : size(2), width = bytes ? size(2) : size(3);
+  const size_t count = size(0), channels = bytes ? size(3) : size(1), height = bytes ? size(1) : size(2),
+               width = bytes ? size(2) : size(3);
   if (channels != 1 && channels != 3)
-    throw mmd::Error(MMD_USAGE, "the sample has " + std::to_string(channels) + " channels, a picture 1 or 3; a latent model needs --decode");
-  const size_t across = static_cast<size_t>(std::ceil(std::sqrt(static_cast<double>(count)))), down = (count + across - 1) / across;
+    throw mmd::Error(MMD_USAGE, "the sample has " + std::to_string(channels) +
+                                    " channels, a picture 1 or 3; a latent model needs --decode");
+  const size_t across = static_cast<size_t>(std::ceil(std::sqrt(static_cast<double>(count)))),
+               down = (count + across - 1) / across;
   const size_t scale = std::max<size_t>(1, (48 + std::min(height, width) - 1) / std::min(height, width)), gap = 2;
   Picture picture{across * (width * scale + gap) - gap, down * (height * scale + gap) - gap, channels, {}};
   picture.pixels.assign(picture.width * picture.height * channels, 255);

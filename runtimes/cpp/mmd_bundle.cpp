@@ -1,4 +1,5 @@
-// The one source of mmd_bundle.h: reading and checking a bundle, noise, the libraries that run artefacts, the C interface.
+// The one source of mmd_bundle.h: reading and checking a bundle, noise, the libraries that run artefacts, the C
+// interface.
 #include "mmd_bundle.h"
 
 #include <algorithm>
@@ -525,7 +526,8 @@ class ManifestReader {
 
   void agree(const Manifest &manifest) const {
     const TensorSpec *noise = manifest.find("noise"), *sample = manifest.find("sample");
-    const bool is_input = noise && noise >= manifest.inputs.data() && noise < manifest.inputs.data() + manifest.inputs.size();
+    const bool is_input =
+        noise && noise >= manifest.inputs.data() && noise < manifest.inputs.data() + manifest.inputs.size();
     if (!is_input || noise->dtype != DType::float32) invalid("inputs: there is no 'noise' of float32");
     if (manifest.outputs.size() != 1 || !sample || sample != manifest.outputs.data())
       invalid("outputs: there is not one output 'sample'");
@@ -593,7 +595,8 @@ class GoldenReader {
     } catch (const std::invalid_argument &error) {
       unreadable(error.what());
     }
-    if (used_ != source_.size() - start_) unreadable("its tensors have ", used_, " bytes, its data ", source_.size() - start_);
+    if (used_ != source_.size() - start_)
+      unreadable("its tensors have ", used_, " bytes, its data ", source_.size() - start_);
     check(found);
     return found;
   }
@@ -621,7 +624,8 @@ class GoldenReader {
     if (!begin || !end || *begin > *end || static_cast<size_t>(*end) > data)
       unreadable("'", name, "' lies outside of the data");
     const auto first = static_cast<size_t>(*begin), bytes = static_cast<size_t>(*end) - first;
-    if (!count || *count * bytes_of(type) != bytes) unreadable("'", name, "' has ", bytes, " bytes for ", name_of(shape));
+    if (!count || *count * bytes_of(type) != bytes)
+      unreadable("'", name, "' has ", bytes, " bytes for ", name_of(shape));
     Tensor tensor(type, shape);
     std::memcpy(tensor.data.data(), source_.data() + start_ + first, bytes);
     used_ += bytes;
@@ -657,7 +661,8 @@ class GoldenReader {
     if (tensor.dtype != DType::float32) return;
     const float *values = tensor.as<float>();
     for (size_t i = 0; i < tensor.data.size() / sizeof(float); ++i)
-      if (!std::isfinite(values[i])) damaged(manifest_.name, "golden.safetensors: '", name, "' holds NaN or infinite values");
+      if (!std::isfinite(values[i]))
+        damaged(manifest_.name, "golden.safetensors: '", name, "' holds NaN or infinite values");
   }
 
   const Manifest &manifest_;
@@ -774,16 +779,20 @@ using Handle = std::unique_ptr<T, void (*)(T *)>;
   damaged(bundle.manifest.name, bundle.manifest.artefact, " cannot be loaded or run: ", line);
 }
 
-[[maybe_unused]] fs::path artefact_of(const Bundle &bundle) { return bundle.folder / fs::u8path(bundle.manifest.artefact); }
+[[maybe_unused]] fs::path artefact_of(const Bundle &bundle) {
+  return bundle.folder / fs::u8path(bundle.manifest.artefact);
+}
 
 #ifdef MMD_WITH_ONNXRUNTIME
 class OnnxRuntime final : public Backend {
  public:
   OnnxRuntime(const Bundle &bundle, int threads) : bundle_(bundle), api_(OrtGetApiBase()->GetApi(ORT_API_VERSION)) {
     if (!api_)
-      throw Error(MMD_NOT_AVAILABLE, text("onnxruntime ", OrtGetApiBase()->GetVersionString(), " is older than its header, ",
-                                          "which has API ", ORT_API_VERSION, "; update the library"));
-    env_ = make<OrtEnv>(api_->ReleaseEnv, [&](OrtEnv **env) { return api_->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "mmd", env); });
+      throw Error(MMD_NOT_AVAILABLE,
+                  text("onnxruntime ", OrtGetApiBase()->GetVersionString(), " is older than its header, ",
+                       "which has API ", ORT_API_VERSION, "; update the library"));
+    env_ = make<OrtEnv>(api_->ReleaseEnv,
+                        [&](OrtEnv **env) { return api_->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "mmd", env); });
     auto options = make<OrtSessionOptions>(api_->ReleaseSessionOptions, api_->CreateSessionOptions);
     check(api_->SetIntraOpNumThreads(options.get(), threads));
     check(api_->SetInterOpNumThreads(options.get(), 1));
@@ -863,7 +872,8 @@ class OnnxRuntime final : public Backend {
       ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
       if (tensor) check(api_->GetTensorElementType(tensor, &type));
       const TensorSpec *spec = bundle_.manifest.find(name);
-      if (!spec || type_of(spec->dtype) != type) failed(bundle_, text("its input '", name, "' is not as the manifest says"));
+      if (!spec || type_of(spec->dtype) != type)
+        failed(bundle_, text("its input '", name, "' is not as the manifest says"));
     }
   }
 
@@ -880,18 +890,19 @@ class OpenVino final : public Backend {
  public:
   OpenVino(const Bundle &bundle, int threads) : bundle_(bundle) {
     core_ = make<ov_core_t>(ov_core_free, ov_core_create);
-    const std::string xml = artefact_of(bundle).u8string(), bin = artefact_of(bundle).replace_extension(".bin").u8string();
+    const std::string xml = artefact_of(bundle).u8string(),
+                      bin = artefact_of(bundle).replace_extension(".bin").u8string();
     const auto model = make<ov_model_t>(ov_model_free, [&](ov_model_t **made) {
       return ov_core_read_model(core_.get(), xml.c_str(), bin.c_str(), made);
     });
     // One run after the other, in float32 whatever the processor would rather have, no thread bound to a core.
     const std::string count = std::to_string(threads);
     compiled_ = make<ov_compiled_model_t>(ov_compiled_model_free, [&](ov_compiled_model_t **made) {
-      return threads > 0 ? ov_core_compile_model(core_.get(), model.get(), "CPU", 10, made, "PERFORMANCE_HINT", "LATENCY",
-                                                 "NUM_STREAMS", "1", "INFERENCE_PRECISION_HINT", "f32",
+      return threads > 0 ? ov_core_compile_model(core_.get(), model.get(), "CPU", 10, made, "PERFORMANCE_HINT",
+                                                 "LATENCY", "NUM_STREAMS", "1", "INFERENCE_PRECISION_HINT", "f32",
                                                  "ENABLE_CPU_PINNING", "NO", "INFERENCE_NUM_THREADS", count.c_str())
-                         : ov_core_compile_model(core_.get(), model.get(), "CPU", 8, made, "PERFORMANCE_HINT", "LATENCY",
-                                                 "NUM_STREAMS", "1", "INFERENCE_PRECISION_HINT", "f32",
+                         : ov_core_compile_model(core_.get(), model.get(), "CPU", 8, made, "PERFORMANCE_HINT",
+                                                 "LATENCY", "NUM_STREAMS", "1", "INFERENCE_PRECISION_HINT", "f32",
                                                  "ENABLE_CPU_PINNING", "NO");
     });
     request_ = make<ov_infer_request_t>(ov_infer_request_free, [&](ov_infer_request_t **made) {
@@ -921,7 +932,8 @@ class OpenVino final : public Backend {
     void *data = nullptr;
     check(ov_tensor_get_byte_size(result.get(), &bytes));
     check(ov_tensor_data(result.get(), &data));
-    if (bytes != output.data.size()) failed(bundle_, text("it gave ", bytes, " bytes, the manifest says ", output.data.size()));
+    if (bytes != output.data.size())
+      failed(bundle_, text("it gave ", bytes, " bytes, the manifest says ", output.data.size()));
     std::memcpy(output.data.data(), data, bytes);
   }
 
@@ -935,7 +947,8 @@ class OpenVino final : public Backend {
 
   void check(ov_status_e status) const {
     if (status != ov_status_e::OK)
-      failed(bundle_, text("openvino: ", ov_get_error_info(status), ": ", ov_get_last_err_msg() ? ov_get_last_err_msg() : ""));
+      failed(bundle_,
+             text("openvino: ", ov_get_error_info(status), ": ", ov_get_last_err_msg() ? ov_get_last_err_msg() : ""));
   }
 
   Handle<ov_tensor_t> tensor_of(std::byte *data, const Tensor &tensor) const {
@@ -964,8 +977,7 @@ namespace et = executorch::extension;
 class ExecuTorch final : public Backend {
  public:
   ExecuTorch(const Bundle &bundle, int threads) : bundle_(bundle), module_(artefact_of(bundle).string()) {
-    if (threads > 0)
-      throw Error(MMD_NOT_AVAILABLE, "ExecuTorch chooses its threads itself; leave their number out");
+    if (threads > 0) throw Error(MMD_NOT_AVAILABLE, "ExecuTorch chooses its threads itself; leave their number out");
     // What it logs would go to stderr; an app is told of an error by its code.
     executorch::runtime::register_pal(executorch::runtime::PalImpl::create(
         [](et_timestamp_t, et_pal_log_level_t, const char *, const char *, size_t, const char *, size_t) {}, __FILE__));
@@ -973,7 +985,8 @@ class ExecuTorch final : public Backend {
     const auto meta = module_.method_meta("forward");
     check(meta.error());
     if (meta->num_inputs() != bundle.manifest.inputs.size())
-      failed(bundle, text("it takes ", meta->num_inputs(), " inputs, the manifest says ", bundle.manifest.inputs.size()));
+      failed(bundle,
+             text("it takes ", meta->num_inputs(), " inputs, the manifest says ", bundle.manifest.inputs.size()));
   }
 
   std::string name() const override { return "executorch"; }
@@ -998,7 +1011,8 @@ class ExecuTorch final : public Backend {
 
  private:
   void check(executorch::runtime::Error error) const {
-    if (error != executorch::runtime::Error::Ok) failed(bundle_, text("executorch: ", executorch::runtime::to_string(error)));
+    if (error != executorch::runtime::Error::Ok)
+      failed(bundle_, text("executorch: ", executorch::runtime::to_string(error)));
   }
 
   static executorch::aten::ScalarType type_of(DType dtype) {
@@ -1081,7 +1095,8 @@ class TensorRt final : public Backend, private nvinfer1::ILogger {
 
   std::string fact(const std::string &name) const {
     const auto found = bundle_.manifest.hardware.find(name);
-    if (found == bundle_.manifest.hardware.end()) damaged(bundle_.manifest.name, "manifest.hardware lacks '", name, "'");
+    if (found == bundle_.manifest.hardware.end())
+      damaged(bundle_.manifest.name, "manifest.hardware lacks '", name, "'");
     return found->second;
   }
 
@@ -1193,7 +1208,8 @@ Tensor Sampler::sample(uint64_t seed, uint32_t count, uint32_t first, const Tens
     const size_t size = noise.data.size() / sizeof(float) / count / streams;
     for (uint32_t stream = 0; stream < streams; ++stream)
       for (uint32_t i = 0; i < count; ++i)
-        normal(seed, axis == 0 ? 0 : stream + 1, first + i, noise.as<float>() + (size_t{stream} * count + i) * size, size);
+        normal(seed, axis == 0 ? 0 : stream + 1, first + i, noise.as<float>() + (size_t{stream} * count + i) * size,
+               size);
     inputs[spec.name] = std::move(noise);
   }
   return run(inputs);
@@ -1201,7 +1217,9 @@ Tensor Sampler::sample(uint64_t seed, uint32_t count, uint32_t first, const Tens
 
 int64_t Sampler::count_of(const Tensors &inputs) const {
   const Manifest &manifest = bundle_.manifest;
-  const auto refuse = [&](const std::string &what) { throw Error(MMD_USAGE, text("bundle ", manifest.name, ": ", what)); };
+  const auto refuse = [&](const std::string &what) {
+    throw Error(MMD_USAGE, text("bundle ", manifest.name, ": ", what));
+  };
   for (const auto &[name, tensor] : inputs) {
     const bool known = std::any_of(manifest.inputs.begin(), manifest.inputs.end(),
                                    [&, &wanted = name](const TensorSpec &spec) { return spec.name == wanted; });
@@ -1214,12 +1232,13 @@ int64_t Sampler::count_of(const Tensors &inputs) const {
     const Tensor &tensor = found->second;
     const size_t axis = batch_axis(spec.name);
     Shape says = spec.shape;
-    if (tensor.shape.size() != says.size() || says.size() <= axis) refuse(text("input '", spec.name, "' is ", name_of(tensor.shape), ", the manifest says ", name_of(says)));
+    if (tensor.shape.size() != says.size() || says.size() <= axis)
+      refuse(text("input '", spec.name, "' is ", name_of(tensor.shape), ", the manifest says ", name_of(says)));
     if (count == 0) count = tensor.shape[axis];
     says[axis] = count;
     if (tensor.dtype != spec.dtype || tensor.shape != says || count < 1)
-      refuse(text("input '", spec.name, "' is ", name_of(tensor.dtype), " ", name_of(tensor.shape), ", the manifest says ",
-                  name_of(spec.dtype), " ", name_of(says), " for ", count, " images"));
+      refuse(text("input '", spec.name, "' is ", name_of(tensor.dtype), " ", name_of(tensor.shape),
+                  ", the manifest says ", name_of(spec.dtype), " ", name_of(says), " for ", count, " images"));
   }
   return count;
 }
@@ -1237,7 +1256,8 @@ Tensor Sampler::run(const Tensors &inputs) {
     shape[0] = size;
     Tensor output(images.dtype, shape);
     backend_->run(part, output);
-    std::memcpy(images.data.data() + static_cast<size_t>(start) * row, output.data.data(), static_cast<size_t>(kept) * row);
+    std::memcpy(images.data.data() + static_cast<size_t>(start) * row, output.data.data(),
+                static_cast<size_t>(kept) * row);
     start += size;
   }
   return images;
@@ -1249,8 +1269,8 @@ SelfTest Sampler::self_test(int rounds) {
   for (const TensorSpec &spec : manifest.inputs) inputs[spec.name] = bundle_.golden.at(spec.name);
   const Tensor &expected = bundle_.golden.at("sample");
   const Tensor found = run(inputs);
-  const auto [error, fault] = found.dtype == DType::float32 ? difference<float>(found, expected)
-                                                            : difference<uint8_t>(found, expected);
+  const auto [error, fault] =
+      found.dtype == DType::float32 ? difference<float>(found, expected) : difference<uint8_t>(found, expected);
   const int64_t size = manifest.batch.next(expected.shape[0]);
   for (const auto &[name, tensor] : inputs) first.emplace(name, rows(tensor, batch_axis(name), 0, size));
   Shape shape = manifest.sample().shape;
@@ -1271,8 +1291,8 @@ SelfTest Sampler::self_test(int rounds) {
 std::string SelfTest::line() const {
   std::ostringstream out;
   out.imbue(std::locale::classic());
-  out << "self-test " << (passed() ? "passed" : "FAILED") << (fault.empty() ? "" : " " + fault) << ": " << bundle << " in "
-      << runtime << ", " << images << " images, largest error ";
+  out << "self-test " << (passed() ? "passed" : "FAILED") << (fault.empty() ? "" : " " + fault) << ": " << bundle
+      << " in " << runtime << ", " << images << " images, largest error ";
   out.precision(3);
   out << error << " (tolerance " << tolerance << "), ";
   out.setf(std::ios::fixed);
@@ -1359,7 +1379,8 @@ int mmd_sample(mmd_sampler *sampler, uint64_t seed, uint32_t first, uint32_t cou
     need(sampler && images, "sampler or images");
     mmd::Tensors conditions;
     if (class_labels)
-      conditions["class_labels"] = tensor_of({"class_labels", MMD_INT64, 1, std::array<int64_t, 1>{count}.data(), class_labels});
+      conditions["class_labels"] =
+          tensor_of({"class_labels", MMD_INT64, 1, std::array<int64_t, 1>{count}.data(), class_labels});
     give(sampler->sampler.sample(seed, count, first, conditions), images, bytes);
     return MMD_OK;
   });

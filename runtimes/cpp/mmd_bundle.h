@@ -1,8 +1,8 @@
 /* A bundle of mmd-export in an app: open it (every byte is checked), draw images from a seed, test it on the device.
  *
  * A C interface, and below it the C++17 one that it is made of. One source goes with it, mmd_bundle.cpp. A function
- * returns MMD_OK or one of the other codes, and mmd_last_error() then says in one line what is wrong, where, both values
- * and the next move. A sampler may be used by one thread at a time; different samplers by different threads.
+ * returns MMD_OK or one of the other codes, and mmd_last_error() then says in one line what is wrong, where, both
+ * values and the next move. A sampler may be used by one thread at a time; different samplers by different threads.
  */
 #ifndef MMD_BUNDLE_H
 #define MMD_BUNDLE_H
@@ -41,7 +41,8 @@ typedef struct mmd_tensor {
   const void *data;
 } mmd_tensor;
 
-/* What the golden inputs gave. error and tolerance are on the scale of the output; milliseconds: median of one batch. */
+/* What the golden inputs gave. error and tolerance are on the scale of the output; milliseconds: median of one batch.
+ */
 typedef struct mmd_self_test_result {
   int passed;
   int64_t images;
@@ -107,9 +108,13 @@ struct Tensor {
   Tensor() = default;
   Tensor(DType type, Shape sizes);
   template <class T>
-  T *as() { return reinterpret_cast<T *>(data.data()); }
+  T *as() {
+    return reinterpret_cast<T *>(data.data());
+  }
   template <class T>
-  const T *as() const { return reinterpret_cast<const T *>(data.data()); }
+  const T *as() const {
+    return reinterpret_cast<const T *>(data.data());
+  }
 };
 using Tensors = std::map<std::string, Tensor>;
 
@@ -189,7 +194,8 @@ class MMD_API Sampler {
   Sampler &operator=(const Sampler &) = delete;
 
   const Bundle &bundle() const { return bundle_; }
-  /* Images of a seed, (N, C, H, W) or uint8 (N, H, W, C). conditions: what the graph takes besides noise, N rows each. */
+  /* Images of a seed, (N, C, H, W) or uint8 (N, H, W, C). conditions: what the graph takes besides noise, N rows each.
+   */
   Tensor sample(uint64_t seed, uint32_t count, uint32_t first = 0, const Tensors &conditions = {});
   /* The same from all inputs that the manifest names, in parts that the graph takes. */
   Tensor run(const Tensors &inputs);
