@@ -23,6 +23,7 @@ SCRIPTS = (
     "benchmarks.latency_gate",
     "benchmarks.example",
     "benchmarks.siblings",
+    "benchmarks.web_kit",
     "benchmarks.tables",
 )
 

@@ -16,6 +16,8 @@ from typing import Any
 from benchmarks.budget_tables import ablation_rows, budget_rows, draw_budgets
 from benchmarks.budget_tables import target_rows as reached_rows
 from benchmarks.finetune_tables import speed_rows
+from benchmarks.kit_tables import HEADS as WEB_HEADS
+from benchmarks.kit_tables import web_rows
 from benchmarks.parity_tables import bisect_rows, distribution_rows, fault_rows, honest_rows, tolerance_rows
 from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
 from benchmarks.target_tables import target_rows
@@ -37,6 +39,7 @@ PAGES = (
     "docs/tuning-options.md",
     "docs/finetuning.md",
     "docs/parity.md",
+    "docs/embedding-web.md",
 )
 NOT_MEASURED = "not measured"
 
@@ -227,6 +230,12 @@ def openvino() -> str:
     return markdown(heads, rows)
 
 
+def web_kit() -> str:
+    """What the page of kit ``web`` takes, and the time of an image in three places."""
+    result = read("web.json")
+    return NOT_MEASURED if result is None else markdown(WEB_HEADS, web_rows(result))
+
+
 def interval(ratio: dict[str, Any]) -> str:
     """Median with its 95 % interval, if there were rounds enough for one."""
     median = f"{ratio['median']:.2f}"
@@ -386,6 +395,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "forms": forms,
     "speed": speed,
     "openvino": openvino,
+    "web_kit": web_kit,
     "precision": of_precisions(precision_rows),
     "precision_steps": of_precisions(step_rows),
     "islands": of_precisions(island_rows),

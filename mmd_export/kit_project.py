@@ -59,7 +59,8 @@ class SourceKit:
     """A kit whose project is its sources as they lie, and the bundle at ``bundle_at``.
 
     ``run``: the lines that build and run it, after those that ``before`` has for the format of its artefact.
-    ``sources``: their folder, if it is not called as the kit.
+    ``sources``: their folder, if it is not called as the kit. ``parts``: sources that kits share, by their folder in
+    ``runtimes/``, each with its place in the project.
     """
 
     name: str
@@ -70,6 +71,7 @@ class SourceKit:
     bundle_at: str = "bundle"
     sources: str = ""
     before: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    parts: tuple[tuple[str, str], ...] = ()
 
     def lines(self, artefact_format: str) -> tuple[str, ...]:
         """Those for the format, then those for all."""
@@ -78,6 +80,8 @@ class SourceKit:
     def write(self, bundle: Bundle, folder: Path) -> None:
         """Sources, then the bundle, then what the README says of this bundle."""
         copy_sources(self.sources or self.name, folder)
+        for part, place in self.parts:
+            copy_sources(part, folder / place)
         copy_bundle(bundle, folder / self.bundle_at)
         readme = folder / README_NAME
         text = readme.read_text(encoding="utf-8").rstrip("\n")

@@ -1,0 +1,32 @@
+"""The table of docs/embedding-web.md, from benchmarks/results/web.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEADS = ("", "measured", "at most")
+
+
+def web_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """First image, weight of the page, time of a batch."""
+    web, limits = result["web"], result["limits"]
+    first, size = web["first_image_ms"], web["bytes"]
+    return [
+        (
+            f"first image after the page is asked for, median of {web['loads']} loads (the slowest)",
+            f"{first['median']:.0f} ms ({first['most']:.0f} ms)",
+            f"{limits['first_image_ms']} ms",
+        ),
+        ("the page itself, uncompressed", f"{size['page'] / 1000:.0f} kB", f"{limits['page_bytes'] / 1000:.0f} kB"),
+        ("the bundle", f"{size['bundle'] / 1e6:.2f} MB", ""),
+        ("ONNX Runtime, uncompressed", f"{size['runtime'] / 1e6:.1f} MB", ""),
+        (f"an image, WebAssembly in Chromium, {_threads(web)}", f"{web['batch_ms']['median']:.1f} ms", ""),
+        (f"an image, Node, {_threads(result['node'])}", f"{result['node']['batch_ms']:.1f} ms", ""),
+        (f"an image, Python, {_threads(result['python'])}", f"{result['python']['batch_ms']:.1f} ms", ""),
+        ("largest error of a golden image, Chromium", f"{web['largest_error']:.0e}", f"{web['tolerance']:g}"),
+        ("largest error of a golden image, Node", f"{result['node']['largest_error']:.0e}", f"{web['tolerance']:g}"),
+    ]
+
+
+def _threads(facts: dict[str, Any]) -> str:
+    return "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"

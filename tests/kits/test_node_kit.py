@@ -1,0 +1,125 @@
+"""Kit ``node``: its own tests, its command, and its noise and images against those of Python."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmd_export.build import BuildOptions, build
+from mmd_export.commands.sample import SampleOptions, sample
+from mmd_export.noise import normal
+from mmd_export.pictures import grid
+from mmd_export.targets import get_target
+from tests.kits.npm import built_project, npm, require_node, summary
+from tests.kits.wrong import with_other_artefact, with_other_sample
+from tests.models import tiny_labels
+
+__all__ = ["tiny_labels"]
+VALUES = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def project(digits_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require_node("node")
+    return built_project("node", digits_onnx, tmp_path_factory.mktemp("projects") / "node")
+
+
+def run(project: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = ["node", "dist/src/cli.js", *map(str, arguments)]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+
+
+def evaluate(project: Path, code: str) -> bytes:
+    """What a module says that imports the package by its name."""
+    module = f'import * as kit from "mmd-sampler-node";\n{code}'
+    command = ["node", "--input-type=module", "--eval", module]
+    return subprocess.run(command, cwd=project, capture_output=True, check=True).stdout
+
+
+def test_its_own_tests_pass(project: Path, attacks: Path) -> None:
+    counts = summary(npm(project, "test", environment={"MMD_ATTACKS": str(attacks)}))
+    assert counts["pass"] > 60, "the damaged bundles were not tried"
+    assert counts["fail"] == counts["skipped"] == counts["cancelled"] == 0
+
+
+def test_the_lines_of_the_readme_run(project: Path) -> None:
+    assert "self-test passed: digits-2 in onnxruntime-node, 4 images" in npm(
+        project, "run", "sample", "--", "--self-test"
+    )
+    npm(project, "run", "sample", "--", "--seed", "7", "--out", "sample.png")
+    assert (project / "sample.png").is_file()
+
+
+def test_a_million_values_of_noise_are_those_of_python(project: Path) -> None:
+    code = f"process.stdout.write(Buffer.from(kit.normal(20261126n, {VALUES}, 5, 2).buffer));"
+    found = np.frombuffer(evaluate(project, code), dtype="<f4")
+    expected = normal(20261126, (1, 1, VALUES), range(5, 6), stream=2).reshape(-1)
+    np.testing.assert_array_max_ulp(found, expected, maxulp=1)
+    assert int((found != expected).sum()) == 0
+
+
+def test_a_picture_is_that_of_python(project: Path, digits_onnx: Path, tmp_path: Path) -> None:
+    done = run(project, "--seed", 2**40 + 3, "--count", 5, "--out", tmp_path / "node.png")
+    assert done.returncode == 0, done.stderr
+    found = np.asarray(Image.open(tmp_path / "node.png")).astype(int)
+    expected = grid(sample(SampleOptions(str(digits_onnx), seed=2**40 + 3, count=5)))[:, :, 0]
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1  # a value near x.5 may round either way
+
+
+def test_a_wrong_image_fails_the_self_test(project: Path, digits_onnx: Path, tmp_path: Path) -> None:
+    done = run(project, "--bundle", with_other_sample(digits_onnx, tmp_path / "wrong", 0.001), "--self-test")
+    assert done.returncode == 4
+    assert "self-test FAILED" in done.stdout
+
+
+def test_a_graph_that_is_none_is_refused(project: Path, digits_onnx: Path, tmp_path: Path) -> None:
+    done = run(project, "--bundle", with_other_artefact(digits_onnx, tmp_path / "wrong", b"no graph"), "--self-test")
+    assert done.returncode == 5
+    assert "model.onnx cannot be loaded in onnxruntime-node" in done.stderr
+
+
+def looked_at(project: Path, bundle: Path) -> dict[str, Any]:
+    """The self-test and the errors of the states, in the package."""
+    code = (
+        f"const sampler = await kit.open({json.dumps(str(bundle))}, {{ threads: 1 }});"
+        "const found = { test: await sampler.selfTest(1), errors: await sampler.stateErrors() };"
+        "process.stdout.write(JSON.stringify(found));"
+    )
+    found: dict[str, Any] = json.loads(evaluate(project, code))
+    return found
+
+
+def test_labels_step_noise_and_weights_in_a_file_of_their_own(
+    project: Path, tiny_labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(get_target("onnx"), "largest_file", 10_000)
+    bundle = build(BuildOptions(str(tiny_labels), "onnx", tmp_path / "labels", steps=2, batch="1..3"))
+    assert (bundle.folder / "model.onnx_data").is_file()
+    found = looked_at(project, bundle.folder)
+    assert found["test"]["passed"], found
+    assert max(found["errors"]) <= bundle.manifest.tolerance.atol
+    refused = run(project, "--bundle", bundle.folder, "--out", tmp_path / "any.png")
+    assert refused.returncode == 2
+    assert "input 'class_labels' is missing" in refused.stderr
+    drawn = run(project, "--bundle", bundle.folder, "--class", 3, "--count", 4, "--out", tmp_path / "three.png")
+    assert drawn.returncode == 0, drawn.stderr
+    options = SampleOptions(str(bundle.folder), seed=0, count=4, class_label=3)
+    difference = np.asarray(Image.open(tmp_path / "three.png")).astype(int) - grid(sample(options))[:, :, 0]
+    assert np.abs(difference).max() <= 1
+
+
+def test_a_loop_and_pixels_of_bytes(project: Path, tiny_labels: Path, tmp_path: Path) -> None:
+    options = BuildOptions(str(tiny_labels), "onnx", tmp_path / "loop", steps=3, batch="2", form="loop", output="uint8")
+    bundle = build(options)
+    assert bundle.manifest.graph.form == "loop"
+    found = looked_at(project, bundle.folder)
+    assert found["test"]["passed"], found
+    assert len(found["errors"]) == 3
+    assert max(found["errors"]) <= bundle.manifest.tolerance.atol
