@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from mmd_export.batch import BatchSpec
 from mmd_export.cli_options import CheckpointOption, JsonFile, RuntimeName, positive
 from mmd_export.cli_output import say, show, show_table, write_json
 from mmd_export.errors import UsageError
@@ -160,6 +159,8 @@ def report(
 
 def _sizes(text: str | None) -> tuple[int, ...]:
     """``--batches``."""
+    from mmd_export.batch import BatchSpec
+
     if text is None:
         return ()
     try:
