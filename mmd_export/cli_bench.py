@@ -34,7 +34,7 @@ def bench(
     ] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(help="without --rounds: time to spend; default 30, a gate at most 50", show_default=False),
+        typer.Option(help="without --rounds: time to spend; default 30, a gate at most 45", show_default=False),
     ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads a run; 0: each library's choice")] = 0,
     batches: Annotated[

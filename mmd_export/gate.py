@@ -175,7 +175,7 @@ def changed(now: BlockRatio, base: BlockRatio) -> BlockRatio:
 class BlockPlan:
     """How long to measure: ``seconds``, or exactly ``rounds`` of each candidate if given."""
 
-    seconds: float = 50.0
+    seconds: float = 45.0
     rounds: int | None = None
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ class BenchOptions:
     """What to measure.
 
     ``against``: baselines, runtimes, bundles, or ``BUNDLE@RUNTIME``. ``rounds`` None: as many as fit into ``seconds``,
-    30 by default, between 10 and 200; a gate takes 50 at most by default, and ends as soon as it is sure. ``threads``
+    30 by default, between 10 and 200; a gate takes 45 at most by default, and ends as soon as it is sure. ``threads``
     0: each library's choice. ``bound``: inputs and outputs stay on the device, so that a run copies nothing.
     ``batches``: empty for the batch of the golden inputs. ``cold``: fresh processes of each bundle. ``cuda_graph``:
     the bundles' runs are recorded once and replayed.
