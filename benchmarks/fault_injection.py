@@ -144,7 +144,9 @@ def upstream_faults() -> Iterator[Fault]:
         yield fault("golden states of other weights", k, (3,), partial(_other_golden, seed=k))
     yield fault("wrong eta in the plan", 0, (1, 2), partial(_wrong_plan, change=_other_eta))
     for seed, name in ((1, "noise"), (2, "step_noise")):
-        yield fault(f"{name} of another seed", seed, (3,), partial(_other_noise, seed=seed, name=name))
+        yield fault(
+            f"{name.replace('_', ' ')} of another seed", seed, (3,), partial(_other_noise, seed=seed, name=name)
+        )
 
 
 def _wrong_plan(lab: Lab, change: Callable[[Lab], StepPlan]) -> ParityReport:

@@ -42,7 +42,7 @@ NETWORK: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     "norm_num_groups": 4, "attention_head_dim": 8,
 }  # fmt: skip
-WILD = 4000.0  # times the first convolution: activations beyond half precision
+WILD = 1e6  # times the first convolution: activations beyond half precision
 WEIGHT_FILES = {"onnx": "model.onnx", "openvino": "model.bin", "coreml": "weight.bin"}
 
 
