@@ -90,7 +90,7 @@ class RunFolder:
             old, new = _flat(known), _flat(json.loads(json.dumps(record)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{self._settings} is damaged ({error}); choose another --out") from error
-        for key in sorted(set(old) | set(new), key=lambda name: (name.endswith("sha256"), name)):  # causes first
+        for key in sorted(set(old) | set(new), key=lambda name: ("sha256" in name, name)):  # causes first
             if old.get(key) != new.get(key):
                 raise UsageError(
                     f"--resume {self.place}: {key} was {old.get(key)!r}, is now {new.get(key)!r}; "

@@ -177,7 +177,7 @@ class Task:
             "base_sha256": self.base.sha256,
             "data_sha256": self.data_sha256,
             "plan_sha256": self.plan.digest(),
-            **{f"encoder {encoder.name} sha256": encoder.sha256 for encoder in self.encoders},
+            **{f"sha256 of encoder {encoder.name}": encoder.sha256 for encoder in self.encoders},
             **({} if self.emulation is None else {"quantisation_sha256": self.emulation.record.digest()}),
         }
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mmd_export.errors import UsageError
+from mmd_finetune import loop
 from mmd_finetune.balance import balanced_weights, equal_weights, real_level, weights_of
 from mmd_finetune.encoder import Encoder
 from mmd_finetune.kernels import Linear
@@ -17,7 +19,8 @@ from mmd_finetune.loop import tune
 from mmd_finetune.mmd import mean_of_pairs, unbiased_mmd2
 from mmd_finetune.reference import Reference, make_reference
 from mmd_finetune.settings import FinetuneSettings
-from mmd_finetune.task import prepare
+from mmd_finetune.state import TuningState
+from mmd_finetune.task import Task, prepare
 
 
 class Scaled(nn.Module):
@@ -107,6 +110,19 @@ def test_a_run_weighs_its_encoders_and_says_so(tiny_settings: FinetuneSettings) 
     for line in lines[1:]:
         assert line["loss"] == pytest.approx(sum(weights[name] * value for name, value in line["losses"].items()))
     assert prepare(tiny_settings).loss_weights == weights  # the same after a resume
+
+
+def test_the_gradient_is_that_of_the_weighted_sum(tiny_settings: FinetuneSettings) -> None:
+    work = prepare(tiny_settings)
+
+    def norm(task: Task) -> float:
+        state = TuningState(task.base.denoiser, 1e-3)
+        return loop._iterate(task, state, task.sampler(state.denoiser), 0)[1]
+
+    only_pixels = norm(replace(work, loss_weights={"digits-conv": 0.0, "pixels": 3.0}))
+    alone = norm(prepare(tiny_settings.model_copy(update={"features": ("pixels",)})))
+    assert only_pixels == pytest.approx(3.0 * alone, rel=1e-4)
+    assert norm(work) != pytest.approx(alone, rel=1e-2)
 
 
 def test_equal_weights_on_demand(tiny_settings: FinetuneSettings) -> None:

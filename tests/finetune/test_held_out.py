@@ -95,7 +95,7 @@ def test_a_resume_with_other_weights_in_the_encoder_file_is_refused(
     weights = load_file(path)
     weights["layernorm.bias"] += 1.0
     save_file(weights, path, {"format": "pt"})
-    with pytest.raises(UsageError, match=r"encoder dino:dino sha256 was '[0-9a-f]{64}', is now '[0-9a-f]{64}'"):
+    with pytest.raises(UsageError, match=r"sha256 of encoder dino:dino was '[0-9a-f]{64}', is now '[0-9a-f]{64}'"):
         tune(settings, resume=True)
 
 
