@@ -83,7 +83,7 @@ class RunFolder:
             old, new = _flat(known), _flat(json.loads(json.dumps(record)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{self._settings} is damaged ({error}); choose another --out") from error
-        for key in sorted(set(old) | set(new)):
+        for key in sorted(set(old) | set(new), key=lambda key: (key.endswith("_sha256"), key)):  # what a user can read
             if old.get(key) != new.get(key):
                 raise UsageError(
                     f"--resume {self.place}: {key} was {old.get(key)!r}, is now {new.get(key)!r}; "

@@ -15,7 +15,6 @@ from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.denoiser import AtTimesteps
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.plan import StepPlan
-from mmd_export.plans import choose_plan
 from mmd_export.unroll import UnrolledSampler
 from mmd_finetune.compute import tuning_form
 from mmd_finetune.data import load_images, require_images
@@ -150,7 +149,7 @@ def prepare(settings: FinetuneSettings, world: World | None = None) -> Task:
         raise UsageError(
             f"model {settings.model} has no diffusers config, so no run folder can hold it tuned; build it"
         )
-    plan = choose_plan(base.scheduler, **settings.plan_options().wanted)
+    plan = base.plan_for(**settings.plan_options().wanted)
     encoders = [load_encoder(name).to(device) for name in settings.features]
     holdout = load_encoder(settings.holdout).to(device)
     for encoder in (*encoders, holdout):
