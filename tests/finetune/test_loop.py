@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from mmd_export.checkpoint import load_checkpoint
 from mmd_export.errors import MmdExportError, UsageError
 from mmd_finetune import loop, objective, task
-from mmd_finetune.features import Encoder
+from mmd_finetune.features import Encoder, load_encoder
 from mmd_finetune.loop import Report, learning_rate, tune
+from mmd_finetune.metrics import sample_many
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import REPORT_SEED, prepare
@@ -318,7 +319,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
 
 def test_a_run_folder_is_not_tuned_on_for_another_plan(tiny_settings: FinetuneSettings, tmp_path: Path) -> None:
     run = tune(changed(tiny_settings, iterations=1)).folder
-    with pytest.raises(UsageError, match="run: tuned for .*2 steps.*, asked for .*3 steps"):
+    with pytest.raises(UsageError, match=r"run: tuned for .*2 steps.*, asked for .*3 steps"):
         tune(changed(tiny_settings, model=str(run), steps=3, out=tmp_path / "more"))
     assert not (tmp_path / "more").exists()
     again = tune(changed(tiny_settings, model=str(run), iterations=1, out=tmp_path / "same"))
@@ -336,10 +337,8 @@ class Steep(nn.Module):
 def test_the_encoder_whose_gradient_is_not_finite_is_named(
     tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = task.load_encoder
-
     def load(name: str) -> Encoder:
-        return Encoder("pixels", Steep()) if name == "pixels" else real(name)
+        return Encoder("pixels", Steep()) if name == "pixels" else load_encoder(name)
 
     monkeypatch.setattr(task, "load_encoder", load)
     with pytest.raises(MmdExportError, match=r"iteration 0: the gradient is nan \(encoder pixels\); the last saved"):
@@ -408,11 +407,10 @@ def test_a_large_batch_is_evaluated_in_micro_batches(
     tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    real = task.sample_many
 
     def remember(*arguments: Any, batch: int, **others: Any) -> Tensor:
         sizes.append(batch)
-        return real(*arguments, batch=batch, **others)
+        return sample_many(*arguments, batch=batch, **others)
 
     monkeypatch.setattr(task, "sample_many", remember)
     tune(changed(tiny_settings, iterations=1, batch_size=64, micro_batch_size=8))

@@ -19,7 +19,7 @@ from torch import nn
 from mmd_export.checkpoint import load_checkpoint
 from mmd_export.errors import MmdExportError, UsageError
 from mmd_finetune import files, loop, run_folder, task
-from mmd_finetune.features import Encoder
+from mmd_finetune.features import Encoder, load_encoder
 from mmd_finetune.loop import tune
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
@@ -194,10 +194,8 @@ class Drawing(nn.Module):
 def test_an_encoder_that_draws_goes_on_where_it_was(
     tiny_settings: FinetuneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = task.load_encoder
-
     def load(name: str) -> Encoder:
-        return Encoder("pixels", Drawing()) if name == "pixels" else real(name)
+        return Encoder("pixels", Drawing()) if name == "pixels" else load_encoder(name)
 
     monkeypatch.setattr(task, "load_encoder", load)
     settings = changed(tiny_settings, features=("pixels",), kernel="linear")
