@@ -3,7 +3,7 @@
 Writes ``benchmarks/results/finetune_speed.json`` (``finetune_speed_cuda.json`` on a GPU). Both sides tune one model
 with the same encoder, kernel, batch and steps. Speed: iterations of both in turn, in one process; the ratio is the
 median over the rounds with its bootstrap interval. Memory: each setting in a process of its own, the peak resident set
-(on a GPU the peak of torch's allocator) of two iterations; ``added`` is what lies above the loaded model. What is
+(on a GPU the peak of torch's allocator) of one iteration; ``added`` is what lies above the loaded model. What is
 measured is kept in ``--work`` after every round, and a run that was stopped goes on there. About 15 minutes on 2 cores.
 The weights of the models are random but for digits, and so is the encoder where none is shipped for the size.
 """
@@ -33,7 +33,7 @@ from mmd_finetune.features import Encoder
 from mmd_finetune.loop import iterate
 from mmd_finetune.noise_ahead import NoiseAhead
 from mmd_finetune.reference import make_reference
-from mmd_finetune.settings import FinetuneSettings
+from mmd_finetune.settings import make_settings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import Task, prepare
 
@@ -82,10 +82,12 @@ def feature_network() -> nn.Module:
 
 def make_task(name: str, folder: Path, device: str, **values: Any) -> Task:
     """The task of ``mmd_finetune`` with one encoder and the cubic kernel, as the plain loop has."""
-    settings = FinetuneSettings(
-        model=make_model(name, folder), data=make_data(name, folder), steps=STEPS, out=folder / "unused",
-        kernel="cubic", features=("digits-conv",), device=device, learning_rate=5e-6, rate_decay="constant", **values,
-    )  # fmt: skip
+    given = {
+        "model": make_model(name, folder), "data": make_data(name, folder), "steps": STEPS, "out": folder / "unused",
+        "kernel": "cubic", "features": ("digits-conv",), "device": device, "learning_rate": 5e-6,
+        "rate_decay": "constant", **values,
+    }  # fmt: skip
+    settings = make_settings(given)
     if name == "digits":
         return prepare(settings)
     anything = {"features": ("pixels",), "holdout": "pixels"}  # nothing is evaluated, and the encoder is made below
@@ -159,7 +161,7 @@ MEMORY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def measure_memory(name: str, folder: Path, device: str, case: str) -> dict[str, float]:
-    """Peak and added memory of two iterations, MB; run in a fresh process."""
+    """Peak and added memory of one iteration, MB; run in a fresh process."""
     side, values = MEMORY_CASES[case]
     given = values if side == "plain" else OURS[device] | values
     step = SIDES[side](make_task(name, folder, device, **given))
@@ -169,10 +171,9 @@ def measure_memory(name: str, folder: Path, device: str, case: str) -> dict[str,
     else:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    for _ in range(2):
-        step()
+    step()
     peak = resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
-    seconds = round((time.perf_counter() - start) / 2, 2)
+    seconds = round(time.perf_counter() - start, 2)
     return {"peak_mb": round(peak / 1e6, 1), "added_mb": round((peak - before) / 1e6, 1), "seconds": seconds}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class ChannelsLast(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)
+        self.network: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, *arguments: Any, **conditions: Any) -> Tensor:
         """The output of ``network`` in the usual format: the encoders flatten it."""
@@ -47,4 +47,4 @@ def tuning_form(
         form = InBfloat16(form)
     if channels_last:
         form = ChannelsLast(form)
-    return torch.compile(form, dynamic=False) if compiled else form
+    return cast(nn.Module, torch.compile(form, dynamic=False)) if compiled else form

@@ -102,7 +102,7 @@ class FinetuneSettings(BaseModel):
     calibration: int | None = Field(default=None, ge=1)
     checkpoint_calls: bool = False
     autocast: Literal["off", "bf16"] = "off"
-    channels_last: bool = False
+    channels_last: bool = True
     compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

@@ -24,7 +24,7 @@ def mmd2(features: Tensor, kernel: Kernel, embedding: Embedding, *, biased: bool
     Every process brings its own rows and receives the same value. Its gradient reaches its own rows only, and the sum
     over the processes of what follows from them is the gradient of the one global MMD^2.
     """
-    value: Tensor = _BlockedMmd2.apply(features, kernel, embedding, biased, world)
+    value: Tensor = _BlockedMmd2.apply(features, kernel, embedding, biased, world)  # type: ignore[no-untyped-call]
     return value
 
 
@@ -60,7 +60,7 @@ class _BlockedMmd2(torch.autograd.Function):
         return world.sum(value) + embedding.squared_norm
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch has no annotation for it
+    @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return outer.to(gradient.dtype) * gradient, None, None, None, None

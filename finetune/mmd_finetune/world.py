@@ -87,7 +87,8 @@ class World:
             return action()
         outcome: list[Any] = [_outcome(action) if self.is_first else None]
         distributed.broadcast_object_list(outcome, src=0)
-        return _value(outcome[0])
+        found: Value = _value(outcome[0])
+        return found
 
     def together(self, action: Callable[[], Value]) -> Value:
         """Every process does it; if it fails in one, all raise the error of the lowest rank, so none waits for ever."""
@@ -99,7 +100,8 @@ class World:
         for error in errors:
             if error is not None:
                 raise error
-        return _value(own)
+        found: Value = _value(own)
+        return found
 
 
 @contextmanager

@@ -16,7 +16,7 @@ class _Counter(TorchDispatchMode):
     """Counts the storages that operations make, forward and backward, while they live."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation for it
         self.now = self.peak = 0
         self._known: set[int] = set()
 

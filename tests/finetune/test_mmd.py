@@ -137,7 +137,7 @@ def test_rational_quadratic_kernel_is_a_mixture_of_gaussians() -> None:
 
     def closed(v: float, w: float) -> float:
         def density(g: float) -> float:
-            return g ** (a - 1) * math.exp(-g) / math.gamma(a) * closed_form(a * s2 / g, 0.0, d, v, w)
+            return float(g ** (a - 1) * math.exp(-g) / math.gamma(a) * closed_form(a * s2 / g, 0.0, d, v, w))
 
         return float(quad(density, 0.0, math.inf)[0])
 
