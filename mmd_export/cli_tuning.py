@@ -21,7 +21,7 @@ LoraRank = Annotated[
     int | None, typer.Option(help="rank of the adapters; default: 8", show_default=False, rich_help_panel=_PANEL)
 ]
 LoraAlpha = Annotated[
-    float | None,
+    int | None,
     typer.Option(help="adapters are scaled by alpha / rank; default: 1", show_default=False, rich_help_panel=_PANEL),
 ]
 LoraTargets = Annotated[

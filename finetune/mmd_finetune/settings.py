@@ -94,7 +94,7 @@ class FinetuneSettings(BaseModel):
     patience: int | None = Field(default=None, ge=1)
     tune: Literal["all", "lora", "norm-bias", "none"] = "all"
     lora_rank: int | None = Field(default=None, ge=1)
-    lora_alpha: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    lora_alpha: int | None = Field(default=None, ge=1)
     lora_targets: tuple[str, ...] = ()
     learn: Literal["weights", "coefficients", "plan"] = "weights"
     plan_learning_rate: float = Field(default=2e-3, gt=0.0, allow_inf_nan=False)

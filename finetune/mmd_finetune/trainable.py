@@ -130,8 +130,8 @@ def require_continuous_time(base: Checkpoint, plan: StepPlan) -> None:
     timestep = torch.tensor([plan.timesteps[0] + 0.5], device=device, requires_grad=True)
     try:
         output: Tensor = base.denoiser(torch.zeros(1, *base.shape, device=device), timestep)
-        (slope,) = torch.autograd.grad(output.sum(), timestep, allow_unused=True)
-        reason = "the timestep carries no gradient" if slope is None else ""
+        output.sum().backward(inputs=[timestep])
+        reason = "the timestep carries no gradient" if timestep.grad is None else ""
     except (RuntimeError, TypeError, IndexError) as error:
         reason = one_line(error)
     if reason:

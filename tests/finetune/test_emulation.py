@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def test_weights_are_those_that_the_graph_holds(precision: str, attention_calls:
     names = [str(node.inputs[1].name) for node in nodes]  # type: ignore[union-attr]
     made = {value.name: value for node in watched.graph for value in node.outputs}
     watched.graph.outputs.extend(made[name] for name in names)
-    feeds = {value.name: _example(value) for value in calls.model.graph.inputs}
+    feeds = {str(value.name): _example(value) for value in calls.model.graph.inputs}
     found = run(watched, feeds, *names)
     for array, convolution, axis, shipped in zip(before, kinds, axes, found, strict=True):
         used = replace(grid, largest=63.0) if grid == INT8 and not convolution else grid
@@ -127,7 +128,11 @@ def test_gradients_pass_inside_and_stop_where_a_grid_clips() -> None:
     on_activation_grid(x, 0.05, INT8).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
-    for rounded in (lambda w: on_weight_grid(w, GRIDS["w4"]), lambda w: round_half(w, FP16)):
+    roundings: tuple[Callable[[Tensor], Tensor], ...] = (
+        lambda w: on_weight_grid(w, GRIDS["w4"]),
+        lambda w: round_half(w, FP16),
+    )
+    for rounded in roundings:
         weight = torch.randn(4, 16, requires_grad=True)
         value = rounded(weight)
         assert not torch.equal(value, weight)

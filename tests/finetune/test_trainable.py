@@ -81,7 +81,7 @@ def test_lora_leaves_a_plain_diffusers_folder(tiny_settings: FinetuneSettings, t
 
 
 def test_adapters_start_as_the_model_itself(tiny_settings: FinetuneSettings) -> None:
-    settings = changed(tiny_settings, tune="lora", lora_rank=2, lora_alpha=4.0)
+    settings = changed(tiny_settings, tune="lora", lora_rank=2, lora_alpha=4)
     work, tuned = prepare(settings), started(settings)
     inputs = work.noise_of(0)
     with torch.no_grad():
