@@ -1174,9 +1174,9 @@ std::pair<double, std::string> difference(const Tensor &found, const Tensor &exp
   const size_t values = found.data.size() / sizeof(T), images = static_cast<size_t>(found.shape[0]);
   double error = 0;
   for (size_t i = 0; i < values; ++i) {
-    const auto value = static_cast<double>(found.as<T>()[i]);
-    if (!std::isfinite(value)) return {std::numeric_limits<double>::infinity(), "a value is NaN or infinite"};
-    error = std::max(error, std::abs(value - static_cast<double>(expected.as<T>()[i])));
+    const double gap = std::abs(static_cast<double>(found.as<T>()[i]) - static_cast<double>(expected.as<T>()[i]));
+    if (!std::isfinite(gap)) return {std::numeric_limits<double>::infinity(), "a value is NaN or infinite"};
+    error = std::max(error, gap);
   }
   for (size_t image = 0; image < images; ++image) {
     const T *first = found.as<T>() + image * (values / images);
