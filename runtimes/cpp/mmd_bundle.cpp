@@ -1284,7 +1284,8 @@ SelfTest Sampler::self_test(int rounds) {
   }
   std::sort(times.begin(), times.end());
   const double median = 0.5 * (times[(times.size() - 1) / 2] + times[times.size() / 2]);
-  const double tolerance = found.dtype == DType::uint8 ? 1.0 : manifest.tolerance;
+  const double levels = std::max(1.0, std::ceil(127.5 * manifest.tolerance));
+  const double tolerance = found.dtype == DType::uint8 ? levels : manifest.tolerance;
   return {manifest.name, backend_->name(), expected.shape[0], error, tolerance, fault, median};
 }
 

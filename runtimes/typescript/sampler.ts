@@ -97,7 +97,8 @@ export class Sampler {
       await this.session.run(first.inputs);
       times.push(performance.now() - start);
     }
-    const tolerance = golden.sample.dtype === "uint8" ? 1 : manifest.atol;
+    const levels = Math.max(1, Math.ceil(127.5 * manifest.atol));
+    const tolerance = golden.sample.dtype === "uint8" ? levels : manifest.atol;
     return {
       bundle: manifest.name, runtime: this.engine.runtime, images: golden.count, tolerance, ...result,
       passed: result.fault === "" && result.worst <= tolerance, milliseconds: median(times),

@@ -117,7 +117,8 @@ def test_the_gradient_is_that_of_the_weighted_sum(tiny_settings: FinetuneSetting
 
     def norm(task: Task) -> float:
         state = TuningState(task.base.denoiser, 1e-3)
-        return loop._iterate(task, state, task.sampler(state.denoiser), 0)[1]
+        _, gradient = loop.iterate(task, state, task.sampler(state.denoiser), 0)
+        return gradient
 
     only_pixels = norm(replace(work, loss_weights={"digits-conv": 0.0, "pixels": 3.0}))
     alone = norm(prepare(tiny_settings.model_copy(update={"features": ("pixels",)})))

@@ -74,14 +74,16 @@ class Sampler:
     def self_test(self, rounds: int = 5) -> SelfTest:
         """Run the golden noise, compare, and time ``rounds`` passes of the first batch."""
         from mmd_export.parity import chunks, compare
-        from mmd_export.tolerance import UINT8_LEVELS
+        from mmd_export.tolerance import uint8_tolerance
 
         golden, parts = self.bundle.golden(), [inputs for inputs, _ in chunks(self.bundle)]
         found = np.concatenate([self._session.run(inputs)["sample"] for inputs in parts])
         seconds = [self._seconds(parts[0]) for _ in range(max(1, rounds))]
         result = compare("sample", found, golden.sample)
         manifest = self.bundle.manifest
-        limit = UINT8_LEVELS if golden.sample.dtype == np.uint8 else manifest.tolerance.atol
+        limit = manifest.tolerance.atol
+        if golden.sample.dtype == np.uint8:
+            limit, _ = uint8_tolerance(limit)
         return SelfTest(
             manifest.name, self.runtime, golden.count, result.max_abs, limit, "; ".join(result.faults),
             1e3 * statistics.median(seconds),
