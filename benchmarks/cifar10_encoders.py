@@ -40,6 +40,9 @@ class Block(nn.Module):
 class CifarResNet(nn.Module):
     """6 n + 2 layers of 16, 32 and 64 channels; 64 features before the head ``linear``."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, blocks: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
@@ -56,7 +59,8 @@ class CifarResNet(nn.Module):
         """(N, 3, 32, 32) in [-1, 1] to (N, 64)."""
         x = (images * 0.5 + 0.5 - self.mean) / self.std
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        return x.mean((2, 3))
+        features: Tensor = x.mean((2, 3))
+        return features
 
 
 class Fire(nn.Module):
@@ -75,6 +79,8 @@ class Fire(nn.Module):
 
 class SqueezeNet(nn.Module):
     """SqueezeNet 1.1 without its classifier, on images enlarged to 96 pixels; 512 features."""
+
+    mean: Tensor
 
     def __init__(self) -> None:
         super().__init__()
