@@ -66,8 +66,8 @@ def load_real(spec: str, options: DataOptions, shape: tuple[int, int, int]) -> R
 def held_out_rows(images: Pixels, fraction: float) -> NDArray[np.bool_]:
     """(N,): whether an image is held out: the first 64 bits of the SHA-256 of its bytes are < fraction * 2^64.
 
-    The content, as the model will see it, alone decides: equal images stay together, order and number do not matter, and
-    a larger fraction holds out the same images and more.
+    The content, as the model will see it, alone decides: equal images stay together, order and number do not matter,
+    and a larger fraction holds out the same images and more.
     """
     if not fraction:
         return np.zeros(len(images), dtype=np.bool_)
