@@ -29,14 +29,16 @@ def aware_rows(result: dict[str, Any]) -> Table:
         ratio = f"{distances[2] / distances[0]:.2f}"
         pixels = f"{row['built']['rms_pixel_error']:.3f}", f"{row['tuned']['rms_pixel_error']:.3f}"
         texts = [f"{distance:.3f}" for distance in distances]
-        rows.append((f"`{row['precision']}`", str(row["seed"]), *texts, ratio, *pixels))
+        best = str(row["best_iteration"])
+        rows.append((f"`{row['precision']}`", str(row["seed"]), *texts, ratio, best, *pixels))
     heads = (
         "P",
         "seed",
         "tuned and built in fp32",
         "tuned in fp32, built in P",
-        "tuned and built in P",
+        "tuned on in P, built in P",
         "of fp32's",
+        "best iteration in P",
         "rms of a pixel, tuned in fp32",
         "tuned in P",
     )
