@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from benchmarks.faults import save_network, without_islands
-from mmd_export import tolerance
+from mmd_export import promote, tolerance
 from mmd_export.build import BuildOptions, build
 from mmd_export.errors import NotAvailableError, ParityError, UsageError
 from mmd_export.precision import quantise
@@ -80,16 +80,19 @@ def test_a_spoilt_layer_of_int8_is_promoted(tame: Path, tmp_path: Path, monkeypa
     assert not any(name.startswith(f"{spoilt}/") for name in names)
 
 
-def test_bf16_is_searched_by_emulation(tame: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """onnxruntime has no kernels for it; a tolerance that plain bf16 misses makes the search promote something."""
+def test_bf16_is_searched_by_emulation_until_there_are_too_many(
+    tame: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime has no kernels for it, so the search runs an emulation; what it cannot mend leaves no bundle."""
     monkeypatch.setattr(
-        tolerance, "BASES", {**tolerance.BASES, ("onnx", "bf16"): tolerance.Basis(0.012, "tight for the test")}
+        tolerance, "BASES", {**tolerance.BASES, ("onnx", "bf16"): tolerance.Basis(1e-5, "out of reach")}
     )
+    monkeypatch.setattr(promote, "MOST", 1)
     heard: list[str] = []
-    bundle = build(options(tame, tmp_path / "b", precision="bf16", auto_promote=True), heard.append)
-    assert any(line.startswith("auto-promote: ") for line in heard)
-    assert bundle.manifest.parity is None  # cannot be run here, and says so
-    assert "not verified" in bundle.card
+    with pytest.raises(ParityError, match="with 1 operators in float32 the tolerance 1e-05 is still missed by"):
+        build(options(tame, tmp_path / "b", precision="bf16", auto_promote=True), heard.append)
+    assert len([line for line in heard if line.startswith("auto-promote: ")]) == 1
+    assert not (tmp_path / "b").exists()
 
 
 def test_nothing_to_promote_promotes_nothing(tame: Path, tmp_path: Path) -> None:
