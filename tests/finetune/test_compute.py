@@ -31,9 +31,9 @@ class Watching(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
         self.channels_last.append(x.is_contiguous(memory_format=torch.channels_last))
-        output: Tensor = self.convolution(x) + timestep
-        self.computed.append(self.convolution(x).dtype)
-        return output
+        output: Tensor = self.convolution(x)
+        self.computed.append(output.dtype)
+        return output + timestep.to(output.dtype)
 
 
 def images() -> Tensor:
