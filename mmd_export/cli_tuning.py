@@ -22,7 +22,9 @@ LoraRank = Annotated[
 ]
 LoraAlpha = Annotated[
     int | None,
-    typer.Option(help="adapters are scaled by alpha / rank; default: 1", show_default=False, rich_help_panel=_PANEL),
+    typer.Option(
+        help="adapters are scaled by alpha / rank; default: the rank", show_default=False, rich_help_panel=_PANEL
+    ),
 ]
 LoraTargets = Annotated[
     str | None,

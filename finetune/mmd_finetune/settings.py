@@ -46,7 +46,7 @@ class FinetuneSettings(BaseModel):
         metrics: further metrics of those samples for the log, see ``mmd_finetune.metrics.suite``; they decide nothing.
         patience: stop after so many evaluations without a new best; None never stops early.
         tune: which weights: ``all``, ``lora`` (merged into the weights at the end), ``norm-bias`` or ``none``.
-        lora_rank: of the adapters, 8 by default; ``lora_alpha`` scales them by alpha / rank, 1 by default;
+        lora_rank: of the adapters, 8 by default; ``lora_alpha`` scales them by alpha / rank, the rank by default;
             ``lora_targets`` are the ends of layers' names, by default every linear and convolutional layer.
         learn: ``weights`` alone, with the sampler's ``coefficients``, or with its whole ``plan``, timesteps too.
         plan_learning_rate: of the plan's numbers; it decays as ``learning_rate`` does.
