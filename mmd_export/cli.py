@@ -175,7 +175,8 @@ def finetune(
         "metrics": metrics,
     }  # fmt: skip
     settings = make_settings(given, config)
-    with ProgressBar() as bar, TensorBoard(settings.out, bar) if tensorboard else nullcontext(bar) as observer:
+    recorded = tensorboard and is_first_process()
+    with ProgressBar() as bar, TensorBoard(settings.out, bar) if recorded else nullcontext(bar) as observer:
         result = tune(settings, resume=resume, observer=observer)
     if not is_first_process():
         return

@@ -38,7 +38,8 @@ Holdout = Annotated[
 Balance = Annotated[
     str | None,
     typer.Option(
-        help="weights of the encoders in the loss: untuned (default), by the untuned model's MMD, or equal",
+        help="weights of the encoders in the loss: untuned, by the untuned model's MMD, or equal; default: equal for "
+        "shipped encoders, else untuned",
         show_default=False,
     ),
 ]

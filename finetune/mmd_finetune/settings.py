@@ -30,7 +30,8 @@ class FinetuneSettings(BaseModel):
         holdout_fraction: share of the images that the loss never sees and the held-out encoders measure against; each
             image's content decides. 0 uses all for both.
         features: encoders of the loss, which is the weighted sum of their MMD^2; see ``docs/encoders.md``.
-        balance: weights from the untuned model's MMD^2 (``mmd_finetune.balance``), or equal ones.
+        balance: weights from the untuned model's MMD^2 (``mmd_finetune.balance``), or equal ones; auto is equal for the
+            encoders that ship with this package, which are of like scale, and untuned for all others.
         holdout: encoders of the held-out metric, which the loss never sees; the first one decides the best weights.
         feature_cache: keep the features of real images on disk; it changes no number.
         kernel: see ``mmd_finetune.kernels``; ``NAME`` or ``NAME:NUMBERS``.
@@ -73,7 +74,7 @@ class FinetuneSettings(BaseModel):
     flip: bool = False
     holdout_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     features: tuple[str, ...] = Field(default=("digits-conv", "pixels"), min_length=1)
-    balance: Literal["untuned", "equal"] = "untuned"
+    balance: Literal["auto", "untuned", "equal"] = "auto"
     holdout: tuple[str, ...] = Field(default=("digits-mlp",), min_length=1)
     feature_cache: bool = True
     kernel: str = "gaussian"
@@ -179,6 +180,12 @@ class FinetuneSettings(BaseModel):
     def plan_options(self) -> PlanOptions:
         """The part that chooses the sampler."""
         return PlanOptions(**{entry.name: getattr(self, entry.name) for entry in fields(PlanOptions)})
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the encoders are weighed by the untuned model's MMD^2."""
+        shipped = all(not Source.parse(spec).place for spec in self.features)
+        return self.balance == "untuned" or (self.balance == "auto" and not shipped)
 
     def data_options(self) -> DataOptions:
         """The part that prepares the images."""

@@ -239,7 +239,7 @@ def prepare(settings: FinetuneSettings, world: World | None = None) -> Task:
 def _loss_weights(task: Task) -> dict[str, float]:
     """By the settings; the untuned model is sampled only where there is something to balance."""
     settings = task.settings
-    if settings.balance == "equal" or len(task.references) == 1:
+    if not settings.balanced or len(task.references) == 1:
         return equal_weights(task.references)
     count = min(settings.evaluate_count, BATCHES * settings.batch_size)
     alone = replace(task, world=World())  # every process draws all of them: none waits for one that failed

@@ -102,14 +102,15 @@ def test_an_untuned_model_that_is_not_finite_is_refused() -> None:
 
 
 def test_a_run_weighs_its_encoders_and_says_so(tiny_settings: FinetuneSettings) -> None:
-    tune(tiny_settings)
+    settings = tiny_settings.model_copy(update={"balance": "untuned"})
+    tune(settings)
     lines = [json.loads(line) for line in (tiny_settings.out / "log.jsonl").read_text().splitlines()]
     weights = lines[0]["loss_weights"]
     assert set(weights) == {"digits-conv", "pixels"}
     assert weights["digits-conv"] != pytest.approx(weights["pixels"], rel=0.01)
     for line in lines[1:]:
         assert line["loss"] == pytest.approx(sum(weights[name] * value for name, value in line["losses"].items()))
-    assert prepare(tiny_settings).loss_weights == weights  # the same after a resume
+    assert prepare(settings).loss_weights == weights  # the same after a resume
 
 
 def test_the_gradient_is_that_of_the_weighted_sum(tiny_settings: FinetuneSettings) -> None:
@@ -124,6 +125,14 @@ def test_the_gradient_is_that_of_the_weighted_sum(tiny_settings: FinetuneSetting
     alone = norm(prepare(tiny_settings.model_copy(update={"features": ("pixels",)})))
     assert only_pixels == pytest.approx(3.0 * alone, rel=1e-4)
     assert norm(work) != pytest.approx(alone, rel=1e-2)
+
+
+def test_shipped_encoders_count_the_same_and_others_are_weighed(tiny_settings: FinetuneSettings) -> None:
+    assert not tiny_settings.balanced
+    assert prepare(tiny_settings).loss_weights == {"digits-conv": 0.5, "pixels": 0.5}
+    others = {"features": ("pixels", "torchscript:some.pt")}
+    assert tiny_settings.model_copy(update=others).balanced
+    assert not tiny_settings.model_copy(update={**others, "balance": "equal"}).balanced
 
 
 def test_equal_weights_on_demand(tiny_settings: FinetuneSettings) -> None:

@@ -68,7 +68,7 @@ def test_public_has_no_place_of_this_machine(tmp_path: Path) -> None:
         ({"holdout": "digits-mlp,digits-conv"}, "holdout digits-conv is also in features"),
         ({"holdout": "digits-mlp,digits-mlp"}, "holdout digits-mlp, digits-mlp names an encoder twice"),
         ({"holdout": ()}, r"holdout is \(\)"),
-        ({"balance": "loud"}, "balance is 'loud': input should be 'untuned' or 'equal'"),
+        ({"balance": "loud"}, "balance is 'loud': input should be 'auto', 'untuned' or 'equal'"),
         ({"resize": "squash"}, "resize is 'squash': input should be 'crop' or 'stretch'"),
         ({"crop": "1,2,3"}, "crop is .*"),
         ({"holdout_fraction": 1.0}, "holdout_fraction is 1.0: input should be less than 1"),
