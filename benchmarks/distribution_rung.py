@@ -94,7 +94,7 @@ def summary(repeats: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=500, help="samples on each side")
+    parser.add_argument("--count", type=int, default=2000, help="samples on each side")
     parser.add_argument("--permutations", type=int, default=299)
     parser.add_argument("--features", choices=sorted(NUMPY_ENCODERS), default="projection")
     parser.add_argument("--repeats", type=int, default=HONEST)
