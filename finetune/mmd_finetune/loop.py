@@ -16,7 +16,7 @@ from mmd_export.unroll import UnrolledSampler
 from mmd_finetune.files import clear_write_errors
 from mmd_finetune.interrupts import Interrupts
 from mmd_finetune.noise_ahead import NoiseAhead
-from mmd_finetune.objective import add_gradient, blamed
+from mmd_finetune.objective import add_gradient, blamed, require_same_gradient
 from mmd_finetune.run_folder import RunFolder, RunResult
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import Progress, TuningState
@@ -58,6 +58,8 @@ def tune(settings: FinetuneSettings, *, resume: bool = False, observer: Observer
                 return result
             state = TuningState(task.trainable(), settings.learning_rate, settings.plan_learning_rate)
             sampler = task.tuning_sampler(state.denoiser)  # before loading: it sets the weights' memory format
+            if settings.compile:
+                world.together(lambda: require_same_gradient(task, state.denoiser, sampler))
             state.share(world)
             if world.first_does(folder.state_file.is_file):
                 state.load(folder.state_file, world)

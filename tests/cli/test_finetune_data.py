@@ -25,7 +25,7 @@ from tests.cli.conftest import Command
         (("--crop", "1,2,3"), "crop"),
         (("--crop", "0,0,9,9"), "--crop 0,0,9,9 (left, top, width, height) reaches outside"),
         (("--holdout-fraction", "1"), "holdout_fraction is 1.0: input should be less than 1"),
-        (("--balance", "loud"), "balance is 'loud': input should be 'untuned' or 'equal'"),
+        (("--balance", "loud"), "balance is 'loud': input should be 'auto', 'untuned' or 'equal'"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

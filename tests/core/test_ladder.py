@@ -157,7 +157,9 @@ def test_a_wrong_eta_in_the_plan(
     assert not ladder.scheduler_rung(wrong, checkpoint.scheduler).passed
     writer = compiled(checkpoint.denoiser, plan)
     report = verify(tampered(good, tmp_path / "eta", writer, plan=wrong.to_dict()), checkpoint=str(model))
-    assert [rung.verdict for rung in report.rungs] == ["failed", "failed", "failed", "passed", "passed", "passed"]
+    # Rung 6: the golden file agrees, the fresh reference runs the wrong plan.
+    assert [rung.verdict for rung in report.rungs] == ["failed", "failed", "failed", "passed", "passed", "failed"]
+    assert all(name.startswith("fresh ") for name in failed_names(report.rungs[5]))
     with pytest.raises(ParityError, match=r"rung 1 \(exact answers"):
         report.require()
 

@@ -246,7 +246,8 @@ def test_the_commands(folder: Path, tmp_path: Path, command: Command) -> None:
     assert "AutoencoderKL, scale 1.5305, shift 0.0609, precision fp32" in shown
     code, _, said = command("evaluate", out, "--count", 2)
     assert code == 2
-    assert "takes images (1, 8, 8), the model makes (3, 16, 16)" in said
+    assert "--data digits: images are (1, 8, 8)" in said
+    assert "makes (3, 16, 16)" in said
 
 
 def test_channels_of_no_picture_are_a_warning(tmp_path: Path, folder: Path) -> None:
