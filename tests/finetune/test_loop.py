@@ -346,6 +346,16 @@ def test_the_encoder_whose_gradient_is_not_finite_is_named(
     assert (tiny_settings.out / "state.safetensors").is_file()
 
 
+def deliver(number: signal.Signals) -> None:
+    """Call the handler. Real signals go to processes of their own (test_world.py, tests/cli/test_bad_input.py).
+
+    Where executorch 1.5 is loaded, as the contract tests do, a signal ends the process with a segmentation fault.
+    """
+    handler = signal.getsignal(number)
+    assert callable(handler)
+    handler(number, None)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_first_and_resume_ends_the_same(
     number: signal.Signals, tiny_settings: FinetuneSettings, tmp_path: Path
@@ -354,7 +364,7 @@ def test_a_signal_saves_first_and_resume_ends_the_same(
 
     def interrupt(report: Report) -> None:
         if report.iteration == 3:
-            signal.raise_signal(number)
+            deliver(number)
 
     with pytest.raises(KeyboardInterrupt):
         tune(tiny_settings, observer=interrupt)
@@ -372,10 +382,10 @@ def test_the_second_signal_stops_at_once(tiny_settings: FinetuneSettings) -> Non
     from mmd_finetune.interrupts import Interrupts
 
     with Interrupts() as interrupts:
-        signal.raise_signal(signal.SIGINT)
+        deliver(signal.SIGINT)
         assert interrupts.pending
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
+            deliver(signal.SIGTERM)
 
 
 def test_of_several_processes_a_signal_never_stops_at_once() -> None:
@@ -383,7 +393,7 @@ def test_of_several_processes_a_signal_never_stops_at_once() -> None:
 
     with Interrupts(patient=True) as interrupts:
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
-            signal.raise_signal(number)
+            deliver(number)
         assert interrupts.pending
 
 
