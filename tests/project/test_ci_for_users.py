@@ -50,12 +50,15 @@ def test_the_action_sets_the_variables_that_the_recipe_reads() -> None:
     assert set(step["env"]) | {"SUMMARY"} == names
 
 
+USES_THE_ACTION = {"ci.yml", "coreml.yml"}  # swift.yml compiles a kit
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_workflows_give_the_action_inputs_that_it_has(path: Path) -> None:
     known = set(load(ROOT / "action.yml")["inputs"])
     steps = [step for job in load(path)["jobs"].values() for step in job["steps"]]
     given = [set(step["with"]) for step in steps if step.get("uses") == "./"]
-    assert given, f"{path.name} does not use the action"
+    assert bool(given) == (path.name in USES_THE_ACTION), f"{path.name}: {len(given)} uses of the action"
     for each in given:
         assert each <= known
         assert "model" in each
