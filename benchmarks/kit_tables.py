@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.precision_tables import Table
+
 HEADS = ("", "measured", "at most")
 
 
-def web_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+def web_rows(result: dict[str, Any]) -> Table:
     """First image, weight of the page, time of a batch."""
     web, limits = result["web"], result["limits"]
     first, size = web["first_image_ms"], web["bytes"]
-    return [
+    return HEADS, [
         (
             f"first image after the page is asked for, median of {web['loads']} loads (the slowest)",
             f"{first['median']:.0f} ms ({first['most']:.0f} ms)",

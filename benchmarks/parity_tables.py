@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, TypeAlias
+from typing import Any
 
+from benchmarks.precision_tables import Table
 from mmd_export.tolerance import BASES
-
-Table: TypeAlias = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
 def tolerance_rows() -> Table:

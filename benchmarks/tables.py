@@ -16,11 +16,11 @@ from typing import Any
 from benchmarks.budget_tables import ablation_rows, budget_rows, draw_budgets
 from benchmarks.budget_tables import target_rows as reached_rows
 from benchmarks.finetune_tables import speed_rows
-from benchmarks.kit_tables import HEADS as WEB_HEADS
 from benchmarks.kit_tables import web_rows
 from benchmarks.parity_tables import bisect_rows, distribution_rows, fault_rows, honest_rows, tolerance_rows
 from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
-from benchmarks.target_tables import target_rows
+from benchmarks.speed_tables import form_rows, gate_rows, interval, pipeline_rows
+from benchmarks.target_tables import coreml_rows, norm_rows, openvino_rows, target_rows
 from benchmarks.tuning_tables import aware_rows, choice_rows
 
 ROOT = Path(__file__).parents[1]
@@ -170,78 +170,6 @@ def example() -> str:
     return "```console\n" + "\n\n".join(parts) + f"\n```\n\n{PICTURE}"
 
 
-def forms() -> str:
-    """Unrolled graph and loop by step count."""
-    result = read("forms.json")
-    if result is None:
-        return NOT_MEASURED
-    rows = []
-    for row in result["rows"]:
-        cells = [str(row["steps"])]
-        for key, shown in (("nodes", "{:,}"), ("bytes", "{:,}"), ("compile_cpu_seconds", "{:.1f}"),
-                           ("load_cpu_seconds", "{:.2f}")):  # fmt: skip
-            cells += [shown.format(row[form][key]) for form in ("unrolled", "loop")]
-        rows.append((*cells, interval(row["loop_takes"])))
-    growth = [
-        f"{result['growth_exponent'][form][key]:.2f}"
-        for key in ("bytes", "compile_cpu_seconds", "load_cpu_seconds")
-        for form in ("unrolled", "loop")
-    ]
-    rows.append(("*growth exponent*", "", "", *growth, ""))
-    units = ("nodes", "bytes", "compile, CPU s", "load, CPU s")
-    heads = ("K", *(f"{unit}: {form}" for unit in units for form in ("unrolled", "loop")), "a run of the loop takes")
-    return markdown(heads, rows)
-
-
-def speed() -> str:
-    """What everything else takes, as times of the one graph; and the one graph against the roofline."""
-    result = read("speed.json")
-    if result is None:
-        return NOT_MEASURED
-    names = [name for values in result["models"].values() for name in values["takes"]]
-    rows = [
-        (name, *(interval(values["takes"][name]) for values in result["models"].values()))
-        for name in dict.fromkeys(names)
-    ]
-    fractions = [f"{100 * values['fraction_of_sgemm_roofline']:.0f} %" for values in result["models"].values()]
-    rows.append(("*one graph, of the sgemm roofline*", *fractions))
-    return markdown(("takes, times the one graph", *result["models"]), rows)
-
-
-def openvino() -> str:
-    """Size, load, parity and speed of OpenVINO IR and of the ONNX graph, for each model."""
-    result = read("openvino.json")
-    if result is None:
-        return NOT_MEASURED
-    rows = [
-        (
-            f"{model}, {name}",
-            f"{facts['bytes'] / 1e6:.2f}",
-            f"{facts['nodes']:,}",
-            f"{facts['build_cpu_seconds']:.0f}",
-            f"{facts['load_cpu_seconds']:.1f}",
-            f"{facts['worst_error']:.0e}",
-            interval(values["times_faster_than_eager"][name]),
-        )
-        for model, values in result["models"].items()
-        for name, facts in values["artefacts"].items()
-    ]
-    heads = ("", "MB", "nodes", "build, CPU s", "load, CPU s", "worst error", "times faster than eager")
-    return markdown(heads, rows)
-
-
-def web_kit() -> str:
-    """What the page of kit ``web`` takes, and the time of an image in three places."""
-    result = read("web.json")
-    return NOT_MEASURED if result is None else markdown(WEB_HEADS, web_rows(result))
-
-
-def interval(ratio: dict[str, Any]) -> str:
-    """Median with its 95 % interval, if there were rounds enough for one."""
-    median = f"{ratio['median']:.2f}"
-    return median if ratio["low"] is None else f"{median} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-
-
 SIBLINGS = {
     "shortcut_finetuning": "shortcut",
     "one_step_generator": "one step",
@@ -272,22 +200,6 @@ def siblings() -> str:
     return markdown(heads, rows)
 
 
-def targets() -> str:
-    """Every target and precision on three models."""
-    result = read("targets.json")
-    return NOT_MEASURED if result is None else markdown(*target_rows(result["cells"]))
-
-
-def of_precisions(rows: Callable[[dict[str, Any]], Table]) -> Callable[[], str]:
-    """One table of docs/precision.md."""
-
-    def table() -> str:
-        result = read("precision.json")
-        return NOT_MEASURED if result is None else markdown(*rows(result))
-
-    return table
-
-
 def of_result(name: str, rows: Callable[[dict[str, Any]], Table]) -> Callable[[], str]:
     """A table whose rows are made elsewhere."""
 
@@ -296,36 +208,6 @@ def of_result(name: str, rows: Callable[[dict[str, Any]], Table]) -> Callable[[]
         return NOT_MEASURED if result is None else markdown(*rows(result))
 
     return table
-
-
-def coreml() -> str:
-    """Size, cost and error of each Core ML package."""
-    result = read("coreml.json")
-    if result is None:
-        return NOT_MEASURED
-    rows = []
-    for row in result["packages"]:
-        cost = (f"{row['cpu_seconds']:.0f}", f"{row['with_imports']:.0f}", f"{row['peak_memory_mb'] / 1000:.2f}")
-        rows.append(
-            (f"{row['model']}, {row['precision']}", f"{row['bytes'] / 1e6:.2f}", f"{row['ops']:,}", *cost,
-             f"{row['worst']:.1e}", f"{row['evaluation_seconds']:.1f}")
-        )  # fmt: skip
-    heads = ("package", "MB", "ops", "conversion, CPU s", "with imports", "peak GB", "worst error", "evaluation, s")
-    return markdown(heads, rows)
-
-
-def coreml_norms() -> str:
-    """GroupNorm by the way it is written."""
-    result = read("coreml.json")
-    if result is None:
-        return NOT_MEASURED
-    rows = [
-        (row["way"], f"{row['network']}, {row['precision']}", f"{row['ops']:,}", f"{row['casts']}",
-         f"{row['cpu_seconds']:.0f}", f"{row['worst']:.1e}")
-        for row in result["norms"]
-    ]  # fmt: skip
-    heads = ("GroupNorm", "network", "ops", "of them casts", "conversion, CPU s", "worst error")
-    return markdown(heads, rows)
 
 
 def finetune_speed() -> str:
@@ -359,50 +241,29 @@ def of_targets(name: str) -> Callable[[], str]:
     return table
 
 
-def ablation() -> str:
-    """Kernel x estimator x reference x batch."""
-    result = read("mmd_ablation.json")
-    return NOT_MEASURED if result is None else markdown(*ablation_rows(result))
-
-
-def latency_gate() -> str:
-    """What real gates decided, and how long they took."""
-    result = read("latency_gate.json")
-    if result is None:
-        return NOT_MEASURED
-    rows = []
-    for kind, values in result["results"].items():
-        counts = [str(values[key]) for key in ("gates", "pass", "fail", "undecided")]
-        low, high = values["load_1_minute"]
-        times = (f"{values['median_seconds']:.0f}", f"{values['longest_seconds']:.0f}")
-        rows.append((kind, *counts, f"{values['median_ratio']:.3f}", *times, f"{low:.1f} to {high:.1f}"))
-    heads = ("", "gates", "pass", "fail", "undecided", "median ratio", "median s", "longest s", "load average")
-    return markdown(heads, rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "finetune_speed": finetune_speed,
-    "latency_gate": latency_gate,
-    "coreml": coreml,
-    "coreml_norms": coreml_norms,
-    "targets": targets,
+    "latency_gate": of_result("latency_gate.json", gate_rows),
+    "coreml": of_result("coreml.json", coreml_rows),
+    "coreml_norms": of_result("coreml.json", norm_rows),
+    "targets": of_result("targets.json", target_rows),
     "siblings": siblings,
     "quality": quality,
     "artefacts": artefacts,
     "gpu": gpu,
     "schedulers": schedulers,
     "example": example,
-    "forms": forms,
-    "speed": speed,
-    "openvino": openvino,
-    "web_kit": web_kit,
-    "precision": of_precisions(precision_rows),
-    "precision_steps": of_precisions(step_rows),
-    "islands": of_precisions(island_rows),
-    "int8": of_precisions(int8_rows),
+    "forms": of_result("forms.json", form_rows),
+    "speed": of_result("speed.json", pipeline_rows),
+    "openvino": of_result("openvino.json", openvino_rows),
+    "web_kit": of_result("web.json", web_rows),
+    "precision": of_result("precision.json", precision_rows),
+    "precision_steps": of_result("precision.json", step_rows),
+    "islands": of_result("precision.json", island_rows),
+    "int8": of_result("precision.json", int8_rows),
     "tuning_choices": of_result("plan_learning.json", choice_rows),
     "quantisation_aware": of_result("quantisation_aware.json", aware_rows),
-    "mmd_ablation": ablation,
+    "mmd_ablation": of_result("mmd_ablation.json", ablation_rows),
     **{name: of_budgets(name) for name in BUDGETS},
     **{f"{name}_targets": of_targets(name) for name in BUDGETS},
     "tolerances": lambda: markdown(*tolerance_rows()),

@@ -1,17 +1,21 @@
-"""The table of docs/targets.md: target x precision, a row for each model, from benchmarks/results/targets.json."""
+"""Rows of the tables of targets, from benchmarks/results/: targets.json, coreml.json, openvino.json."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.precision_tables import Table
+from benchmarks.speed_tables import interval
 
-def target_rows(cells: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Heads and rows; a cell that was refused or never measured says why."""
+
+def target_rows(result: dict[str, Any]) -> Table:
+    """Target x precision, a row for each model; a cell that was refused or never measured says why."""
+    cells = result["cells"]
     heads = (
         "target", "precision", "model", "artefact", "of fp32", "nodes", "build, CPU s", "peak, GB",
         "error: sample", "worst state", "tolerance", "where",
     )  # fmt: skip
-    rows = [
+    rows: list[tuple[str, ...]] = [
         row_of(*key.split(" | "), cell=cell, full=cells.get(f"{key.split(' | ')[0]} | onnx | fp32"))
         for key, cell in sorted(cells.items(), key=lambda item: [*item[0].split(" | ")[1:], item[0]])
     ]
@@ -45,3 +49,46 @@ def _state(cell: dict[str, Any]) -> str:
     if cell["worst_state_error"] is not None:
         return f"{cell['worst_state_error']:.0e}"
     return "not run" if cell["not_verified"] else "not seen"
+
+
+def coreml_rows(result: dict[str, Any]) -> Table:
+    """Size, cost and error of each Core ML package."""
+    rows: list[tuple[str, ...]] = []
+    for row in result["packages"]:
+        cost = (f"{row['cpu_seconds']:.0f}", f"{row['with_imports']:.0f}", f"{row['peak_memory_mb'] / 1000:.2f}")
+        rows.append(
+            (f"{row['model']}, {row['precision']}", f"{row['bytes'] / 1e6:.2f}", f"{row['ops']:,}", *cost,
+             f"{row['worst']:.1e}", f"{row['evaluation_seconds']:.1f}")
+        )  # fmt: skip
+    heads = ("package", "MB", "ops", "conversion, CPU s", "with imports", "peak GB", "worst error", "evaluation, s")
+    return heads, rows
+
+
+def norm_rows(result: dict[str, Any]) -> Table:
+    """GroupNorm by the way it is written."""
+    rows: list[tuple[str, ...]] = [
+        (row["way"], f"{row['network']}, {row['precision']}", f"{row['ops']:,}", f"{row['casts']}",
+         f"{row['cpu_seconds']:.0f}", f"{row['worst']:.1e}")
+        for row in result["norms"]
+    ]  # fmt: skip
+    heads = ("GroupNorm", "network", "ops", "of them casts", "conversion, CPU s", "worst error")
+    return heads, rows
+
+
+def openvino_rows(result: dict[str, Any]) -> Table:
+    """Size, load, parity and speed of OpenVINO IR and of the ONNX graph, for each model."""
+    rows: list[tuple[str, ...]] = [
+        (
+            f"{model}, {name}",
+            f"{facts['bytes'] / 1e6:.2f}",
+            f"{facts['nodes']:,}",
+            f"{facts['build_cpu_seconds']:.0f}",
+            f"{facts['load_cpu_seconds']:.1f}",
+            f"{facts['worst_error']:.0e}",
+            interval(values["times_faster_than_eager"][name]),
+        )
+        for model, values in result["models"].items()
+        for name, facts in values["artefacts"].items()
+    ]
+    heads = ("", "MB", "nodes", "build, CPU s", "load, CPU s", "worst error", "times faster than eager")
+    return heads, rows

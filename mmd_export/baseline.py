@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mmd_export.bundle import Bundle
 from mmd_export.environment import machine
 from mmd_export.errors import UsageError
+from mmd_export.folders import read_object
 from mmd_export.gate import BlockRatio, Blocks, Limit
 
 SCHEMA = 1
@@ -137,15 +137,7 @@ def with_ratio(baseline: Baseline, blocks: Blocks, candidate: str, against: str)
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a gate file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--gate {path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UsageError(f"--gate {path} is no JSON: {error}; {_AGAIN}") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"--gate {path} holds a {type(data).__name__}, an object is expected; {_AGAIN}")
-    return data
+    return read_object(path, "--gate", _AGAIN)
 
 
 def _short(value: Any) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mmd_export.errors import MmdExportError, UsageError
 
@@ -139,3 +141,16 @@ def write_text(path: Path, text: str, flag: str = "") -> None:
         raise UsageError(f"{flag} {path} cannot be written: {error.strerror or error}".strip()) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_object(path: Path, flag: str, advice: str) -> dict[str, Any]:
+    """A JSON object; UsageError names ``flag``, the option that named the file, and ends in ``advice``."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UsageError(f"{flag} {path} is no JSON: {error}; {advice}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{flag} {path} holds a {type(data).__name__}, an object is expected; {advice}")
+    return data

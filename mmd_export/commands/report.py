@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from mmd_export.commands.candidates import NOT_TIMED, BenchOptions
 from mmd_export.commands.cards import write_numbers
 from mmd_export.commands.verify import usable_runtime, verify
 from mmd_export.errors import NotAvailableError, UsageError
-from mmd_export.folders import write_text
+from mmd_export.folders import read_object, write_text
 from mmd_export.parity import chunks
 from mmd_export.report.model import BundleFacts
 from mmd_export.runtime import RunOptions
@@ -67,14 +66,10 @@ def _verified(bundles: Sequence[Bundle], options: ReportOptions) -> dict[str, Ma
 
 
 def _read(path: Path, flag: str, key: str) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{flag} {path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UsageError(f"{flag} {path} is no JSON: {error}") from error
-    if not isinstance(data, dict) or key not in data:
-        raise UsageError(f"{flag} {path} has no {key!r}; give what mmd-export {flag[2:]} --json wrote")
+    advice = f"give what mmd-export {flag[2:]} --json wrote"
+    data = read_object(path, flag, advice)
+    if key not in data:
+        raise UsageError(f"{flag} {path} has no {key!r}; {advice}")
     return data
 
 

@@ -14,6 +14,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from benchmarks.faults import FlippedChannels
 from mmd_export import ladder
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle, ManifestDraft, write_bundle
@@ -164,20 +165,8 @@ def test_a_wrong_eta_in_the_plan(
         report.require()
 
 
-class Swapped(nn.Module):
-    """The two channels in the wrong order, as an NHWC mix-up would leave them."""
-
-    def __init__(self, denoiser: nn.Module) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        output: Tensor = self.denoiser(x.flip(1), timestep)
-        return output.flip(1)
-
-
 def test_transposed_channels(good: Bundle, checkpoint: Checkpoint, plan: StepPlan, tmp_path: Path) -> None:
-    rung = rung_6(tampered(good, tmp_path / "swapped", compiled(Swapped(checkpoint.denoiser).eval(), plan)))
+    rung = rung_6(tampered(good, tmp_path / "swapped", compiled(FlippedChannels(checkpoint.denoiser).eval(), plan)))
     assert len(rung.failures) == len(rung.comparisons)
     assert rung.worst > 0.1
 

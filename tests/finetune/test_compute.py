@@ -18,6 +18,7 @@ from mmd_finetune.objective import add_gradient, require_same_gradient
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import Task, prepare
+from tests.finetune.runs import changed
 
 
 class Watching(nn.Module):
@@ -67,10 +68,6 @@ def test_channels_last_reaches_the_network_and_leaves_with_it() -> None:
 def test_nothing_asked_for_is_the_network_itself() -> None:
     network = Watching()
     assert tuning_form(network) is network
-
-
-def changed(settings: FinetuneSettings, **values: Any) -> FinetuneSettings:
-    return FinetuneSettings.model_validate(settings.model_dump() | values)
 
 
 def gradient_of(task: Task) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,8 @@ from mmd_finetune.metrics import frechet_distance
 from mmd_finetune.reference import encode_in_batches
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.task import prepare
+from tests.finetune.runs import changed, log_of
 from tests.finetune.vision_models import save_vision_model
-
-
-def changed(settings: FinetuneSettings, **values: Any) -> FinetuneSettings:
-    return FinetuneSettings(**(settings.model_dump() | values))
-
-
-def log_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def test_the_first_held_out_encoder_decides_and_all_are_reported(

@@ -1,11 +1,8 @@
-"""Whole runs on a tiny model: what they leave, that they repeat, and how they stop."""
+"""Whole runs on a tiny model: what they leave, and that they repeat."""
 
 from __future__ import annotations
 
-import json
 import math
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmd_export.checkpoint import load_checkpoint
-from mmd_export.errors import MmdExportError, UsageError
-from mmd_finetune import features, loop, objective, task
-from mmd_finetune.features import Encoder, load_encoder
+from mmd_finetune import loop, task
 from mmd_finetune.loop import Report, learning_rate, tune
 from mmd_finetune.metrics import sample_many
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import REPORT_SEED, prepare
-
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-
-
-def changed(settings: FinetuneSettings, **values: Any) -> FinetuneSettings:
-    return FinetuneSettings(**(settings.model_dump() | values))
-
-
-def log_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def without_seconds(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    a, b = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+from tests.finetune.runs import changed, log_of, same_weights, without_seconds
 
 
 def test_a_run_folder_is_a_diffusers_folder_and_more(tiny_settings: FinetuneSettings, tiny_model: Path) -> None:
@@ -205,196 +181,6 @@ def test_early_stop(tiny_settings: FinetuneSettings) -> None:
     assert result.best_iteration == 0
     assert result.iterations == 4
     assert result.held_out_after == result.held_out_before
-
-
-def test_out_that_exists_is_refused_before_any_work(
-    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny_settings.out.mkdir()
-    (tiny_settings.out / "mine.txt").write_text("precious")
-    monkeypatch.setattr(loop, "prepare", lambda *_: pytest.fail("work was done"))
-    with pytest.raises(UsageError, match=r"run already exists; choose another --out"):
-        tune(tiny_settings)
-    with pytest.raises(UsageError, match=r"is not the folder of a run \(settings\.json is missing\)"):
-        tune(tiny_settings, resume=True)
-    assert [path.name for path in tiny_settings.out.iterdir()] == ["mine.txt"]
-
-
-def test_a_finished_run_is_not_run_again(tiny_settings: FinetuneSettings) -> None:
-    result = tune(tiny_settings)
-    with pytest.raises(UsageError, match="pass --resume to continue it"):
-        tune(tiny_settings)
-    assert tune(tiny_settings, resume=True, observer=lambda _: pytest.fail("it ran again")) == result
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"seed": 5}, "seed was 0, is now 5"),
-        ({"learning_rate": 2e-3}, "learning_rate was 0.001, is now 0.002"),
-        ({"kernel": "cubic"}, "kernel was 'gaussian', is now 'cubic'"),
-        ({"steps": 3}, "steps was 2, is now 3"),
-        ({"batch_size": 9}, "batch_size was 8, is now 9"),
-        ({"micro_batch_size": 4}, "micro_batch_size was None, is now 4"),
-        ({"reference": "batch"}, "reference was 'bank', is now 'batch'"),
-        ({"iterations": 9}, "iterations was 6, is now 9"),
-        ({"features": ("pixels",)}, r"features was \['digits-conv', 'pixels'\], is now \['pixels'\]"),
-        ({"model": "digits"}, "model was 'tiny', is now 'digits'"),
-    ],
-)
-def test_resume_with_other_settings_is_refused(
-    values: dict[str, Any], said: str, tiny_settings: FinetuneSettings
-) -> None:
-    tune(tiny_settings)
-    with pytest.raises(UsageError, match=said):
-        tune(changed(tiny_settings, **values), resume=True)
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"model": "nowhere"}, "nowhere"),
-        ({"data": "nowhere.npz"}, "does not exist"),
-        ({"kernel": "rbf"}, "known: cubic, energy, gaussian, laplace"),
-        ({"reference": "nystrom", "landmarks": 1438}, "--landmarks 1438: there are only 1437 real images"),
-        ({"features": ("vgg",)}, "encoder 'vgg' is unknown"),
-        ({"holdout": "vgg"}, "encoder 'vgg' is unknown"),
-        ({"sampler": "magic"}, "magic"),
-        ({"steps": 1001}, "1 to 1000"),
-        ({"batch_size": 2000}, "1437 images for a batch of 2000"),
-    ],
-)
-def test_bad_input_leaves_nothing(values: dict[str, Any], said: str, tiny_settings: FinetuneSettings) -> None:
-    with pytest.raises(UsageError, match=said):
-        tune(changed(tiny_settings, **values))
-    assert not tiny_settings.out.exists()
-
-
-def test_class_conditional_models_are_refused(
-    tiny_settings: FinetuneSettings, tiny_model: Path, tmp_path: Path
-) -> None:
-    from diffusers import DDIMScheduler, UNet2DModel
-
-    config = json.loads((tiny_model / "unet/config.json").read_text())
-    UNet2DModel.from_config(config | {"num_class_embeds": 10}).save_pretrained(tmp_path / "labels/unet")
-    DDIMScheduler().save_pretrained(tmp_path / "labels/scheduler")
-    with pytest.raises(UsageError, match="conditional on 10 classes; only unconditional ones"):
-        tune(changed(tiny_settings, model=str(tmp_path / "labels")))
-
-
-def poison_at(iteration: int, monkeypatch: pytest.MonkeyPatch, poison: Callable[[Tensor], Tensor]) -> None:
-    """Let the loss of one iteration go wrong."""
-    real, calls = objective.encoder_losses, iter(range(1000))
-
-    def losses(*arguments: Any) -> dict[str, Tensor]:
-        values = real(*arguments)
-        return {name: poison(value) for name, value in values.items()} if next(calls) == iteration else values
-
-    monkeypatch.setattr(objective, "encoder_losses", losses)
-
-
-@pytest.mark.parametrize(
-    ("what", "poison"),
-    [
-        ("loss is nan", lambda value: value * float("nan")),
-        ("loss is inf", lambda value: value + float("inf")),
-        ("gradient is nan", lambda value: value + 0.0 * torch.sqrt(0.0 * value)),
-    ],
-)
-def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
-    what: str, poison: Callable[[Tensor], Tensor], tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    poison_at(5, monkeypatch, poison)
-    with pytest.raises(MmdExportError, match=rf"iteration 5: the {what} \(encoder digits-conv, pixels\)"):
-        tune(tiny_settings)
-    state = load_file(tiny_settings.out / "state.safetensors")
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
-    assert not (tiny_settings.out / "unet").exists()
-    with pytest.raises(UsageError):
-        load_checkpoint(tiny_settings.out)
-    monkeypatch.undo()
-    assert tune(tiny_settings, resume=True).iterations == 6
-
-
-def test_a_run_folder_is_not_tuned_on_for_another_plan(tiny_settings: FinetuneSettings, tmp_path: Path) -> None:
-    run = tune(changed(tiny_settings, iterations=1)).folder
-    with pytest.raises(UsageError, match=r"run: tuned for .*2 steps.*, asked for .*3 steps"):
-        tune(changed(tiny_settings, model=str(run), steps=3, out=tmp_path / "more"))
-    assert not (tmp_path / "more").exists()
-    again = tune(changed(tiny_settings, model=str(run), iterations=1, out=tmp_path / "same"))
-    assert again.held_out_before == tune(changed(tiny_settings, iterations=1), resume=True).held_out_after
-
-
-class Steep(nn.Module):
-    """Finite features whose gradient is not: the derivative of 0 sqrt(0 x) is 0 times infinity."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        flat = images.flatten(1)
-        return flat + 0.0 * torch.sqrt(0.0 * flat)
-
-
-def test_the_encoder_whose_gradient_is_not_finite_is_named(
-    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load(name: str) -> Encoder:
-        return Encoder("pixels", Steep()) if name == "pixels" else load_encoder(name)
-
-    monkeypatch.setattr(features, "load_encoder", load)
-    monkeypatch.setattr(features, "require_fit", lambda *_, **__: None)  # it would find this one before the first step
-    with pytest.raises(MmdExportError, match=r"iteration 0: the gradient is nan \(encoder pixels\); the last saved"):
-        tune(tiny_settings)
-    assert (tiny_settings.out / "state.safetensors").is_file()
-
-
-def deliver(number: signal.Signals) -> None:
-    """Call the handler. Real signals go to processes of their own (test_world.py, tests/cli/test_bad_input.py).
-
-    Where executorch 1.5 is loaded, as the contract tests do, a signal ends the process with a segmentation fault.
-    """
-    handler = signal.getsignal(number)
-    assert callable(handler)
-    handler(number, None)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_first_and_resume_ends_the_same(
-    number: signal.Signals, tiny_settings: FinetuneSettings, tmp_path: Path
-) -> None:
-    handlers = [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)]
-
-    def interrupt(report: Report) -> None:
-        if report.iteration == 3:
-            deliver(number)
-
-    with pytest.raises(KeyboardInterrupt):
-        tune(tiny_settings, observer=interrupt)
-    assert [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert log_of(tiny_settings.out)[-1]["iteration"] == 3  # 3 is no evaluation: the signal made it save
-    seen: list[int] = []
-    tune(tiny_settings, resume=True, observer=lambda report: seen.append(report.iteration))
-    assert seen == [4, 5, 6]
-    whole = tune(changed(tiny_settings, out=tmp_path / "whole"))
-    assert same_weights(tiny_settings.out, whole.folder)
-    assert without_seconds(log_of(tiny_settings.out)) == without_seconds(log_of(whole.folder))
-
-
-def test_the_second_signal_stops_at_once(tiny_settings: FinetuneSettings) -> None:
-    from mmd_finetune.interrupts import Interrupts
-
-    with Interrupts() as interrupts:
-        deliver(signal.SIGINT)
-        assert interrupts.pending
-        with pytest.raises(KeyboardInterrupt):
-            deliver(signal.SIGTERM)
-
-
-def test_of_several_processes_a_signal_never_stops_at_once() -> None:
-    from mmd_finetune.interrupts import Interrupts
-
-    with Interrupts(patient=True) as interrupts:
-        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
-            deliver(number)
-        assert interrupts.pending
 
 
 @pytest.mark.parametrize(

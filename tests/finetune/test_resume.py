@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from mmd_export.checkpoint import load_checkpoint
@@ -24,8 +23,8 @@ from mmd_finetune.loop import tune
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import prepare
+from tests.finetune.runs import changed, weights_of
 
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 ROOT = Path(__file__).parents[2]
 
 CHILD = """
@@ -53,10 +52,6 @@ except MmdExportError as error:
 """
 
 
-def changed(settings: FinetuneSettings, **values: object) -> FinetuneSettings:
-    return FinetuneSettings.model_validate(settings.model_dump() | values)
-
-
 def start(script: str, settings: FinetuneSettings) -> subprocess.Popen[str]:
     folders = [str(ROOT), str(ROOT / "finetune")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
@@ -76,10 +71,6 @@ def kill_after(settings: FinetuneSettings, iteration: int, pause: float) -> int:
     rest, stderr = child.communicate(timeout=60)
     assert child.returncode == -signal.SIGKILL, stderr
     return max([iteration, *map(int, rest.split())])
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / WEIGHTS)
 
 
 def log_without_seconds(run: Path) -> list[str]:

@@ -18,8 +18,8 @@ from mmd_finetune.loop import Report, tune
 from mmd_finetune.settings import FinetuneSettings, make_settings
 from mmd_finetune.task import REPORT_SEED, prepare
 from mmd_finetune.trainable import Trainable, clip_gradients
+from tests.finetune.runs import WEIGHTS, changed
 
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 KINDS: list[dict[str, Any]] = [
     {},
     {"tune": "lora", "lora_rank": 2, "learn": "coefficients"},
@@ -27,10 +27,6 @@ KINDS: list[dict[str, Any]] = [
     {"tune": "none", "learn": "plan", "plan_learning_rate": 1e-2},
     {"precision": "int8", "calibration": 1, "learn": "plan"},
 ]
-
-
-def changed(settings: FinetuneSettings, **values: Any) -> FinetuneSettings:
-    return FinetuneSettings(**(settings.model_dump() | values))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -22,9 +21,9 @@ from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import REPORT_SEED, prepare
 from mmd_finetune.world import World, open_world
+from tests.finetune.runs import WEIGHTS, changed, log_of
 
 ROOT = Path(__file__).parents[2]
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 # One process of two: its gradient, the samples that all receive, and how an error of one reaches both.
 ONE_OF_TWO = """
@@ -74,10 +73,6 @@ tune(FinetuneSettings.model_validate_json(sys.argv[1]))
 """
 
 
-def changed(settings: FinetuneSettings, **values: Any) -> FinetuneSettings:
-    return FinetuneSettings.model_validate(settings.model_dump() | values)
-
-
 def start(processes: int, *command: str) -> subprocess.Popen[str]:
     """``command`` under torchrun, one thread each."""
     folders = os.pathsep.join(str(ROOT / name) for name in (".", "finetune", "runtimes/python"))
@@ -124,10 +119,6 @@ def test_two_processes_give_the_gradient_and_the_samples_of_one(
 def close_weights(run: Path, other: Path) -> bool:
     a, b = load_file(run / WEIGHTS), load_file(other / WEIGHTS)
     return all(float((a[name] - b[name]).abs().max()) < 1e-4 for name in a)
-
-
-def log_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.timeout(180)
