@@ -69,9 +69,8 @@ class Baseline(_Facts):
     environment: dict[str, Any]
 
     @classmethod
-    def read(cls, path: Path) -> Baseline:
-        """Raises UsageError for a file that is no baseline, or one of another schema."""
-        data = read_json(path)
+    def parse(cls, data: Mapping[str, Any], path: Path) -> Baseline:
+        """Of what the file ``path`` holds; raises UsageError if that is no baseline, or one of another schema."""
         found = data.get("schema_version")
         if found != SCHEMA:
             raise UsageError(f"--gate {path} has schema {found!r}, this version reads schema {SCHEMA}; {_AGAIN}")

@@ -30,13 +30,17 @@ def find_culprit(
     manifest = bundle.manifest
     if manifest.format != "onnx" or manifest.graph.form != "unrolled":
         what = "a loop" if manifest.format == "onnx" else manifest.format
-        first = None if rung.budget is None else rung.budget.first_step
-        note = f"blocks and operators are told apart in unrolled ONNX graphs, this is {what}"
-        return Culprit(first or bundle.golden().steps + 1, note=note)
+        return step_alone(bundle, rung, f"blocks and operators are told apart in unrolled ONNX graphs, this is {what}")
     notify("bisect: a fresh float32 graph of the checkpoint")
     reference = checkpoint_graph(bundle, checkpoint, plan)
     notify("bisect: searching blocks, then operators")
     return blame(bundle, rung, ir.load(bundle.artefact_path), reference, fresh)
+
+
+def step_alone(bundle: Bundle, rung: Rung, note: str) -> Culprit:
+    """The first step that breaks the budget, and why it was not looked further."""
+    first = None if rung.budget is None else rung.budget.first_step
+    return Culprit(first or bundle.golden().steps + 1, note=note)
 
 
 def blame(bundle: Bundle, rung: Rung, artefact: ir.Model, reference: ir.Model, fresh: Golden | None = None) -> Culprit:

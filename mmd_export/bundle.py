@@ -146,8 +146,18 @@ class Bundle:
     @property
     def artefact_bytes(self) -> int:
         """The size of the artefact, with its weights (``model.onnx_data``, ``model.bin``): all called ``model``."""
+        return sum(entry.size for entry in self._artefact_files)
+
+    @property
+    def artefact_sha256(self) -> str:
+        """One hash of all files of the artefact; that of the manifest changes with the model card."""
+        files = [f"{entry.path} {entry.sha256}" for entry in self._artefact_files]
+        return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+    @property
+    def _artefact_files(self) -> list[FileEntry]:
         stem = self.manifest.artefact.split(".")[0]
-        return sum(entry.size for entry in self.manifest.files if entry.path.split("/")[0].split(".")[0] == stem)
+        return [entry for entry in self.manifest.files if entry.path.split("/")[0].split(".")[0] == stem]
 
     @property
     def gives_latents(self) -> bool:

@@ -61,17 +61,21 @@ def verify_cases(report: Mapping[str, Any]) -> list[Case]:
     cases = []
     for rung in report.get("rungs", ()):
         name = f"rung {rung['rung']}: {rung['title']}"
-        worst = f"worst {rung.get('worst')}, tolerance {rung.get('atol')}"
-        failed = [each for each in rung.get("comparisons", ()) if _off(each, rung)]
-        names = ", ".join(str(each["name"]) for each in failed[:3])
-        failure = f"{worst}{'; off: ' + names if names else ''}" if rung.get("verdict") == "failed" else ""
+        worst = "tests" if rung.get("tests") else f"worst {rung.get('worst')}, tolerance {rung.get('atol')}"
+        off = [
+            f"{each['name']} {each['max_abs']} (tolerance {each['atol']:g})"
+            for each in rung.get("comparisons", ())
+            if not each["passed"]
+        ]
+        off += [
+            f"{test['noise']} noise, p {test['p_value']:.3g} at level {test['level']:g}"
+            for test in rung.get("tests", ())
+            if not test["passed"]
+        ]
+        named = f"{worst}; off: {', '.join(off[:3])}" if off else worst
+        failure = named if rung.get("verdict") == "failed" else ""
         cases.append(Case(name, worst, failure, str(rung.get("skipped") or "")))
     return cases
-
-
-def _off(comparison: Mapping[str, Any], rung: Mapping[str, Any]) -> bool:
-    error, atol = comparison.get("max_abs"), rung.get("atol") or 0.0
-    return bool(comparison.get("faults")) or error is None or error > atol
 
 
 def bench_cases(report: Mapping[str, Any]) -> list[Case]:

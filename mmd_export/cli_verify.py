@@ -143,7 +143,8 @@ def rung_rows(report: ParityReport) -> Iterator[tuple[str, ...]]:
         elif not rung.tests:
             required = rung.required_atol
             passes_at = "-" if required is None else f"{required:.1e}" if math.isfinite(required) else "none"
-            yield (*start, f"{rung.worst:.1e}", passes_at, f"{_tolerance(rung.limits.atol, rung.atol)}", verdict)
+            worst = "-" if required is None else f"{rung.worst:.1e}"
+            yield (*start, worst, passes_at, f"{_tolerance(rung.limits.atol, rung.atol)}", verdict)
 
 
 def _tolerance(given: object, default: float) -> str:

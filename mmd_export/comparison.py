@@ -31,11 +31,6 @@ class Limits:
         """The relative tolerance of an output, 0 unless it was given."""
         return self.rtol.get(output, self.rtol.get("", 0.0))
 
-    @property
-    def given(self) -> bool:
-        """Whether the user gave any."""
-        return bool(self.atol or self.rtol)
-
 
 NO_LIMITS = Limits()
 

@@ -62,13 +62,19 @@ class TwoSampleTest:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self), "passed": self.passed}
+        values = {
+            key: None if isinstance(value, float) and not np.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }
+        return {**values, "passed": self.passed}
 
 
 def two_sample_test(
     noise: str, features: str, artefact: Features, reference: Features, level: float, permutations: int = PERMUTATIONS
 ) -> TwoSampleTest:
-    """One test on features (N, d) of the artefact and (M, d) of the reference."""
+    """One test on features (N, d) of the artefact, which fails if one is not finite, and (M, d) of the reference."""
+    if not np.isfinite(artefact).all():
+        return TwoSampleTest(noise, features, len(artefact), np.inf, np.inf, 0.0, permutations, np.inf, level)
     mmd2, bandwidth, p_value = permutation_test(artefact, reference, permutations)
     distance = frechet_distance(artefact, reference)
     return TwoSampleTest(noise, features, len(artefact), mmd2, bandwidth, p_value, permutations, distance, level)

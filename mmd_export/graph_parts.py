@@ -24,7 +24,6 @@ class GraphParts:
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.producer = {str(value.name): node for node in model.graph for value in node.outputs if value.name}
-        self.order = list(self.producer)
         self.labels = _labels(model.graph)
 
     def run(self, known: Mapping[str, Array], goals: Iterable[str]) -> dict[str, Array]:

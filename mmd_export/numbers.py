@@ -7,7 +7,10 @@ measured a moment ago. A key that is missing makes a row or a cell that is left 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmd_export.bundle import Bundle
 
 Row = tuple[str, ...]
 LATENCY_HEADS = ("", "p50 ms", "p90 ms", "p99 ms", "ratio")
@@ -25,6 +28,12 @@ def latency_rows(bench: Mapping[str, Any]) -> list[Row]:
         ratio = "1" if name == first else with_interval(ratio_of(bench, name, first), "median")
         rows.append((name, *cells, ratio))
     return rows
+
+
+def measured_as(bundle: Bundle, bench: Mapping[str, Any]) -> str | None:
+    """The name of a bundle's artefact in a measurement of ``bench``, None if it is not in it."""
+    artefacts = bench.get("artefacts", {})
+    return next((name for name, sha256 in artefacts.items() if sha256 == bundle.artefact_sha256), None)
 
 
 def first_candidate(bench: Mapping[str, Any]) -> str:
@@ -92,7 +101,7 @@ def parity_rows(verify: Mapping[str, Any]) -> list[Row]:
     rows: list[Row] = []
     for rung in verify.get("rungs", ()):
         worst = "-" if rung.get("skipped") or rung.get("worst") is None else f"{rung['worst']:.1e}"
-        atol = "-" if rung.get("atol") is None else f"{rung['atol']:g}"
+        atol = "-" if rung.get("tests") or not rung.get("atol") else f"{rung['atol']:g}"
         rows.append((str(rung.get("rung", "")), str(rung.get("title", "")), worst, atol, str(rung.get("verdict", ""))))
     return rows
 
@@ -116,8 +125,11 @@ def latency_markdown(bench: Mapping[str, Any]) -> str:
 
 def parity_markdown(verify: Mapping[str, Any]) -> str:
     """What was checked, in which runtime, and what was not."""
-    skipped = sorted({rung["skipped"] for rung in verify.get("rungs", ()) if rung.get("skipped")})
     head = f"Measured in {verify.get('runtime')}: {verify.get('detail')}."
     return "\n\n".join(
-        [head, markdown(PARITY_HEADS, parity_rows(verify)), *(f"Not checked: {why}." for why in skipped)]
+        [
+            head,
+            markdown(PARITY_HEADS, parity_rows(verify)),
+            *(f"Not checked: {line}." for line in verify.get("not_checked", ())),
+        ]
     )

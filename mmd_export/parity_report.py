@@ -22,7 +22,7 @@ RUNGS = {
     6: "artefact in its runtime",
     7: "distribution of samples (MMD, permutation test)",
 }
-ARTEFACT, DISTRIBUTION = 6, 7
+ARTEFACT = 6
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Rung:
 
     @property
     def worst(self) -> float:
-        """The largest error; faults aside."""
+        """The largest error of float values, faults aside; 0 where none was compared, as ``required_atol`` tells."""
         return max((c.max_abs for c in self._scaled), default=0.0)
 
     @property
@@ -133,7 +133,7 @@ class Rung:
         ]
         return {
             "rung": self.number, "title": self.title, "verdict": self.verdict, "atol": self.atol,
-            "worst": _finite(self.worst) if self.comparisons else None, "required_atol": _finite(self.required_atol),
+            "worst": _finite(self.worst) if self._scaled else None, "required_atol": _finite(self.required_atol),
             "skipped": self.skipped, "unseen": self.unseen, "comparisons": comparisons,
             "placement": None if self.placement is None else self.placement.to_dict(),
             "tests": [test.to_dict() for test in self.tests],
@@ -193,7 +193,7 @@ class Culprit:
 class ParityReport:
     """Every rung that was asked for, in order. ``detail`` says what the runtime is.
 
-    ``unchecked``: what else was not looked at; ``culprit``: what ``--bisect`` found.
+    ``unchecked``: what else was not looked at; ``culprit``: what ``--bisect`` found; ``artefact_sha256``: the bundle's.
     """
 
     bundle: str
@@ -202,6 +202,7 @@ class ParityReport:
     detail: str = ""
     unchecked: tuple[str, ...] = ()
     culprit: Culprit | None = None
+    artefact_sha256: str = ""
 
     @property
     def passed(self) -> bool:
@@ -245,7 +246,8 @@ class ParityReport:
         rung = self.artefact
         budget, coverage = (None, None) if rung is None else (rung.budget, rung.coverage)
         return {
-            "bundle": self.bundle, "runtime": self.runtime, "detail": self.detail, "passed": self.passed,
+            "bundle": self.bundle, "artefact_sha256": self.artefact_sha256,
+            "runtime": self.runtime, "detail": self.detail, "passed": self.passed,
             "rungs": [each.to_dict() for each in self.rungs],
             "verified_fraction": self.verified_fraction,
             "verified": None if coverage is None else coverage.to_dict(),

@@ -29,12 +29,12 @@ new=$OUT/new.bundle
 mkdir -p "$OUT"
 
 build() {  # MODEL OUT
-  mmd-export build "$1" --target "$TARGET" ${STEPS:+--steps "$STEPS"} --out "$2" --overwrite "${build_options[@]}"
+  mmd-export build "$1" --target "$TARGET" ${STEPS:+--steps "$STEPS"} --out "$2" --overwrite ${build_options[@]+"${build_options[@]}"}
 }
 
 status=0
 build "$MODEL" "$new"
-mmd-export verify "$new" "${runtime[@]}" --json "$OUT/verify.json" --junit "$OUT/verify.xml" --summary "$SUMMARY" || status=$?
+mmd-export verify "$new" ${runtime[@]+"${runtime[@]}"} --json "$OUT/verify.json" --junit "$OUT/verify.xml" --summary "$SUMMARY" || status=$?
 
 gate=()
 if [ -f "$BASE/manifest.json" ]; then
@@ -46,11 +46,11 @@ elif [ -n "$BASE" ]; then
   gate=(--against "$OUT/base.bundle" --max-regression "$MAX_REGRESSION")
 fi
 slower=0
-mmd-export bench "$new" "${runtime[@]}" "${gate[@]}" "${bench_options[@]}" \
+mmd-export bench "$new" ${runtime[@]+"${runtime[@]}"} ${gate[@]+"${gate[@]}"} ${bench_options[@]+"${bench_options[@]}"} \
   --json "$OUT/bench.json" --junit "$OUT/bench.xml" --summary "$SUMMARY" || slower=$?
 
 if [ -f "$OUT/verify.json" ] && [ -f "$OUT/bench.json" ]; then
-  mmd-export report "$new" "${runtime[@]}" --verify "$OUT/verify.json" --bench "$OUT/bench.json" -o "$OUT/report.html"
+  mmd-export report "$new" ${runtime[@]+"${runtime[@]}"} --verify "$OUT/verify.json" --bench "$OUT/bench.json" -o "$OUT/report.html"
 fi
 if [ "$status" = 0 ]; then status=$slower; fi
 exit "$status"

@@ -27,12 +27,14 @@ BENCH_SCHEMA = 1
 class BenchReport:
     """``candidates``: the names of the bundles; all else in ``latency`` is a baseline.
 
-    ``latency`` is at the first of ``batches``. ``placements``: where the nodes of each ran, if its runtime can tell.
-    ``bound``: the candidates copied nothing, the baselines did. ``device_seconds``: by the events of a GPU.
+    ``latency`` is at the first of ``batches``. ``artefacts``: SHA-256 of each candidate's. ``placements``: where the
+    nodes of each ran, if its runtime can tell. ``bound``: the candidates copied nothing, the baselines did.
+    ``device_seconds``: by the events of a GPU.
     """
 
     latency: LatencyReport
     candidates: tuple[str, ...]
+    artefacts: Mapping[str, str]
     batch: int
     placements: Mapping[str, Placement] = field(default_factory=dict)
     bound: bool = False
@@ -68,7 +70,13 @@ class BenchReport:
 
     def to_dict(self) -> dict[str, Any]:
         places = {name: place.to_dict() for name, place in self.placements.items()}
-        facts = {"candidates": list(self.candidates), "batch": self.batch, "bound": self.bound, "placements": places}
+        facts = {
+            "candidates": list(self.candidates),
+            "artefacts": dict(self.artefacts),
+            "batch": self.batch,
+            "bound": self.bound,
+            "placements": places,
+        }
         more = {
             "schema_version": BENCH_SCHEMA, "runs_in": dict(self.runs_in), "throughput": self.throughput(),
             "cold": {name: cold.to_dict() for name, cold in self.cold.items()},
@@ -118,9 +126,11 @@ def _report(
 ) -> BenchReport:
     batch = next(iter(latencies))
     places = {each.name: each.placements[0] for each in found if each.placements}
-    names = tuple(each.name for each in found[: len(bundles)])
+    artefacts = {each.name: bundle.artefact_sha256 for each, bundle in zip(found, bundles, strict=False)}
     runs_in = {each.name: each.runs_in for each in found}
-    return BenchReport(latencies[batch], names, batch, places, options.bound, runs_in, latencies, **more)
+    return BenchReport(
+        latencies[batch], tuple(artefacts), artefacts, batch, places, options.bound, runs_in, latencies, **more
+    )
 
 
 def _gated(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,10 @@ class Gates:
         """From the command line; None where nothing was asked for."""
         if file is None and max_regression is None and save is None:
             return None
+        if save is not None and (file is not None or max_regression is not None):
+            raise UsageError(
+                "--save-baseline measures a new baseline and judges nothing; leave out --gate, --max-regression"
+            )
         share = DEFAULT_REGRESSION if max_regression is None else parse_share(max_regression)
         return cls(file, share, save, {} if file is None else read_json(file))
 
@@ -44,7 +49,10 @@ class Gates:
         if "gates" not in self._read:
             return None
         try:
-            return [(str(row["against"]), float(row["max_ratio"])) for row in self._read["gates"]]
+            found = [(str(row["against"]), float(row["max_ratio"])) for row in self._read["gates"]]
+            if not found or not all(math.isfinite(most) and most > 0.0 for _, most in found):
+                raise ValueError("give at least one limit, each finite and above 0")
+            return found
         except (ValueError, KeyError, TypeError) as error:
             example = '{"gates": [{"against": "torch", "max_ratio": 0.5}]}'
             reason = f"{type(error).__name__} {error}"
@@ -53,7 +61,7 @@ class Gates:
     @property
     def baseline(self) -> Baseline | None:
         """The baseline of a file that is one."""
-        return Baseline.read(self.file) if self.file is not None and self.rows is None else None
+        return Baseline.parse(self._read, self.file) if self.file is not None and self.rows is None else None
 
     def against(self, options: BenchOptions) -> tuple[str, ...]:
         """What to measure beside the bundles: as given, else what the file names."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,12 +67,8 @@ class Candidate:
 
     @property
     def sha256(self) -> str | None:
-        """One hash of all files of the artefact."""
-        if self.bundle is None:
-            return None
-        stem = self.bundle.manifest.artefact.split(".")[0]
-        files = [f"{each.path} {each.sha256}" for each in self.bundle.manifest.files if each.path.startswith(stem)]
-        return hashlib.sha256("\n".join(files).encode()).hexdigest()
+        """Of the artefact, where it is a bundle's."""
+        return None if self.bundle is None else self.bundle.artefact_sha256
 
 
 def inputs_of(bundle: Bundle, batch: int) -> dict[str, NDArray[Any]]:

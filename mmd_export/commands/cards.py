@@ -9,7 +9,7 @@ from typing import Any
 from mmd_export.bundle import Bundle, update_card
 from mmd_export.card import LATENCY, PARITY, with_section
 from mmd_export.errors import MmdExportError
-from mmd_export.numbers import latency_markdown, parity_markdown
+from mmd_export.numbers import latency_markdown, measured_as, parity_markdown
 
 
 def write_latency(folder: Path, bench: Mapping[str, Any]) -> None:
@@ -21,7 +21,7 @@ def write_numbers(folder: Path, verify: Mapping[str, Any], bench: Mapping[str, A
     """Parity and latency, each from its JSON; an empty one leaves its section as it is."""
     bundle = Bundle.open(folder)
     card = bundle.card
-    if bench and bundle.name not in bench["candidates"]:
+    if bench and measured_as(bundle, bench) is None:
         measured = ", ".join(bench["candidates"])
         raise MmdExportError(f"bundle {bundle.name} was not measured; measured were {measured}")
     if verify:

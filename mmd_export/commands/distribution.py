@@ -64,14 +64,12 @@ def distribution_rung(
     options: DistributionOptions,
     notify: Callable[[str], None] = lambda _: None,
 ) -> Rung:
-    """Rung 7, or the reason why there is nothing to compare with."""
-    if sampler is None and options.against is None:
-        return Rung(7, skipped="it needs samples of the reference; pass --checkpoint MODEL or --against BUNDLE")
+    """Rung 7 against ``sampler``, or against the bundle that the options name."""
     artefact = bundle_draw(bundle, session, options.count)
     if options.against is not None:
         reference = _of_bundle(bundle, options)
     else:
-        assert sampler is not None
+        assert sampler is not None, "verify asks for one of both"
         reference = checkpoint_draw(bundle, *sampler, options.count)
     encode = find_encoder(options.features, as_images(bundle.golden().sample).shape[1:])
     return Rung(7, tests=distribution_tests(artefact, reference, encode, options, notify))

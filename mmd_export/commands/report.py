@@ -17,6 +17,7 @@ from mmd_export.commands.cards import write_numbers
 from mmd_export.commands.verify import usable_runtime, verify
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.folders import read_object, write_text
+from mmd_export.numbers import measured_as
 from mmd_export.parity import chunks
 from mmd_export.report.model import BundleFacts
 from mmd_export.runtime import RunOptions
@@ -43,7 +44,7 @@ def report(options: ReportOptions, notify: Callable[[str], None] = lambda _: Non
     bundles = [Bundle.open(path) for path in options.bundles]
     verified = _verified(bundles, options)
     timed = {} if options.bench is None else _read(options.bench, "--bench", "summary")
-    facts = [_facts(bundle, verified.get(bundle.name), options, notify) for bundle in bundles]
+    facts = [_facts(bundle, verified.get(bundle.artefact_sha256), options, notify) for bundle in bundles]
     if options.bench is None and options.seconds > 0:
         timed = _timed(bundles, options, notify)
     _require_measured(bundles, timed, options)
@@ -54,14 +55,17 @@ def report(options: ReportOptions, notify: Callable[[str], None] = lambda _: Non
 
 
 def _verified(bundles: Sequence[Bundle], options: ReportOptions) -> dict[str, Mapping[str, Any]]:
-    """The JSON of ``verify`` by the name of its bundle."""
-    known = {bundle.name for bundle in bundles}
+    """The JSON of ``verify`` by the hash of its artefact: bundles of several precisions have one name."""
+    known = {bundle.artefact_sha256: bundle.name for bundle in bundles}
     found: dict[str, Mapping[str, Any]] = {}
     for path in options.verify:
         data = _read(path, "--verify", "rungs")
-        if (name := str(data.get("bundle"))) not in known:
-            raise UsageError(f"--verify {path} is of bundle {name!r}, the report is of {', '.join(sorted(known))}")
-        found[name] = data
+        if (digest := str(data.get("artefact_sha256"))) not in known:
+            told = ", ".join(f"{name} ({sha[:12]})" for sha, name in known.items())
+            raise UsageError(
+                f"--verify {path} is of bundle {data.get('bundle')!r} ({digest[:12]}), the report is of {told}"
+            )
+        found[digest] = data
     return found
 
 
@@ -110,9 +114,7 @@ def _require_measured(bundles: Sequence[Bundle], timed: Mapping[str, Any], optio
     """Raise UsageError if a bench file is of other bundles."""
     if options.bench is None:
         return
-    names, measured = {bundle.name for bundle in bundles}, set(timed.get("candidates", ()))
-    if not names & measured:
-        raise UsageError(
-            f"--bench {options.bench} measured {', '.join(sorted(measured))}, the report is of "
-            f"{', '.join(sorted(names))}"
-        )
+    if not any(measured_as(bundle, timed) for bundle in bundles):
+        measured = ", ".join(f"{name} ({sha[:12]})" for name, sha in timed.get("artefacts", {}).items())
+        told = ", ".join(f"{bundle.name} ({bundle.artefact_sha256[:12]})" for bundle in bundles)
+        raise UsageError(f"--bench {options.bench} measured {measured or 'no bundle'}, the report is of {told}")

@@ -60,6 +60,10 @@ def verify(
     runtime = usable_runtime(bundle, runtime_name)
     require_outputs(bundle, limits)
     reference, why_not = find_reference(bundle, checkpoint, notify)
+    if bisect and reference is None:
+        raise UsageError(f"--bisect compares with the checkpoint {bundle.manifest.checkpoint.name!r}: {why_not}")
+    if distribution is not None and reference is None and distribution.against is None:
+        raise UsageError(f"--distribution compares with samples of the reference: {why_not}; or give --against BUNDLE")
     stages = skipped(why_not) if reference is None else stage_rungs(bundle, reference, notify)
     fresh = None
     if reference is not None:
@@ -76,7 +80,9 @@ def verify(
         rungs = (*rungs, distribution_rung(bundle, runtime.open(bundle, options), sampler, distribution, notify))
     culprit = _culprit(bundle, rung, reference, fresh, notify) if bisect else None
     unchecked = tuple(_unchecked(bundle, reference, distribution))
-    return ParityReport(bundle.name, runtime.name, rungs, runtime.availability().detail, unchecked, culprit)
+    return ParityReport(
+        bundle.name, runtime.name, rungs, runtime.availability().detail, unchecked, culprit, bundle.artefact_sha256
+    )
 
 
 def find_reference(bundle: Bundle, model: str | None, notify: Callable[[str], None]) -> tuple[Reference | None, str]:
@@ -133,10 +139,10 @@ def _culprit(
     if rung.passed:
         notify("rung 6 holds, so there is nothing to bisect")
         return None
-    if reference is None:
-        raise UsageError(
-            f"--bisect compares with the checkpoint {bundle.manifest.checkpoint.name!r}; pass --checkpoint"
-        )
-    from mmd_export.blame import find_culprit
+    assert reference is not None
+    from mmd_export.blame import find_culprit, step_alone
 
-    return find_culprit(bundle, rung, reference.checkpoint, reference.plan, fresh, notify)
+    try:
+        return find_culprit(bundle, rung, reference.checkpoint, reference.plan, fresh, notify)
+    except NotAvailableError as error:  # the verdict stands all the same
+        return step_alone(bundle, rung, str(error))

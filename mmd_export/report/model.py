@@ -97,7 +97,7 @@ def target_rows(all_facts: Sequence[BundleFacts], bench: Mapping[str, Any]) -> l
         manifest, worst = facts.bundle.manifest, facts.rung6.get("worst")
         kind = (manifest.name, manifest.target, manifest.precision, str(manifest.batch))
         size = f"{facts.bundle.artefact_bytes / 1e6:.2f} MB"
-        summary = bench.get("summary", {}).get(manifest.name, {})
+        summary = bench.get("summary", {}).get(numbers.measured_as(facts.bundle, bench), {})
         error = "-" if worst is None else f"{worst:.1e}"
         atol = f"{manifest.tolerance.atol:g}"
         rows.append((*kind, size, facts.verdict, error, atol, numbers.in_ms(summary.get("p50"))))
@@ -132,10 +132,7 @@ def budget_rows(facts: BundleFacts) -> list[numbers.Row]:
 
 def not_checked(facts: BundleFacts) -> list[str]:
     """What the verification says it left out."""
-    lines = list(facts.verify.get("not_checked", ()))
-    rungs = facts.verify.get("rungs", ())
-    lines += [str(rung[key]) for rung in rungs for key in ("skipped", "unseen") if rung.get(key)]
-    return list(dict.fromkeys(lines))
+    return list(facts.verify.get("not_checked", ()))
 
 
 def provenance_rows(facts: BundleFacts) -> list[numbers.Row]:

@@ -204,12 +204,13 @@ def test_junit_of_a_failure_and_of_what_xml_cannot_hold() -> None:
     rungs = [
         {"rung": 5, "title": "program", "verdict": "not checked", "skipped": "no checkpoint", "comparisons": []},
         {"rung": 6, "title": "artefact", "verdict": "failed", "atol": 1e-4, "worst": 0.1, "skipped": "",
-         "comparisons": [{"name": "sample", "max_abs": 0.1, "faults": []}]},
+         "comparisons": [{"name": "sample", "max_abs": 0.1, "atol": 1e-4, "passed": False},
+                         {"name": "state.1", "max_abs": 0.2, "atol": 1.0, "passed": True}]},
     ]  # fmt: skip
     root = ET.fromstring(junit_xml("suite", verify_cases({"rungs": rungs})))
     assert (root.attrib["tests"], root.attrib["failures"], root.attrib["skipped"]) == ("2", "1", "1")
     (failure,) = root.iter("failure")
-    assert "off: sample" in failure.attrib["message"]
+    assert failure.attrib["message"].endswith("off: sample 0.1 (tolerance 0.0001)")
     strange = ET.fromstring(junit_xml("a<b>&\x00", [Case("\x1b[31mred", failure='"]]>')]))
     assert next(strange.iter("testcase")).attrib["name"] == "?[31mred"
     gate = {"candidate": "a", "against": "b", "limit": 1.05, "verdict": "undecided", "message": "undecided: ..."}

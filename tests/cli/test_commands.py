@@ -74,6 +74,29 @@ def test_gate_decides_the_exit_code(
     assert len(err.strip().splitlines()[-1]) < 400
 
 
+NO_LIMIT = {"against": "torch", "max_ratio": float("nan")}
+
+
+@pytest.mark.parametrize("limits", [[], [NO_LIMIT], [{**NO_LIMIT, "max_ratio": 0}]])
+def test_a_gate_that_could_not_fail_is_refused(
+    command: Command, digits_bundle: Path, tmp_path: Path, limits: list[dict[str, object]]
+) -> None:
+    gate = tmp_path / "gate.json"
+    gate.write_text(json.dumps({"gates": limits}))
+    code, _, err = command("bench", digits_bundle, "--against", "torch", "--rounds", 8, "--gate", gate)
+    assert code == 2
+    assert "at least one limit, each finite and above 0" in err
+
+
+def test_a_gate_is_not_dropped_to_save_a_baseline(command: Command, digits_bundle: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "baseline.json"
+    asked = ("--against", "torch", "--max-regression", "5%", "--save-baseline", saved)
+    code, _, err = command("bench", digits_bundle, *asked)
+    assert code == 2
+    assert "--save-baseline measures a new baseline and judges nothing" in err
+    assert not saved.exists()
+
+
 def test_card_carries_the_measured_latency(command: Command, tmp_path: Path) -> None:
     bundle = tmp_path / "b"
     command("build", "digits", "--target", "onnx", "--steps", 1, "--out", bundle)

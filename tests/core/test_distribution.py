@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+import scipy.linalg
 from numpy.typing import NDArray
 
 from mmd_export.build import BuildOptions, build
@@ -26,7 +27,6 @@ from mmd_export.distribution import (
 )
 from mmd_export.errors import ParityError, UsageError
 from mmd_export.parity import Rung
-from mmd_finetune import metrics
 
 Array = NDArray[Any]
 
@@ -51,9 +51,10 @@ def test_the_permutation_test_keeps_its_level_and_finds_a_shift() -> None:
     assert permutation_test(draws(0), draws(1, shift=1.0), 99)[2] == pytest.approx(0.01)
 
 
-def test_frechet_distance_is_that_of_the_metrics() -> None:
+def test_frechet_distance_is_its_formula() -> None:
     a, b = draws(0, 40), draws(1, 50, shift=0.3)
-    expected = metrics.frechet_distance(torch.from_numpy(a), torch.from_numpy(b))
+    shift, (first, second) = a.mean(0) - b.mean(0), (np.cov(each, rowvar=False) for each in (a, b))
+    expected = shift @ shift + np.trace(first + second - 2.0 * scipy.linalg.sqrtm(first @ second).real)
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(a, a) == pytest.approx(0.0, abs=1e-9)
 
@@ -137,11 +138,20 @@ def test_rung_7_against_another_bundle(digits: Path, tmp_path: Path) -> None:
         verify(bundle, distribution=DistributionOptions(200, against=str(other)))
 
 
-def test_rung_7_without_a_reference_is_not_checked(digits: Path) -> None:
-    report = verify(Bundle.open(digits), distribution=SMALL)
-    assert report.rungs[-1].verdict == "not checked"
-    assert any(line.startswith("rung 7: it needs samples of the reference") for line in report.not_checked)
-    assert report.passed
+def test_rung_7_without_a_reference_is_refused(digits: Path) -> None:
+    with pytest.raises(UsageError, match=r"--distribution compares with samples of the reference: .* --against BUNDLE"):
+        verify(Bundle.open(digits), distribution=SMALL)
+
+
+def test_an_artefact_that_is_not_finite_fails_rung_7() -> None:
+    def broken(seed: int) -> NDArray[np.float32]:
+        images = np.random.default_rng(seed).normal(0.0, 1.0, (200, 1, 8, 8)).astype(np.float32)
+        images[7, 0, 3, 3] = np.nan
+        return images
+
+    tests = distribution_tests(broken, lambda seed: np.nan_to_num(broken(seed)), projection, SMALL)
+    assert not any(test.passed for test in tests)
+    assert json.loads(json.dumps(tests[0].to_dict(), allow_nan=False))["frechet"] is None
 
 
 def test_another_distribution_fails_rung_7(digits: Path) -> None:

@@ -177,12 +177,23 @@ def test_a_damaged_bundle_is_refused(digits: Path, tmp_path: Path, capsys: pytes
     assert not out.exists()
 
 
+OTHER = "f" * 12  # the hash of another artefact with the same name
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--verify", {"bundle": "other", "rungs": []}, "is of bundle 'other', the report is of digits-2"),
+        (
+            "--verify",
+            {"bundle": "digits-2", "artefact_sha256": "f" * 64, "rungs": []},
+            "is of bundle 'digits-2' (ffffffffffff), the report",
+        ),
         ("--verify", {"passed": True}, "has no 'rungs'"),
-        ("--bench", {"summary": {}, "candidates": ["other"]}, "measured other, the report is of digits-2"),
+        (
+            "--bench",
+            {"summary": {}, "artefacts": {"digits-2": "f" * 64}},
+            "measured digits-2 (ffffffffffff), the report is of digits-2",
+        ),
         ("--bench", [], "has no 'summary'"),
     ],
 )
