@@ -7,10 +7,7 @@ measured a moment ago. A key that is missing makes a row or a cell that is left 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from mmd_export.bundle import Bundle
+from typing import Any
 
 Row = tuple[str, ...]
 LATENCY_HEADS = ("", "p50 ms", "p90 ms", "p99 ms", "ratio")
@@ -30,10 +27,10 @@ def latency_rows(bench: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def measured_as(bundle: Bundle, bench: Mapping[str, Any]) -> str | None:
-    """The name of a bundle's artefact in a measurement of ``bench``, None if it is not in it."""
+def measured_as(artefact_sha256: str, bench: Mapping[str, Any]) -> str | None:
+    """The name of an artefact in a measurement of ``bench``, None if it is not in it."""
     artefacts = bench.get("artefacts", {})
-    return next((name for name, sha256 in artefacts.items() if sha256 == bundle.artefact_sha256), None)
+    return next((name for name, sha256 in artefacts.items() if sha256 == artefact_sha256), None)
 
 
 def first_candidate(bench: Mapping[str, Any]) -> str:

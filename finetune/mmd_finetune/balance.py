@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from mmd_export.errors import UsageError
-from mmd_finetune.kernels import Kernel
-from mmd_finetune.mmd import unbiased_mmd2
-from mmd_finetune.reference import Reference
+from mmd_finetune.kernels import Kernel, evenly
+from mmd_finetune.mmd import mean_of_pairs, unbiased_mmd2
+from mmd_finetune.reference import Reference, encode_in_batches
 
-ROWS = 2000  # real features that the levels are measured with
 BATCHES = 4  # of the untuned model, at most
 
 
@@ -33,7 +32,7 @@ def balanced_weights(references: Sequence[Reference], images: Tensor, batch: int
     """
     levels = {}
     for reference in references:
-        real = _evenly(reference.features, ROWS)
+        real = evenly(reference.features)
         untuned = untuned_level(reference, real, images, batch)
         if not math.isfinite(untuned):
             raise UsageError(
@@ -60,8 +59,10 @@ def equal_weights(references: Sequence[Reference]) -> dict[str, float]:
 def untuned_level(reference: Reference, real: Tensor, images: Tensor, batch: int) -> float:
     """The mean MMD^2 of the first few whole batches of ``images`` and the real features (m, d)."""
     parts = [part for part in images.split(min(batch, len(images))) if len(part) >= min(batch, len(images))][:BATCHES]
+    kernel, mean = reference.kernel, mean_of_pairs(reference.kernel, real)
     with torch.no_grad():
-        values = [unbiased_mmd2(reference.kernel, reference.encoder(part).double(), real) for part in parts]
+        features = (encode_in_batches(reference.encoder, part).double() for part in parts)
+        values = [unbiased_mmd2(kernel, each, real, mean) for each in features]
     return float(torch.stack(values).mean())
 
 
@@ -76,8 +77,3 @@ def real_level(kernel: Kernel, real: Tensor, batch: int) -> float:
     count = len(real)
     square = (centred.square().sum() - centred.diagonal().square().sum()) / (count * (count - 1))
     return math.sqrt(2.0 * float(square) / (batch * (batch - 1)))
-
-
-def _evenly(features: Tensor, count: int) -> Tensor:
-    """At most ``count`` rows, evenly spaced."""
-    return features[:: -(-len(features) // count)]

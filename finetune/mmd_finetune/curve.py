@@ -11,9 +11,9 @@ TITLES = {"loss": "MMD² (loss)", "held_out": "held-out Fréchet distance"}
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of one line of the log by name: ``loss``, ``held_out``, the losses by encoder, further metrics."""
+    """The numbers of one line of the log by name: those of ``SCALARS``, and GROUP/NAME for each of a group."""
     flat: dict[str, float] = {key: float(line[key]) for key in SCALARS if key in line}
-    for group in ("losses", "metrics"):
+    for group in ("losses", "held_out_by_encoder", "metrics"):
         flat |= {f"{group}/{name}": float(value) for name, value in line.get(group, {}).items()}
     return flat
 

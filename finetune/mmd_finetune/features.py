@@ -30,8 +30,6 @@ def load_encoders(
     encoders = tuple(load_encoder(spec).to(device) for spec in specs)
     require_names(encoders)
     for encoder in encoders:
-        for warning in encoder.warnings:
-            LOG.warning("encoder %s: %s", encoder.name, warning)
         require_fit(encoder, shape, gradient=gradient)
     return encoders
 
@@ -46,8 +44,10 @@ def require_names(encoders: Sequence[Encoder]) -> None:
 def require_fit(encoder: Encoder, shape: tuple[int, int, int], *, gradient: bool = True) -> None:
     """Raise UsageError unless the encoder takes images (C, H, W); it is run on two of them.
 
-    With ``gradient`` it must also let gradients through, as one of the loss has to.
+    With ``gradient`` it must also let gradients through, as one of the loss has to. Its warnings are logged.
     """
+    for warning in encoder.warnings:
+        LOG.warning("encoder %s: %s", encoder.name, warning)
     if encoder.shape is not None and encoder.shape != shape:
         raise UsageError(
             f"encoder {encoder.name} takes images {encoder.shape}, the model makes {shape}; use --features pixels "

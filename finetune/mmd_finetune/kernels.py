@@ -15,7 +15,7 @@ from mmd_export.errors import UsageError
 BANDWIDTH_FACTORS = (0.1, 0.3, 1.0)
 LAPLACE_FACTORS = (0.5, 1.0, 2.0)
 MIXTURE_EXPONENTS = (0.2, 0.5, 1.0, 2.0, 5.0)  # Binkowski et al. 2018, section 4
-MEDIAN_ROWS = 2000
+SHOWN_ROWS = 2000  # features that stand for all where a median or a level is measured
 ROUNDING = 32.0  # epsilons by which |x|^2 - 2 <x, x> + |x|^2 may miss 0, relative to 2 |x|^2
 
 
@@ -138,9 +138,14 @@ def _root(squared: Tensor, zero: Tensor) -> Tensor:
     return torch.where(above, torch.where(above, squared, 1.0).sqrt(), 0.0)
 
 
+def evenly(features: Tensor) -> Tensor:
+    """At most ``SHOWN_ROWS`` rows of ``features`` (N, d), evenly spaced."""
+    return features[:: -(-len(features) // SHOWN_ROWS)]
+
+
 def median_squared_distance(features: Tensor) -> float:
     """Median of |x_i - x_j|^2 over i < j; Gretton et al. 2012, section 8. Of many rows evenly spaced ones are used."""
-    rows = features[:: -(-len(features) // MEDIAN_ROWS)].double()
+    rows = evenly(features).double()
     above = torch.triu_indices(len(rows), len(rows), offset=1, device=rows.device)
     return float(squared_distances(rows, rows)[above[0], above[1]].median())
 

@@ -19,7 +19,7 @@ def encoder_losses(
     references: Sequence[Reference], features: Mapping[str, Tensor], task: Task, iteration: int
 ) -> dict[str, Tensor]:
     """MMD^2 by encoder of the generated ``features``, of all processes, and the real images."""
-    rows = task.real_rows(iteration)
+    rows = task.real_rows(iteration) if task.settings.reference == "batch" else None
     return {each.encoder.name: each.mmd2(features[each.encoder.name], rows, task.world) for each in references}
 
 

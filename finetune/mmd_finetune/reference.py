@@ -12,7 +12,7 @@ from torch import Tensor
 from mmd_export.errors import UsageError
 from mmd_finetune.embedding import Embedding, embed_all, embed_landmarks, find_landmarks
 from mmd_finetune.features import Encoder
-from mmd_finetune.kernels import Kernel, make_kernel
+from mmd_finetune.kernels import Kernel, evenly, make_kernel
 from mmd_finetune.statistic import mmd2
 from mmd_finetune.world import World
 
@@ -26,8 +26,8 @@ Encode = Callable[[Encoder, Tensor], Tensor]
 class Reference:
     """One encoder on the real images.
 
-    ``features`` float64 (M, d) are all of them, or the landmarks. ``embedding`` is their mean in the kernel's space;
-    None with the reference ``batch``, which takes other rows of ``features`` every iteration.
+    ``features`` float64 (M, d) are all of them; with landmarks some that stand for all. ``embedding`` is their mean in
+    the kernel's space; None with the reference ``batch``, which takes other rows of ``features`` every iteration.
     """
 
     encoder: Encoder
@@ -79,7 +79,7 @@ def make_reference(
         return Reference(encoder, made, features, None, biased)
     if kind == "nystrom":
         centres = find_landmarks(features, landmarks, seed)
-        return Reference(encoder, made, centres, embed_landmarks(made, features, centres), biased)
+        return Reference(encoder, made, evenly(features), embed_landmarks(made, features, centres), biased)
     return Reference(encoder, made, features, embed_all(made, features, biased=biased), biased)
 
 

@@ -42,7 +42,7 @@ class FinetuneSettings(BaseModel):
         micro_batch_size: images in memory at once, in one process; None is the whole batch. It changes rounding only.
         learning_rate: of Adam; ``rate_decay`` cosine lets it fall to zero over the iterations.
         ema_decay: average <- ema_decay * average + (1 - ema_decay) * weights after every iteration.
-        clip_gradient: largest norm of the whole gradient.
+        clip_gradient: largest norm of the gradient of the weights, and of that of the plan's numbers.
         evaluate_every: iterations between two held-out evaluations, each of ``evaluate_count`` samples of the average.
         metrics: further metrics of those samples for the log, see ``mmd_finetune.metrics.suite``; they decide nothing.
         patience: stop after so many evaluations without a new best; None never stops early.
@@ -195,7 +195,9 @@ class FinetuneSettings(BaseModel):
         """JSON-ready, without the places of this machine: ``out`` and caches are left out, paths become names."""
         values = self.model_dump(mode="json", exclude={"out", "feature_cache"})
         encoders = {key: [Source.parse(spec).name for spec in values[key]] for key in ("features", "holdout")}
-        return values | encoders | {key: Path(values[key]).name for key in ("model", "data")}
+        data = values["data"]
+        named = {"model": Path(values["model"]).name, "data": data if Source.parse(data).is_hub_id else Path(data).name}
+        return values | encoders | named
 
 
 def make_settings(given: Mapping[str, Any], config: Path | None = None) -> FinetuneSettings:

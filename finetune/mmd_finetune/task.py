@@ -269,10 +269,10 @@ def _reference(encoder: Encoder, settings: FinetuneSettings, real: Tensor, cache
 
 
 def _device(name: str, world: World) -> torch.device:
-    if world.size > 1:
-        return world.device
     if name == "cuda" and not torch.cuda.is_available():
         raise NotAvailableError("device cuda: no NVIDIA GPU is visible to torch; use --device cpu")
+    if world.size > 1:
+        return world.device
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

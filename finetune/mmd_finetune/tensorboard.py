@@ -45,9 +45,10 @@ class TensorBoard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._writer is None:
-            return
+        if self._writer is None and (kind is not None or not (self._place / "log.jsonl").is_file()):
+            return  # nothing ran; a run that was finished before still gets its pictures
         self._follow()
+        assert self._writer is not None
         for name in SHEETS:
             if (path := self._place / f"{name}.png").is_file():
                 self._writer.add_image(name, _pixels(path), dataformats="HWC")

@@ -68,7 +68,8 @@ class Trainable(nn.Module):
     def shipped(self, base: Checkpoint) -> Self:
         """A copy with the architecture of ``base``: what adapters learned is merged into the weights."""
         network = copy.deepcopy(base.denoiser).eval()
-        network.load_state_dict({name: tensor.detach() for name, tensor in plain_weights(self.network).items()})
+        found = plain_weights(self.network)  # with buffers that no file holds
+        network.load_state_dict({name: found[name].detach() for name in network.state_dict()})
         made = type(self)(network, self.start, copy.deepcopy(self.numbers), self.emulation)
         return made.requires_grad_(False)
 

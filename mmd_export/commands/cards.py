@@ -21,7 +21,7 @@ def write_numbers(folder: Path, verify: Mapping[str, Any], bench: Mapping[str, A
     """Parity and latency, each from its JSON; an empty one leaves its section as it is."""
     bundle = Bundle.open(folder)
     card = bundle.card
-    if bench and measured_as(bundle, bench) is None:
+    if bench and measured_as(bundle.artefact_sha256, bench) is None:
         measured = ", ".join(bench["candidates"])
         raise MmdExportError(f"bundle {bundle.name} was not measured; measured were {measured}")
     if verify:

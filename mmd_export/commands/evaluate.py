@@ -16,7 +16,7 @@ from mmd_export.commands.sample import SampleOptions, draw
 from mmd_export.errors import UsageError
 from mmd_finetune.data import DIGITS, load_images
 from mmd_finetune.digits import load_digits_split
-from mmd_finetune.features import Encoder, load_encoder, require_fit
+from mmd_finetune.features import Encoder, load_encoder, require_fit, require_names
 from mmd_finetune.metrics import class_histogram
 from mmd_finetune.metrics.suite import (
     METRICS,
@@ -74,9 +74,9 @@ def evaluate(
     """
     parse_metrics(scoring.metrics)
     encoders = [load_encoder(name).to(_device()) for name in scoring.encoders]
-    names = [encoder.name for encoder in encoders]
-    if not names or len(set(names)) != len(names):
-        raise UsageError(f"encoders are {', '.join(names) or 'none'}; name at least one, each once")
+    if not encoders:
+        raise UsageError("encoders are none; name at least one")
+    require_names(encoders)
     images = _real_images(scoring)
     _require_enough(options.count, len(images.real), scoring)
     generated = _draw(options, images.real, encoders, scoring, observe)
@@ -174,7 +174,7 @@ def _draw(options: SampleOptions, real: Tensor, encoders: list[Encoder], scoring
                     "(channels, height, width)"
                 )
             for encoder in encoders:
-                require_fit(encoder, (shape[0], shape[1], shape[2]))
+                require_fit(encoder, (shape[0], shape[1], shape[2]), gradient=False)
         parts.append(part)
         observe("drawing", sum(map(len, parts)), options.count)
     return torch.cat(parts)

@@ -114,7 +114,7 @@ def _require_measured(bundles: Sequence[Bundle], timed: Mapping[str, Any], optio
     """Raise UsageError if a bench file is of other bundles."""
     if options.bench is None:
         return
-    if not any(measured_as(bundle, timed) for bundle in bundles):
+    if not any(measured_as(bundle.artefact_sha256, timed) for bundle in bundles):
         measured = ", ".join(f"{name} ({sha[:12]})" for name, sha in timed.get("artefacts", {}).items())
         told = ", ".join(f"{bundle.name} ({bundle.artefact_sha256[:12]})" for bundle in bundles)
         raise UsageError(f"--bench {options.bench} measured {measured or 'no bundle'}, the report is of {told}")

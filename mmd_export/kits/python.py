@@ -13,6 +13,7 @@ KIT = SourceKit(
         Library("ONNX Runtime", "MIT", "the package onnxruntime"),
         Library("OpenVINO", "Apache-2.0", "the package openvino, for bundles of that format"),
     ),
+    before={"openvino": ("pip install openvino",)},
     run=("pip install -r requirements.txt", "python app.py --self-test", "python app.py --seed 7 --out sample.png"),
     sources="python-kit",
 )

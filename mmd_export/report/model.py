@@ -97,7 +97,7 @@ def target_rows(all_facts: Sequence[BundleFacts], bench: Mapping[str, Any]) -> l
         manifest, worst = facts.bundle.manifest, facts.rung6.get("worst")
         kind = (manifest.name, manifest.target, manifest.precision, str(manifest.batch))
         size = f"{facts.bundle.artefact_bytes / 1e6:.2f} MB"
-        summary = bench.get("summary", {}).get(numbers.measured_as(facts.bundle, bench), {})
+        summary = bench.get("summary", {}).get(numbers.measured_as(facts.bundle.artefact_sha256, bench), {})
         error = "-" if worst is None else f"{worst:.1e}"
         atol = f"{manifest.tolerance.atol:g}"
         rows.append((*kind, size, facts.verdict, error, atol, numbers.in_ms(summary.get("p50"))))

@@ -595,8 +595,13 @@ class GoldenReader {
     } catch (const std::invalid_argument &error) {
       unreadable(error.what());
     }
-    if (used_ != source_.size() - start_)
-      unreadable("its tensors have ", used_, " bytes, its data ", source_.size() - start_);
+    std::sort(places_.begin(), places_.end());
+    size_t at = 0;
+    for (const auto &[first, end] : places_) {
+      if (first != at) unreadable("its data has a hole or an overlap at ", at);
+      at = end;
+    }
+    if (at != source_.size() - start_) unreadable("its tensors have ", at, " bytes, its data ", source_.size() - start_);
     check(found);
     return found;
   }
@@ -628,7 +633,7 @@ class GoldenReader {
       unreadable("'", name, "' has ", bytes, " bytes for ", name_of(shape));
     Tensor tensor(type, shape);
     std::memcpy(tensor.data.data(), source_.data() + start_ + first, bytes);
-    used_ += bytes;
+    places_.emplace_back(first, first + bytes);
     return tensor;
   }
 
@@ -668,7 +673,7 @@ class GoldenReader {
   const Manifest &manifest_;
   std::string source_;
   size_t start_ = 0;
-  size_t used_ = 0;
+  std::vector<std::pair<size_t, size_t>> places_;  // of the tensors in the data
 };
 
 }  // namespace
@@ -1048,6 +1053,9 @@ class TensorRt final : public Backend, private nvinfer1::ILogger {
 
   void run(const Tensors &inputs, Tensor &output) override {
     for (const auto &[name, tensor] : inputs) {
+      if (tensor.shape.size() > nvinfer1::Dims::MAX_DIMS)
+        failed(bundle_, text("input '", name, "' has ", tensor.shape.size(), " dimensions, TensorRT takes ",
+                             nvinfer1::Dims::MAX_DIMS));
       nvinfer1::Dims dims{};
       dims.nbDims = static_cast<int32_t>(tensor.shape.size());
       for (size_t i = 0; i < tensor.shape.size(); ++i) dims.d[i] = static_cast<int32_t>(tensor.shape[i]);

@@ -22,7 +22,19 @@ export function readSafetensors(bytes: Uint8Array): Record<string, Tensor> {
   if (typeof header !== "object" || header === null) throw new SyntaxError("its header is no object");
   const data = bytes.subarray(8 + Number(length));
   const found = Object.entries(header).filter(([name]) => name !== "__metadata__");
-  return Object.fromEntries(found.map(([name, entry]) => [name, readTensor(name, entry as Entry, data)]));
+  const tensors = Object.fromEntries(found.map(([name, entry]) => [name, readTensor(name, entry as Entry, data)]));
+  requireWhole(found.map(([, entry]) => (entry as Entry).data_offsets as [number, number]), data.length);
+  return tensors;
+}
+
+/** The tensors cover the data without holes or overlaps, as every reader of the format requires. */
+function requireWhole(places: [number, number][], length: number): void {
+  let at = 0;
+  for (const [start, end] of places.sort((a, b) => a[0] - b[0] || a[1] - b[1])) {
+    if (start !== at) throw new SyntaxError(`its data has a hole or an overlap at ${at}`);
+    at = end;
+  }
+  if (at !== length) throw new SyntaxError(`its tensors have ${at} bytes, its data ${length}`);
 }
 
 function readTensor(name: string, entry: Entry, data: Uint8Array): Tensor {

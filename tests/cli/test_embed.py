@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from mmd_export.bundle import Bundle
 from mmd_export.cli_embed import embed
-from mmd_export.kit_project import MADE_THERE, Kit, source_files, source_folder
+from mmd_export.kit_project import MADE_THERE, Kit, SourceKit, source_files, source_folder
 from mmd_export.kits import get_kit, kit_names
 from tests.cli.conftest import Command
 from tests.export.bundles import contents, draft, left_beside, make
@@ -35,7 +38,20 @@ def test_a_kit_is_described(name: str) -> None:
     assert kit.name == name
     assert all([kit.summary, kit.formats, kit.libraries])
     assert all(kit.lines(each) for each in kit.formats)
-    assert name in str(embed.__annotations__["kit"]), "the help of --kit does not name it"
+
+
+def test_the_help_names_the_kits_there_are() -> None:
+    (option,) = get_type_hints(embed, include_extras=True)["kit"].__metadata__
+    assert sorted(re.split(", | or ", option.help)) == sorted(kit_names())
+
+
+@pytest.mark.parametrize("name", kit_names())
+def test_the_wheel_has_the_sources_of_every_kit(name: str) -> None:
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
+    shipped, kit = build["targets"]["wheel"]["force-include"], get_kit(name)
+    assert isinstance(kit, SourceKit)
+    for part in [part for part, _ in kit.parts] + [kit.sources or name]:
+        assert shipped[f"runtimes/{part}"] == f"mmd_export/kits/files/{part}"
 
 
 @pytest.mark.parametrize("name", ONNX_KITS)

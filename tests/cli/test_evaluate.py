@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from mmd_finetune.metrics.suite import METRICS
 from tests.cli.conftest import Command
@@ -27,6 +29,21 @@ def test_a_bundle_on_both_encoders(command: Command, digits_bundle: Path) -> Non
     assert sum(result["class_shares"]["digits-mlp"]) == pytest.approx(1.0)
     found = result["metrics"]["digits-mlp"]["frechet"]
     assert found["low"] < found["value"] < found["high"]
+
+
+class Detached(nn.Module):
+    """Scores, and lets no gradient through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach().flatten(1)
+
+
+def test_an_encoder_that_only_scores_needs_no_gradient(command: Command, digits_bundle: Path, tmp_path: Path) -> None:
+    torch.jit.script(Detached()).save(str(tmp_path / "scorer.pt"))
+    features = f"torchscript:{tmp_path / 'scorer.pt'}"
+    result = scored(command, digits_bundle, "--count", 128, "--bootstrap", 0, "--features", features)
+    (found,) = result["metrics"].values()
+    assert found["frechet"]["value"] > 0.0
 
 
 def test_every_metric_in_a_table_with_a_picture(command: Command, digits_bundle: Path, tmp_path: Path) -> None:

@@ -135,6 +135,12 @@ def test_shipped_encoders_count_the_same_and_others_are_weighed(tiny_settings: F
     assert not tiny_settings.model_copy(update={**others, "balance": "equal"}).balanced
 
 
+def test_landmarks_change_no_weight(tiny_settings: FinetuneSettings) -> None:
+    bank = tiny_settings.model_copy(update={"balance": "untuned"})
+    landmarks = bank.model_copy(update={"reference": "nystrom", "landmarks": 1})
+    assert prepare(landmarks).loss_weights == prepare(bank).loss_weights
+
+
 def test_equal_weights_on_demand(tiny_settings: FinetuneSettings) -> None:
     work = prepare(tiny_settings.model_copy(update={"balance": "equal"}))
     assert work.loss_weights == {"digits-conv": 0.5, "pixels": 0.5}

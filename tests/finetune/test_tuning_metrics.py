@@ -55,7 +55,8 @@ def events(place: Path) -> EventAccumulator:
 
 
 def test_events_are_those_of_the_log(tiny_settings: FinetuneSettings) -> None:
-    settings = tiny_settings.model_copy(update={"metrics": ("kid",)})
+    encoders = {"features": ("digits-conv",), "holdout": ("digits-mlp", "pixels")}
+    settings = tiny_settings.model_copy(update={"metrics": ("kid",), **encoders})
     seen: list[Report] = []
     with TensorBoard(settings.out, seen.append) as observer:
         tune(settings, observer=observer)
@@ -66,6 +67,7 @@ def test_events_are_those_of_the_log(tiny_settings: FinetuneSettings) -> None:
         assert [(event.step, event.value) for event in found.Scalars(tag)] == expected
     assert [event.step for event in found.Scalars("metrics/kid")] == [0, 2, 4, 6]
     assert [event.step for event in found.Scalars("losses/digits-conv")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in found.Scalars("held_out_by_encoder/pixels")] == [0, 2, 4, 6]
     assert set(found.Tags()["images"]) == {"before", "after"}
 
 

@@ -39,7 +39,7 @@ from mmd_finetune.world import open_world
 settings, folder = FinetuneSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2])
 with open_world("cpu") as world:
     task = prepare(settings, world)
-    state = TuningState(task.base.denoiser, 1e-3)
+    state = TuningState(task.trainable(), 1e-3)
     if not world.is_first:
         torch.nn.init.zeros_(next(state.denoiser.parameters()))
     state.share(world)
@@ -56,7 +56,7 @@ with open_world("cpu") as world:
             said.append(str(error))
     torch.save({
         "losses": losses, "gradient": {name: each.grad for name, each in state.parameters.items()},
-        "samples": task.samples(task.base.denoiser, REPORT_SEED, 7), "said": said,
+        "samples": task.samples(task.trainable(), REPORT_SEED, 7), "said": said,
         "any": [world.any(world.rank == 1), world.any(False)], "noise": len(task.noise_of(0)["noise"]),
     }, folder / f"rank-{world.rank}.pt")
 """
@@ -93,13 +93,13 @@ def write(script: str, folder: Path) -> str:
 def test_two_processes_give_the_gradient_and_the_samples_of_one(
     tiny_settings: FinetuneSettings, tmp_path: Path
 ) -> None:
-    settings = changed(tiny_settings, batch_size=9, micro_batch_size=3, eta=1.0)  # shares of 4 and 5
+    settings = changed(tiny_settings, batch_size=9, micro_batch_size=3, eta=1.0, learn="plan")  # shares of 4 and 5
     process = start(2, write(ONE_OF_TWO, tmp_path), settings.model_dump_json(), str(tmp_path))
     _, stderr = process.communicate(timeout=150)
     assert process.returncode == 0, stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
     task = prepare(changed(settings, micro_batch_size=None))
-    state = TuningState(task.base.denoiser, 1e-3)
+    state = TuningState(task.trainable(), 1e-3)
     losses = add_gradient(task, task.tuning_sampler(state.denoiser), task.noise_of(2), 2)
     floor = 1e-3 * float(torch.stack([p.grad.norm() for p in state.parameters.values() if p.grad is not None]).norm())
     for rank in ranks:
@@ -109,7 +109,7 @@ def test_two_processes_give_the_gradient_and_the_samples_of_one(
             assert error < 1e-5 * max(float(parameter.grad.norm()), floor), name
         for name, loss in losses.items():
             assert float(rank["losses"][name]) == pytest.approx(float(loss), rel=1e-5, abs=1e-7)
-        torch.testing.assert_close(rank["samples"], task.samples(task.base.denoiser, REPORT_SEED, 7))
+        torch.testing.assert_close(rank["samples"], task.samples(task.trainable(), REPORT_SEED, 7))
         assert rank["said"] == ["refused by 0", "refused by 1"]
         assert rank["any"] == [True, False]
     assert all(torch.equal(ranks[0]["gradient"][name], ranks[1]["gradient"][name]) for name in state.parameters)

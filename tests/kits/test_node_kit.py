@@ -108,7 +108,7 @@ def test_labels_step_noise_and_weights_in_a_file_of_their_own(
     refused = run(project, "--bundle", bundle.folder, "--out", tmp_path / "any.png")
     assert refused.returncode == 2
     assert "input 'class_labels' is missing" in refused.stderr
-    drawn = run(project, "--bundle", bundle.folder, "--class", 3, "--count", 4, "--out", tmp_path / "three.png")
+    drawn = run(project, "--bundle", bundle.folder, "--class-label", 3, "--count", 4, "--out", tmp_path / "three.png")
     assert drawn.returncode == 0, drawn.stderr
     options = SampleOptions(str(bundle.folder), seed=0, count=4, class_label=3)
     difference = np.asarray(Image.open(tmp_path / "three.png")).astype(int) - grid(sample(options))[:, :, 0]

@@ -8,7 +8,7 @@ import type { Tensors } from "./core/index.js";
 import { classLabels, KitError, oneLine, picture, report, sheet, UsageError } from "./core/index.js";
 import { open, savePng } from "./index.js";
 
-const USAGE = `usage: mmd-sample [--bundle DIR] [--seed S] [--count N] [--class C] [--out FILE.png] [--threads N]
+const USAGE = `usage: mmd-sample [--bundle DIR] [--seed S] [--count N] [--class-label C] [--out FILE.png] [--threads N]
        mmd-sample [--bundle DIR] --self-test`;
 const BUNDLE = fileURLToPath(new URL("../../bundle", import.meta.url));
 
@@ -16,7 +16,7 @@ const OPTIONS = {
   bundle: { type: "string", default: BUNDLE },
   seed: { type: "string", default: "0" },
   count: { type: "string", default: "16" },
-  class: { type: "string" },
+  "class-label": { type: "string" },
   out: { type: "string", default: "sample.png" },
   threads: { type: "string", default: "0" },
   "self-test": { type: "boolean", default: false },
@@ -36,8 +36,8 @@ async function main(): Promise<number> {
     return test.passed ? 0 : 4;
   }
   const count = whole("count", options.count);
-  const conditions: Tensors = options.class === undefined
-    ? {} : { class_labels: classLabels(whole("class", options.class), count) };
+  const conditions: Tensors = options["class-label"] === undefined
+    ? {} : { class_labels: classLabels(whole("class-label", options["class-label"]), count) };
   const images = await sampler.sample(BigInt(digits("seed", options.seed)), { count, conditions });
   await savePng(sheet(Array.from({ length: count }, (_, i) => picture(images, i))), options.out);
   console.log(`${options.out}: ${count} images of seed ${options.seed}`);

@@ -37,7 +37,8 @@ export class BrowserEngine implements Engine {
     try {
       return await this.inner.open(bundle, further);
     } catch (error) {
-      if (this.backend === "wasm" || this.wanted === "webgpu") throw error;
+      // A graph with further outputs only shows the chain of images that are drawn already: those stay where they are.
+      if (this.backend === "wasm" || this.wanted === "webgpu" || further.length) throw error;
       this.note = `WebGPU could not load this graph (${oneLine(error)})`;
       this.backend = "wasm";
       this.inner = await load("wasm");

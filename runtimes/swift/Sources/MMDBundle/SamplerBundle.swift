@@ -160,9 +160,14 @@ public struct SamplerBundle {
         let artefact = paths.contains { $0 == manifest.artefact || $0.hasPrefix(manifest.artefact + "/") }
         if !artefact { throw invalid("files do not list '\(manifest.artefact)'") }
         if !paths.contains("golden.safetensors") { throw invalid("files do not list 'golden.safetensors'") }
-        guard manifest.inputs.contains(where: { $0.name == "noise" && $0.shape.count == 4 }),
-            manifest.outputs.count == 1, manifest.outputs[0].name == "sample", manifest.outputs[0].shape.count == 4
+        // A noise of another shape is told by the golden file, which holds the shape that the graph has.
+        guard manifest.inputs.contains(where: { $0.name == "noise" }), manifest.outputs.count == 1,
+            manifest.outputs[0].name == "sample", manifest.outputs[0].shape.count == 4
         else { throw invalid("inputs and outputs have no 'noise' and 'sample' of 4 dimensions") }
+        for spec in manifest.inputs + manifest.outputs
+        where spec.shape.count <= (spec.name == "step_noise" ? 1 : 0) || !spec.shape.allSatisfy({ $0 >= 1 }) {
+            throw invalid("the shape of '\(spec.name)' has a dimension below 1, or too few")
+        }
     }
 
     // MARK: the files
@@ -205,19 +210,27 @@ public struct SamplerBundle {
         guard let header = try? JSONSerialization.jsonObject(with: data.subdata(in: 8..<start)) as? [String: Any]
         else { throw unreadable("its header is no JSON object") }
         var tensors: [String: Golden] = [:]
+        var places: [(Int, Int)] = []
         for (name, value) in header where name != "__metadata__" {
             guard let entry = value as? [String: Any], let dtype = entry["dtype"] as? String,
-                let width = ["F32": 4, "I64": 8][dtype], let shape = entry["shape"] as? [Int],
+                let width = ["F32": 4, "I64": 8, "U8": 1][dtype], let shape = entry["shape"] as? [Int],
                 let place = entry["data_offsets"] as? [Int], place.count == 2,
                 place[0] >= 0, place[0] <= place[1], place[1] <= data.count - start,
                 shape.allSatisfy({ $0 >= 0 && $0 < 1 << 24 }),
                 shape.reduce(Double(width), { $0 * Double($1) }) == Double(place[1] - place[0])
             else { throw unreadable("'\(name)' does not fit its bytes") }
+            places.append((place[0], place[1]))
             let bytes = data.subdata(in: start + place[0]..<start + place[1])
             let floats = dtype == "F32" ? bytes.withUnsafeBytes { Array($0.bindMemory(to: Float.self)) } : []
             let integers = dtype == "I64" ? bytes.withUnsafeBytes { $0.bindMemory(to: Int64.self).map { Int32(clamping: $0) } } : []
             tensors[name] = Golden(shape: shape, floats: floats, integers: integers)
         }
+        var at = 0
+        for (first, end) in places.sorted(by: <) {
+            if first != at { throw unreadable("its data has a hole or an overlap at \(at)") }
+            at = end
+        }
+        if at != data.count - start { throw unreadable("its tensors have \(at) bytes, its data \(data.count - start)") }
         try checkGolden(tensors, manifest)
         return tensors
     }
