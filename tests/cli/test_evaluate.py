@@ -94,7 +94,10 @@ def test_other_data_and_fewer_real_images(command: Command, grey: Path) -> None:
     [
         (("--metrics", "fid"), "metric 'fid' is unknown; known: frechet, kid"),
         (("--metrics", ""), "metrics are none; name at least one"),
-        (("--features", "digits-mlp,digits-mlp"), "encoders are digits-mlp, digits-mlp; name at least one, each once"),
+        (
+            ("--features", "digits-mlp,digits-mlp"),
+            "2 encoders are called digits-mlp; name each once, or rename one of the files",
+        ),
         (("--bootstrap", -1), "--bootstrap is -1"),
         (("--real-count", 0), "--real-count is 0"),
         (("--count", 1), "1 samples and 1797 real images"),

@@ -194,7 +194,8 @@ OTHER = "f" * 12  # the hash of another artefact with the same name
             {"summary": {}, "artefacts": {"digits-2": "f" * 64}},
             "measured digits-2 (ffffffffffff), the report is of digits-2",
         ),
-        ("--bench", [], "has no 'summary'"),
+        ("--bench", [], "holds a list, an object is expected"),
+        ("--bench", {"candidates": []}, "has no 'summary'"),
     ],
 )
 def test_files_of_something_else_are_refused(
