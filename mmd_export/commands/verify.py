@@ -61,7 +61,7 @@ def verify(
     require_outputs(bundle, limits)
     reference, why_not = find_reference(bundle, checkpoint, notify)
     if bisect and reference is None:
-        raise UsageError(f"--bisect compares with the checkpoint {bundle.manifest.checkpoint.name!r}: {why_not}")
+        raise UsageError(f"--bisect compares with the checkpoint: {why_not}")
     if distribution is not None and reference is None and distribution.against is None:
         raise UsageError(f"--distribution compares with samples of the reference: {why_not}; or give --against BUNDLE")
     stages = skipped(why_not) if reference is None else stage_rungs(bundle, reference, notify)
@@ -90,7 +90,7 @@ def find_reference(bundle: Bundle, model: str | None, notify: Callable[[str], No
     name = bundle.manifest.checkpoint.name
     if model is None:
         hint = name if name in BUILT_IN else "MODEL"
-        return None, f"they need the checkpoint {name!r}; pass --checkpoint {hint}"
+        return None, f"the checkpoint {name!r} was not given; pass --checkpoint {hint}"
     if missing := [package for package in ("torch", "diffusers") if find_spec(package) is None]:
         return None, f"{', '.join(missing)} not installed; pip install 'mmd-export[tune]'"
     from mmd_export.checkpoint import load_matching

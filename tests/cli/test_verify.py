@@ -37,7 +37,7 @@ def test_the_golden_file_is_enough_within_3_seconds_and_without_torch(digits_bun
     # Of the processor, not of the clock: other tests run meanwhile.
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert seconds < 3.0
-    assert "rung 1, 2, 3, 4, 5: they need the checkpoint 'digits'; pass --checkpoint digits" in done.stderr
+    assert "rung 1, 2, 3, 4, 5: the checkpoint 'digits' was not given; pass --checkpoint digits" in done.stderr
     assert "compared 100% of the artefact's outputs" in done.stderr
 
 

@@ -84,7 +84,7 @@ def test_bisect_needs_the_checkpoint_and_a_failure(lab: Lab) -> None:
     assert verify(good, checkpoint=str(lab.model), bisect=True).culprit is None
     model = ir.load(good.artefact_path)
     spoilt(model, "weight", np.random.default_rng(1))
-    with pytest.raises(UsageError, match="--bisect compares with the checkpoint 'network'; pass --checkpoint"):
+    with pytest.raises(UsageError, match="the checkpoint 'network' was not given; pass --checkpoint MODEL"):
         verify(planted(lab, good, model), bisect=True)
 
 
