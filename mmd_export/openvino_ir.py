@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ def convert(path: Path, states: Sequence[str]) -> Any:
     library = openvino()
     _show_states(path, states)
     try:
-        model = library.convert_model(str(path))
+        with _root_logger_kept():
+            model = library.convert_model(str(path))
     except _failures(library) as error:
         reason = ([line for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1].strip(" -")
         raise NotAvailableError(
@@ -41,6 +44,18 @@ def convert(path: Path, states: Sequence[str]) -> Any:
     model.validate_nodes_and_infer_types()
     _name_plainly(model)
     return model
+
+
+@contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """openvino 2026.4 raises the root logger's level to ERROR and leaves it there if a conversion fails."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, list(root.filters), list(root.handlers)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters, root.handlers = filters, handlers
 
 
 def _failures(library: Any) -> tuple[type[Exception], ...]:

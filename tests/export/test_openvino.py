@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -135,8 +136,11 @@ def chain(noise: np.ndarray[Any, Any], values: Arrays, *, half: bool) -> np.ndar
 
 def test_an_operator_that_openvino_lacks_is_named(tmp_path: Path) -> None:
     save_graph(tmp_path / "model.onnx", extra="Det")
+    root = logging.getLogger()
+    before = root.level, list(root.filters), list(root.handlers)
     with pytest.raises(NotAvailableError) as error:
         openvino_ir.convert(tmp_path / "model.onnx", [])
+    assert (root.level, root.filters, root.handlers) == before
     assert str(error.value) == (
         f"openvino {version('openvino')} cannot convert the graph: "
         "No conversion rule found for operations: Det-20; use --target onnx"
