@@ -85,7 +85,7 @@ class FinetuneSettings(BaseModel):
     micro_batch_size: int | None = Field(default=None, ge=1)
     learning_rate: float = Field(default=2e-4, gt=0.0, allow_inf_nan=False)
     rate_decay: Literal["constant", "cosine"] = "cosine"
-    iterations: int = Field(default=160, ge=1)
+    iterations: int = Field(default=200, ge=1)
     seed: int = Field(default=0, ge=0, lt=SEED_LIMIT)
     ema_decay: float = Field(default=0.95, ge=0.0, lt=1.0)
     clip_gradient: float = Field(default=1.0, gt=0.0)
