@@ -17,7 +17,7 @@ from mmd_finetune.files import clear_write_errors
 from mmd_finetune.interrupts import Interrupts
 from mmd_finetune.noise_ahead import NoiseAhead
 from mmd_finetune.objective import add_gradient, blamed, require_same_gradient
-from mmd_finetune.run_folder import RunFolder, RunResult
+from mmd_finetune.run_folder import RunFolder, RunResult, differences
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import Progress, TuningState
 from mmd_finetune.task import REPORT_SEED, SELECTION_SEED, Task, prepare
@@ -115,9 +115,8 @@ def _require_same(task: Task) -> None:
     rank, own, first = task.world.rank, task.record(), task.world.first_does(task.record)
 
     def check() -> None:
-        for key, value in first.items():
-            if own[key] != value:
-                raise UsageError(f"{key} is {own[key]!r} in process {rank}, {value!r} in process 0; give both the same")
+        for name, mine, theirs in differences(own, first):
+            raise UsageError(f"{name} is {mine!r} in process {rank}, {theirs!r} in process 0; give both the same")
 
     task.world.together(check)
 

@@ -87,15 +87,14 @@ class RunFolder:
             return
         try:
             known = json.loads(self._settings.read_text(encoding="utf-8"))
-            old, new = _flat(known), _flat(json.loads(json.dumps(record)))
+            found = differences(known, json.loads(json.dumps(record)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{self._settings} is damaged ({error}); choose another --out") from error
-        for key in sorted(set(old) | set(new), key=lambda name: ("sha256" in name, name)):  # causes first
-            if old.get(key) != new.get(key):
-                raise UsageError(
-                    f"--resume {self.place}: {key} was {old.get(key)!r}, is now {new.get(key)!r}; "
-                    "give the old value, or choose another --out"
-                )
+        for name, was, is_now in found:
+            raise UsageError(
+                f"--resume {self.place}: {name} was {was!r}, is now {is_now!r}; "
+                "give the old value, or choose another --out"
+            )
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to ``log.jsonl``."""
@@ -175,9 +174,14 @@ class RunFolder:
         self.state_file.unlink(missing_ok=True)
 
 
-def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """One level: settings by name, then hashes."""
-    return {key: value for key, value in record.items() if key != "settings"} | dict(record["settings"])
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Names at which two records of ``Task.record`` differ, with both values; settings first, they are the causes."""
+    sides = [
+        {key: value for key, value in side.items() if key != "settings"} | side["settings"] for side in (one, other)
+    ]
+    names = sorted(set().union(*sides), key=lambda name: ("sha256" in name, name))
+    pairs = ((name, *(side.get(name) for side in sides)) for name in names)
+    return [(name, mine, theirs) for name, mine, theirs in pairs if mine != theirs]
 
 
 def _write_sheet(images: Tensor, path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from mmd_export.errors import UsageError
 from mmd_finetune.loop import tune
 from mmd_finetune.objective import add_gradient
+from mmd_finetune.run_folder import differences
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import REPORT_SEED, prepare
@@ -66,6 +67,7 @@ UNDER_ACCELERATE = """
 import sys
 from accelerate import PartialState
 from mmd_finetune.loop import tune
+from mmd_finetune.run_folder import differences
 from mmd_finetune.settings import FinetuneSettings
 state = PartialState(cpu=True)
 assert state.num_processes == 2
@@ -209,3 +211,10 @@ def test_one_process_under_torchrun_is_alone(monkeypatch: pytest.MonkeyPatch) ->
     with open_world("cpu") as world:
         assert world == World()
     assert not torch.distributed.is_initialized()
+
+
+def test_what_differs_between_two_processes_is_named_settings_first() -> None:
+    first = {"settings": {"steps": 5, "seed": 0}, "data_sha256": "a"}
+    assert differences(first, {"settings": {"steps": 5, "seed": 0}, "data_sha256": "a"}) == []
+    other = {"settings": {"steps": 5, "seed": 1}, "data_sha256": "b", "quantisation_sha256": "c"}
+    assert differences(other, first) == [("seed", 1, 0), ("data_sha256", "b", "a"), ("quantisation_sha256", "c", None)]
