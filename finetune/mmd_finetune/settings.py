@@ -87,10 +87,10 @@ class FinetuneSettings(BaseModel):
     rate_decay: Literal["constant", "cosine"] = "cosine"
     iterations: int = Field(default=200, ge=1)
     seed: int = Field(default=0, ge=0, lt=SEED_LIMIT)
-    ema_decay: float = Field(default=0.95, ge=0.0, lt=1.0)
+    ema_decay: float = Field(default=0.97, ge=0.0, lt=1.0)
     clip_gradient: float = Field(default=1.0, gt=0.0)
     evaluate_every: int = Field(default=20, ge=1)
-    evaluate_count: int = Field(default=1024, ge=2)
+    evaluate_count: int = Field(default=2048, ge=2)
     metrics: tuple[str, ...] = ()
     patience: int | None = Field(default=None, ge=1)
     tune: Literal["all", "lora", "norm-bias", "none"] = "all"
