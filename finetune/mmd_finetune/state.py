@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mmd_export.errors import UsageError
+from mmd_export.errors import UsageError, one_line
 from mmd_finetune.files import write_atomically
 from mmd_finetune.trainable import Trainable, parameter_groups
 from mmd_finetune.world import World
@@ -72,13 +74,14 @@ class TuningState:
 
         Of several processes the first one reads, so the others need not see its disk.
         """
-        try:
-            self._restore(*(world or World()).first_does(lambda: _read(path)))
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise UsageError(
-                f"state {path} cannot be read ({reason}); remove the run folder and start again"
-            ) from error
+
+        def read() -> tuple[dict[str, Tensor], Progress]:
+            with _readable(path):
+                return _read(path)
+
+        tensors, progress = (world or World()).first_does(read)
+        with _readable(path):
+            self._restore(tensors, progress)
         return self
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -117,6 +120,17 @@ class TuningState:
         """Give every process what the first one holds."""
         world.copy_first((*self.denoiser.state_dict().values(), *self.average.state_dict().values()))
         self.best = self.snapshot()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """UsageError for a state that is damaged or of another network."""
+    try:
+        yield
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(
+            f"state {path} cannot be read ({one_line(error)}); remove the run folder and start again"
+        ) from error
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Progress]:
