@@ -1,7 +1,7 @@
 """How often a gate is wrong, and how long it takes, by real gates -> benchmarks/results/latency_gate.json.
 
 Each gate is the command itself in a fresh process: ``mmd-export bench NEW --against OLD --max-regression 5%``. Two
-kinds take turns, so that both meet the same noise:
+kinds alternate, so that both meet the same noise:
 
 - ``equal``: NEW and OLD are two builds of the digits with 10 steps. A gate that fails is a false alarm.
 - ``slower``: NEW has 11 steps, so that it really does a tenth more work. A gate that does not fail has missed it.
@@ -26,7 +26,7 @@ from mmd_export.build import BuildOptions, build
 
 STEPS, SLOWER_STEPS = 10, 11
 LIMIT = "5%"
-KINDS = ("equal", "slower")
+KINDS = {"equal": 200, "slower": 100}  # so many gates of each
 THREADS = 1
 
 
@@ -60,6 +60,13 @@ def one_gate(new: Path, old: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def next_kind(rows: list[dict[str, Any]], wanted: dict[str, int]) -> str | None:
+    """The kind of which the smaller share is done; None once all are."""
+    done = {kind: sum(row["kind"] == kind for row in rows) for kind in wanted}
+    left = [kind for kind in wanted if done[kind] < wanted[kind]]
+    return min(left, key=lambda kind: done[kind] / wanted[kind]) if left else None
+
+
 def summary(gates: list[dict[str, Any]], kind: str) -> dict[str, Any]:
     """Counts and times of one kind."""
     verdicts = [gate["verdict"] for gate in gates]
@@ -75,17 +82,18 @@ def summary(gates: list[dict[str, Any]], kind: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gates", type=int, default=200, help="of each kind")
+    for kind, gates in KINDS.items():
+        parser.add_argument(f"--{kind}", type=int, default=gates, help="gates of this kind")
     parser.add_argument("--minutes", type=float, default=240.0)
     parser.add_argument("--out", type=Path, default=RESULTS / "latency_gate.json")
     arguments = parser.parse_args()
     partial = arguments.out.with_suffix(".partial.jsonl")
     rows = [json.loads(line) for line in partial.read_text().splitlines()] if partial.exists() else []
+    wanted = {kind: getattr(arguments, kind) for kind in KINDS}
     end = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as scratch:
         found = bundles(Path(scratch))
-        while len(rows) < 2 * arguments.gates and time.monotonic() < end:
-            kind = KINDS[len(rows) % 2]
+        while time.monotonic() < end and (kind := next_kind(rows, wanted)):
             rows.append({"kind": kind, **one_gate(found[kind], found["old"])})
             with partial.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
@@ -94,7 +102,7 @@ def main() -> None:
     results = {kind: summary(gates, kind) for kind, gates in kinds.items() if gates}
     values = {"limit": LIMIT, "steps": STEPS, "slower_steps": SLOWER_STEPS, "threads": THREADS, "gates": rows}
     write_result(arguments.out, "benchmarks/latency_gate.py", {"results": results, **values})
-    if len(rows) >= 2 * arguments.gates:
+    if next_kind(rows, wanted) is None:
         partial.unlink(missing_ok=True)
 
 
