@@ -82,14 +82,14 @@ def summary(gates: list[dict[str, Any]], kind: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for kind, gates in KINDS.items():
-        parser.add_argument(f"--{kind}", type=int, default=gates, help="gates of this kind")
+    for name, gates in KINDS.items():
+        parser.add_argument(f"--{name}", type=int, default=gates, help="gates of this kind")
     parser.add_argument("--minutes", type=float, default=240.0)
     parser.add_argument("--out", type=Path, default=RESULTS / "latency_gate.json")
     arguments = parser.parse_args()
     partial = arguments.out.with_suffix(".partial.jsonl")
     rows = [json.loads(line) for line in partial.read_text().splitlines()] if partial.exists() else []
-    wanted = {kind: getattr(arguments, kind) for kind in KINDS}
+    wanted = {name: getattr(arguments, name) for name in KINDS}
     end = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as scratch:
         found = bundles(Path(scratch))
