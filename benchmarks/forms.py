@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.common import RESULTS, save_small, write_result
 from mmd_export.checkpoint import load_checkpoint
-from mmd_export.latency import measure
+from mmd_export.latency import REST, measure
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.targets import CompileOptions, get_target
 
@@ -71,7 +71,7 @@ def measure_steps(model: Path, steps: int, rounds: int) -> dict[str, Any]:
             row[form]["load_cpu_seconds"] = cpu_seconds(lambda path=path: session(path))  # type: ignore[misc]
             opened = session(path)
             runs[form] = lambda opened=opened: opened.run(None, {"noise": noise})  # type: ignore[misc]
-        report = measure(runs, rounds, warmup=5)
+        report = measure(runs, rounds, warmup=5, rest=REST)
     row["loop_takes"] = vars(report.ratio("loop", "unrolled"))
     print(row, flush=True)
     return row

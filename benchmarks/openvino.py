@@ -20,7 +20,7 @@ from benchmarks.common import RESULTS, save_cifar10, write_result
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
-from mmd_export.latency import measure
+from mmd_export.latency import REST, measure
 from mmd_export.parity import check_artefact
 from mmd_export.reference import sampler_of
 from mmd_export.runtime import Arrays, RunOptions
@@ -78,7 +78,7 @@ def measure_model(model: str, rounds: int, scratch: Path) -> dict[str, Any]:
     inputs = {"noise": noise.numpy()}
     made = {name: candidate(model, name, scratch / name.replace(" ", "-"), inputs) for name in CANDIDATES}
     calls = {EAGER: eager(checkpoint, noise)} | {name: call for name, (_, call) in made.items()}
-    report = measure(calls, rounds, warmup=10)
+    report = measure(calls, rounds, warmup=10, rest=REST)
     faster = {name: report.ratio(EAGER, name) for name in CANDIDATES}
     print(model, {name: round(ratio.median, 3) for name, ratio in faster.items()}, flush=True)
     return {

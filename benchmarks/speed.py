@@ -8,7 +8,7 @@ times, the one graph, and what was tried on it to be rid of layout reorders roun
 
 The roofline is the best of many float32 matrix products with the same threads, measured in the same run: 1024 x 1024 in
 onnxruntime and 2048 x 2048 in torch, whichever is faster a product's operation. The fraction is (multiply-adds of the
-network, counted by torch, times 2) / seconds / roofline.
+network, counted by torch, times 2) / seconds / roofline. Each run comes after a rest of 0.1 s.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def measure_model(name: str, rounds: int) -> dict[str, Any]:
         calls = candidates(model, bundle, checkpoint)
         expected = calls["one graph"]()
         errors = {key: float(np.abs(call() - expected).max()) for key, call in calls.items() if key not in GEMMS}
-        report = measure(calls, rounds, warmup=10)
+        report = measure(calls, rounds, warmup=10, rest=0.1)
         flops = STEPS * network_flops(checkpoint)
     rates = {key: 2 * size**3 / min(report.seconds[key]) for key, size in GEMMS.items()}
     rates["one graph"] = flops / min(report.seconds["one graph"])

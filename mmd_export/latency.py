@@ -21,6 +21,7 @@ from mmd_export.intervals import LEAST_ROUNDS, RESAMPLES, percentile_interval, r
 
 Clock = Callable[[], float]
 PERCENTILES = (50.0, 90.0, 99.0)
+REST = 0.02  # seconds; threads of the run before that wait for more work at full speed have given up by then
 RESOLUTION = 0.05  # a difference that a run is expected to tell from none
 _WINDOW = 5
 _STABLE = 0.10
@@ -181,6 +182,7 @@ def measure(
     warmup: int = 50,
     seed: int = 0,
     clock: Clock = time.perf_counter,
+    rest: float = 0.0,
 ) -> LatencyReport:
     """Run every candidate once a round, in an order drawn anew each round.
 
@@ -190,6 +192,8 @@ def measure(
         warmup: at most so many runs of each before, fewer once the median of 5 agrees with the 5 before within 10 %.
         seed: of the order.
         clock: seconds, rising.
+        rest: seconds asleep before each run. Without it the idle threads of torch and of each session, which spin for
+            a while, take the processor from the run that follows.
     """
     if not candidates or rounds < 1 or warmup < 0:
         raise UsageError(f"{len(candidates)} candidates, {rounds} rounds, {warmup} warm-up runs; give at least 1, 1, 0")
@@ -199,6 +203,7 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for place in order.permutation(len(names)):
+            time.sleep(rest)
             seconds[names[place]].append(timed(names[place], candidates[names[place]], clock))
     environment["load_after"] = load()
     return LatencyReport({name: tuple(values) for name, values in seconds.items()}, warm, environment)

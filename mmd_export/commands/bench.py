@@ -14,7 +14,7 @@ from mmd_export.commands.cold import ColdStart, cold_start
 from mmd_export.commands.verify import BUILT_IN
 from mmd_export.errors import LatencyGateError, UsageError
 from mmd_export.gate import GateVerdict, judge, measure_blocks
-from mmd_export.latency import LatencyReport, measure, require_rounds
+from mmd_export.latency import REST, LatencyReport, measure, require_rounds
 from mmd_export.runtime import EventTimed, Placement
 
 DEFAULT_BASELINES = ("torch", "per-step")
@@ -110,7 +110,7 @@ def bench(
         rounds = options.rounds or affordable_rounds(calls, (options.seconds or SECONDS) / len(batches))
         require_rounds(rounds, options.percentiles)
         notify(f"measuring {len(calls)} candidates, {rounds} interleaved rounds")
-        latencies[batch] = measure(calls, rounds)
+        latencies[batch] = measure(calls, rounds, rest=REST)
         if batch == batches[0]:
             devices = _device_seconds(calls, rounds)
     cold = _cold(found, batches[0], options, notify)
@@ -173,13 +173,13 @@ def default_baselines(bundle: Bundle, options: BenchOptions) -> tuple[str, ...]:
 
 def affordable_rounds(run: Mapping[str, Callable[[], object]], seconds: float) -> int:
     """How many rounds fit into ``seconds``, by one timed call of each after one to warm up."""
-    cost = 0.0
+    cost = REST * len(run)
     for call in run.values():
         call()
         start = time.perf_counter()
         call()
         cost += time.perf_counter() - start
-    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(cost, 1e-6))))
+    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / cost)))
 
 
 def _device_seconds(calls: Mapping[str, object], rounds: int) -> dict[str, tuple[float, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,3 +181,10 @@ def test_what_a_candidate_raises_is_not_hidden() -> None:
 
     with pytest.raises(ValueError, match="from inside"):
         measure({"a": broken}, rounds=1)
+
+
+def test_a_rest_comes_before_each_run_and_is_not_in_its_time() -> None:
+    start = time.perf_counter()
+    found = measure({"a": lambda: None, "b": lambda: None}, rounds=4, warmup=0, rest=0.02)
+    assert time.perf_counter() - start >= 2 * 4 * 0.02
+    assert found.summary("a").median < 0.02
