@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.budget_tables import ablation_rows, budget_rows, draw_budgets
 from benchmarks.budget_tables import target_rows as reached_rows
+from benchmarks.code_blocks import block_rows
 from benchmarks.finetune_tables import speed_rows
 from benchmarks.kit_tables import web_rows
 from benchmarks.parity_tables import bisect_rows, distribution_rows, fault_rows, honest_rows, tolerance_rows
@@ -273,6 +274,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "honest": of_result("fault_injection.json", honest_rows),
     "distribution": of_result("distribution_rung.json", distribution_rows),
     "bisect": of_result("bisect.json", bisect_rows),
+    "code_blocks": of_words(block_rows),
     "commands": commands,
     "manifest": of_words(manifest_rows),
     "required": of_words(required_rows),
