@@ -28,7 +28,10 @@ _NOTE = re.compile(r"^ *<!-- ([a-z ]+?)(?:: (.*))? -->\s*$")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: ``line`` of its fence, counted from 1, and the comments in front of it."""
+    """A fenced block: ``line`` of its fence, counted from 1, and the comments in front of it.
+
+    ``recorded``: it stands in a generated table, so its commands run, but the output is that of a run on record.
+    """
 
     page: str
     line: int

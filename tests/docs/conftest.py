@@ -40,7 +40,7 @@ def supplies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Supply]:
         "runs/digits-5": made("run", "finetune", "digits", "--steps", "5"),
         "manifest.schema.json": copied(ROOT / "docs/manifest.schema.json"),
         "docs/examples": copied(ROOT / "docs/examples"),
-        "digits-cpp/onnxruntime": onnxruntime_release,
+        "onnxruntime": onnxruntime_release,
     }
 
 
