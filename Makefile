@@ -10,6 +10,8 @@ PYTHON ?= python3
 OUT ?= benchmarks/results
 PART ?= all
 DATA ?=
+# mkdocs has a newer release announced at every start.
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -37,13 +39,14 @@ test: lint pytest  ## everything that CI checks
 pytest: setup  ## the tests alone; ARGS="-k plan" chooses, JOBS=0 runs them in one process
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-lint: setup  ## style, types, import contracts, wheel, start-up time, tables
+lint: setup  ## style, types, import contracts, wheel, start-up time, tables, site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tests/project/checks.py
 	$(BIN)/python -m benchmarks.tables --check
+	$(SITE)
 
 type: setup  ## mypy --strict
 	$(BIN)/mypy
@@ -51,8 +54,8 @@ type: setup  ## mypy --strict
 bench: setup  ## measure everything that the README states, into benchmarks/results/
 	$(BIN)/python -m benchmarks.run_all
 
-docs: tables  ## the tables, and the page of all commands
-	$(BIN)/typer mmd_export.cli utils docs --name mmd-export --output docs/commands.md
+docs: tables  ## the tables, the page of all commands, and the site of it all, into site/
+	$(SITE)
 
 gpu:  ## measure on an NVIDIA GPU; PYTHON=, OUT=, PART=, DATA= choose; needs no .venv
 	$(PYTHON) benchmarks/gpu.py --out $(OUT) --part $(PART) $(if $(DATA),--data $(DATA))
@@ -67,5 +70,5 @@ wheel: setup  ## source archive and wheel, into dist/
 	$(BIN)/python -m build --no-isolation
 
 clean:  ## remove what can be made again, but not .venv
-	rm -rf demo dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf demo dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find benchmarks finetune mmd_export runtimes tests -name __pycache__ -type d -prune -exec rm -rf {} +

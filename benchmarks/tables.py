@@ -1,4 +1,4 @@
-"""Write the tables of README.md from benchmarks/results/; ``--check`` only says whether they are current.
+"""Write the tables of README.md and docs/ from benchmarks/results/ and from the code; ``--check`` compares only.
 
 A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``.
 """
@@ -15,32 +15,19 @@ from typing import Any
 
 from benchmarks.budget_tables import ablation_rows, budget_rows, draw_budgets
 from benchmarks.budget_tables import target_rows as reached_rows
+from benchmarks.code_blocks import block_rows
 from benchmarks.finetune_tables import speed_rows
 from benchmarks.kit_tables import web_rows
 from benchmarks.parity_tables import bisect_rows, distribution_rows, fault_rows, honest_rows, tolerance_rows
 from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
+from benchmarks.reference_tables import commands, manifest_rows, required_rows, result_rows, tool_rows
 from benchmarks.speed_tables import form_rows, gate_rows, interval, pipeline_rows
 from benchmarks.target_tables import coreml_rows, norm_rows, openvino_rows, target_rows
 from benchmarks.tuning_tables import aware_rows, choice_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (
-    "README.md",
-    "docs/schedulers.md",
-    "docs/compiler.md",
-    "docs/runtimes.md",
-    "docs/latency.md",
-    "docs/siblings.md",
-    "docs/targets.md",
-    "docs/precision.md",
-    "docs/coreml.md",
-    "docs/estimators.md",
-    "docs/tuning-options.md",
-    "docs/finetuning.md",
-    "docs/parity.md",
-    "docs/embedding-web.md",
-)
+PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")))
 NOT_MEASURED = "not measured"
 
 
@@ -54,6 +41,22 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose first column is text and the others numbers."""
     lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def of_words(rows: Callable[[], Table]) -> Callable[[], str]:
+    """A table whose cells are text, from the code itself."""
+
+    def table() -> str:
+        heads, lines = rows()
+        return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *lines))
+
+    return table
+
+
+def tools() -> str:
+    """What the usual ways take, next to the one graph."""
+    speed, artefacts = read("speed.json"), read("artefacts.json")
+    return NOT_MEASURED if speed is None or artefacts is None else markdown(*tool_rows(speed, artefacts))
 
 
 def quality() -> str:
@@ -271,6 +274,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "honest": of_result("fault_injection.json", honest_rows),
     "distribution": of_result("distribution_rung.json", distribution_rows),
     "bisect": of_result("bisect.json", bisect_rows),
+    "code_blocks": of_words(block_rows),
+    "commands": commands,
+    "manifest": of_words(manifest_rows),
+    "required": of_words(required_rows),
+    "results": of_words(result_rows),
+    "tools": tools,
 }
 
 

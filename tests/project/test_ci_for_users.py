@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.code_blocks import blocks_of
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
 
@@ -62,6 +63,12 @@ def test_workflows_give_the_action_inputs_that_it_has(path: Path) -> None:
     for each in given:
         assert each <= known
         assert "model" in each
+
+
+def test_the_workflow_of_the_page_gives_the_action_inputs_that_it_has() -> None:
+    (block,) = (block for block in blocks_of("docs/ci.md") if block.language == "yaml")
+    (step,) = (step for step in yaml.safe_load(block.code)["jobs"]["gate"]["steps"] if "mmd-export" in step["uses"])
+    assert {"model", "target", "max-regression"} == set(step["with"]) <= set(load(ROOT / "action.yml")["inputs"])
 
 
 def test_the_page_lists_what_the_recipe_writes() -> None:

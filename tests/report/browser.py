@@ -31,12 +31,19 @@ def find_browser() -> str:
     return program
 
 
-def look(page: Path, folder: Path, *options: str, size: tuple[int, int] = (1280, 900), scheme: int = LIGHT) -> str:
+def look(
+    page: Path,
+    folder: Path,
+    *options: str,
+    size: tuple[int, int] = (1280, 900),
+    scheme: int = LIGHT,
+    query: str = "",
+) -> str:
     """Run Chromium on a page in a profile of its own; stdout. Raises AssertionError on anything on the console."""
     profile = folder / "profile"
     command = [
         find_browser(), *_FLAGS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}",
-        f"--blink-settings=preferredColorScheme={scheme}", *options, page.absolute().as_uri(),
+        f"--blink-settings=preferredColorScheme={scheme}", *options, page.absolute().as_uri() + query,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     shutil.rmtree(profile, ignore_errors=True)
