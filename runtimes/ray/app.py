@@ -4,7 +4,8 @@
 the middle of a request loses nothing: another one draws the same images again, as a seed says all about them.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: a method that Ray sends to a replica keeps of the globals only what its code
+# names, so FastAPI could not look up there what its annotations name (Ray 2.60, FastAPI 0.165).
 
 import argparse
 import asyncio
