@@ -336,12 +336,12 @@ def read_config(path: Path) -> tuple[Settings, dict[str, Any]]:
 def serve_until_stopped(settings: Settings, http: dict[str, Any], cpus: int | None, metrics_port: int) -> None:
     """Start Ray on this machine and the service in it; SIGINT or SIGTERM stops both."""
     stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
     ray.init(
         address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, namespace="serve",
         object_store_memory=256 * 2**20, _metrics_export_port=metrics_port,
     )  # fmt: skip
+    for number in (signal.SIGINT, signal.SIGTERM):  # after `init`, whose own handler of SIGTERM aborts (Ray 2.60)
+        signal.signal(number, lambda *_: stopped.set())
     try:
         serve.start(http_options=http)
         serve.run(build(settings), name="images", route_prefix="/")
