@@ -24,6 +24,7 @@ SCRIPTS = (
     "benchmarks.example",
     "benchmarks.siblings",
     "benchmarks.web_kit",
+    "benchmarks.ray_kit",
     "benchmarks.tables",
 )
 

@@ -17,7 +17,7 @@ from benchmarks.budget_tables import ablation_rows, budget_rows, draw_budgets
 from benchmarks.budget_tables import target_rows as reached_rows
 from benchmarks.code_blocks import block_rows
 from benchmarks.finetune_tables import speed_rows
-from benchmarks.kit_tables import web_rows
+from benchmarks.kit_tables import ray_rows, web_rows
 from benchmarks.parity_tables import bisect_rows, distribution_rows, fault_rows, honest_rows, tolerance_rows
 from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
 from benchmarks.reference_tables import commands, manifest_rows, required_rows, result_rows, tool_rows
@@ -260,6 +260,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": of_result("speed.json", pipeline_rows),
     "openvino": of_result("openvino.json", openvino_rows),
     "web_kit": of_result("web.json", web_rows),
+    "ray_kit": of_result("ray_kit.json", ray_rows),
     "precision": of_result("precision.json", precision_rows),
     "precision_steps": of_result("precision.json", step_rows),
     "islands": of_result("precision.json", island_rows),

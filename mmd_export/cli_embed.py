@@ -15,7 +15,9 @@ EMBED_EXAMPLES = "Example: mmd-export embed digits-5.bundle --kit cpp --out digi
 
 def embed(
     bundle: BundleFolder,
-    kit: Annotated[str, typer.Option(help="cpp, executorch, node, python, swift or web", show_default=False)],
+    kit: Annotated[
+        str, typer.Option(help="cpp, executorch, node, python, ray, swift, triton or web", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="project folder to make", show_default=False)],
     overwrite: Overwrite = False,
 ) -> None:

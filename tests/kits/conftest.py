@@ -19,6 +19,14 @@ def digits_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def digits_batched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for 1 to 4 images a run."""
+    out = tmp_path_factory.mktemp("bundles") / "digits-batched"
+    build(BuildOptions("digits", "onnx", out, steps=2, batch="1..4", verify=False))
+    return out
+
+
+@pytest.fixture(scope="session")
 def attacks(digits_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a damaged copy of it an attack, and ``index.json``."""
     out = tmp_path_factory.mktemp("attacks")

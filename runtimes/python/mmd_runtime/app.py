@@ -62,14 +62,22 @@ class Sampler:
 
         ``conditions``: what the graph takes besides noise, N rows each, such as ``class_labels`` int64 (N,).
         """
+        return self.run(self.noise(seed, count, first) | dict(conditions or {}))
+
+    def noise(self, seed: int, count: int = 1, first: int = 0) -> dict[str, NDArray[Any]]:
+        """What the graph takes of noise, for those images: ``noise`` and, of a stochastic sampler, ``step_noise``."""
         from mmd_export.noise import sampler_noise
-        from mmd_runtime.chunks import run_in_batches
 
         shapes = {spec.name: spec.shape for spec in self.bundle.manifest.inputs}
         channels, height, width = (int(size) for size in shapes["noise"][1:])
         noisy = int(shapes["step_noise"][0]) if "step_noise" in shapes else 0
-        inputs: dict[str, NDArray[Any]] = dict(sampler_noise(seed, count, (channels, height, width), noisy, first))
-        return run_in_batches(self._session, self.bundle, inputs | dict(conditions or {}))
+        return dict(sampler_noise(seed, count, (channels, height, width), noisy, first))
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """The images of N rows of every input of the graph, in batches that it takes."""
+        from mmd_runtime.chunks import run_in_batches
+
+        return run_in_batches(self._session, self.bundle, inputs)
 
     def self_test(self, rounds: int = 5) -> SelfTest:
         """Run the golden noise, compare, and time ``rounds`` passes of the first batch."""

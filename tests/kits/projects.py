@@ -1,0 +1,20 @@
+"""Python files of embedded projects, as modules of the tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+
+def module_of(path: Path) -> ModuleType:
+    """The file as a module of its own, whatever else has its name."""
+    name = f"{path.parent.name}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its classes are looked up there by their annotations
+    spec.loader.exec_module(module)
+    return module
