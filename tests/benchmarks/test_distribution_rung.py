@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from benchmarks.distribution_rung import LEVEL, Lab, most_alarms, summary
@@ -19,7 +17,15 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def test_honest_artefacts_pass(few: Lab) -> None:
     found = summary([few.repeat(number, power=False) for number in range(4)])
     assert found["false_alarms"] <= 1, found
-    assert found["each_test_alone"]["same"] == 0.0
+    assert found["alarms_by_test"]["same"] == 0
+
+
+def test_a_step_that_is_left_out_is_found(few: Lab) -> None:
+    """Each of the four, by the test on the same noises; few samples do."""
+    found = summary([few.repeat(number, power=True) for number in range(4)])
+    assert found["power"] == 1.0, found
+    assert found["found_by_test"]["same"] == 4
+    assert sorted(found["power_by_step"]) == ["2", "3", "4", "5"]
 
 
 def test_as_many_alarms_as_chance_allows() -> None:
@@ -29,10 +35,11 @@ def test_as_many_alarms_as_chance_allows() -> None:
 
 
 def test_a_summary_counts_what_failed() -> None:
-    row = {"same": {"p": 0.01}, "fresh": {"p": 0.5}, "failed": True}
-    fine = {"same": {"p": 1.0}, "fresh": {"p": 0.5}, "failed": False}
-    found = summary([{"honest": fine, "dropped": row}, {"honest": row}])
+    row = {"same": {"failed": True}, "fresh": {"failed": False}, "failed": True}
+    fine = {"same": {"failed": False}, "fresh": {"failed": False}, "failed": False}
+    found = summary([{"honest": fine, "dropped": row, "step": 2}, {"honest": row}])
     assert (found["false_alarm_rate"], found["power"]) == (0.5, 1.0)
     assert (found["few_alarms"], found["enough_power"]) == (True, True)
-    many = summary([{"honest": row, "dropped": fine}] * 3)
+    assert (found["alarms_by_test"], found["power_by_step"]) == ({"same": 1, "fresh": 0}, {"2": 1.0})
+    many = summary([{"honest": row, "dropped": fine, "step": 3}] * 3)
     assert (many["few_alarms"], many["enough_power"]) == (False, False)

@@ -60,7 +60,7 @@ def test_every_precision_has_a_tolerance_with_its_reason() -> None:
     with pytest.raises(NotAvailableError, match="no measured tolerance for onnx fp2; measured: onnx fp32"):
         artefact_tolerance("onnx", "fp2")
     cited = {target for (target, _), basis in BASES.items() if basis.measured}
-    assert {"onnx", "coreml"} <= cited
+    assert {"onnx", "openvino", "coreml"} <= cited
 
 
 def test_levels_of_bytes_follow_the_tolerance() -> None:
