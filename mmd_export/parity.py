@@ -19,7 +19,7 @@ from mmd_export.error_budget import ErrorBudget, error_budget
 from mmd_export.errors import UsageError
 from mmd_export.parity_report import RUNGS, Coverage, Culprit, ParityReport, Rung
 from mmd_export.runtime import ChainSession, RunOptions, Runtime, Session, placement_of
-from mmd_export.tolerance import uint8_tolerance
+from mmd_export.tolerance import mean_tolerance, uint8_tolerance
 
 __all__ = [
     "RUNGS",
@@ -100,8 +100,9 @@ def artefact_rung(
             budget = other if other is not None and other.first_step is not None else budget
     levels, mean = uint8_tolerance(atol) if golden.sample.dtype == np.uint8 else (None, np.inf)
     return Rung(
-        6, tuple(found), atol, "", levels, unseen, None, mean, limits, (), budget, _coverage(bundle, chain is not None)
-    )
+        6, tuple(found), atol, "", levels, unseen, None, mean, mean_tolerance(atol), limits, (), budget,
+        _coverage(bundle, chain is not None),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class Rung:
     unseen: str = ""
     placement: Placement | None = None
     sample_mean: float = np.inf  # the same on average, where rounding may move a value by a whole level
+    mean: float = np.inf  # of all else that is compared, on average
     limits: Limits = NO_LIMITS
     tests: tuple[TwoSampleTest, ...] = ()
     budget: ErrorBudget | None = None
@@ -89,9 +90,12 @@ class Rung:
         return self.limits.atol_of(output, self.atol)
 
     def mean_limit(self, comparison: Comparison) -> float:
-        """How far a comparison may be off on average; infinite unless the output is in levels."""
-        named = comparison.output in self.limits.atol
-        return self.sample_mean if comparison.output == "sample" and not named else np.inf
+        """How far a comparison may be off on average; infinite where the user gives a tolerance instead."""
+        output, given = comparison.output, self.limits
+        if output == "sample" and self.sample_atol is not None:
+            return np.inf if output in given.atol else self.sample_mean
+        named = {output, ""} & {*given.atol, *given.rtol}
+        return np.inf if named else self.mean
 
     @property
     def failures(self) -> tuple[Comparison, ...]:

@@ -260,6 +260,18 @@ def test_levels_that_all_lean_one_way_fail() -> None:
         report(failed).require()
 
 
+def test_what_is_off_everywhere_fails_within_a_wide_tolerance() -> None:
+    spread = Comparison("state.1", 0.9, 0.2)
+    assert rung(6, spread, atol=1.0).passed
+    assert rung(6, spread, atol=1.0, mean=0.25).passed
+    failed = rung(6, spread, atol=1.0, mean=0.125)
+    assert not failed.passed
+    with pytest.raises(ParityError, match=r"state.1 is off by 0.2 on average, the tolerance is 0.125"):
+        report(failed).require()
+    for limits in (Limits({"": 1.0}), Limits({"state.1": 1.0}), Limits({}, {"": 0.1})):
+        assert rung(6, spread, atol=1.0, mean=0.125, limits=limits).passed  # the user's own tolerance is meant
+
+
 def test_verified_fraction_counts_what_was_compared() -> None:
     whole = Coverage((1, 1), (3, 3), (3, 3), (2, 2), (1, 1))
     blind = Coverage((1, 1), (0, 3), (0, 3), (2, 2), (2, 8))
