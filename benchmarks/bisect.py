@@ -52,13 +52,13 @@ def spoilt(model: ir.Model, kind: str, draw: np.random.Generator) -> tuple[int, 
     node = inside[int(draw.integers(len(inside)))]
     value = str(node.outputs[0].name)
     if kind == "weight":
-        _scale_weight(graph, node, draw)
+        scale_weight(graph, node, draw)
     else:
         _replace(node, SWAPPED[node.op_type] if kind == "swapped" else "Identity")
     return int(value.removeprefix("step.").split("/")[0]) + 1, value
 
 
-def _scale_weight(graph: ir.Graph, node: ir.Node, draw: np.random.Generator) -> None:
+def scale_weight(graph: ir.Graph, node: ir.Node, draw: np.random.Generator) -> None:
     """This use of a weight reads a copy of it with one filter half as large; other steps read the right one."""
     weight = node.inputs[1]
     assert weight is not None

@@ -31,12 +31,14 @@ from mmd_export.noise import sampler_noise
 from mmd_export.parity import ParityReport
 from mmd_export.plan import StepPlan
 from mmd_export.reference import golden_arrays
+from mmd_export.tolerance import mean_tolerance
 
 TARGETS = ("onnx", "openvino", "coreml")
 HONEST_STEPS = 5
 PARTS = ("faults", "honest")
+LONG_TAILED = ("int8", "fp8", "w4")  # of few images the error is far below that of the worst
 HONEST = (
-    *(("onnx", precision, batch, output, 13)
+    *(("onnx", precision, batch, output, 26 if precision in LONG_TAILED else 13)
       for precision in ("fp32", "fp16", "int8", "fp8", "w8", "w4")
       for batch, output in (("1", "float32"), ("1,4", "float32"), ("1..3", "uint8"))),
     *(("openvino", precision, batch, output, 10)
@@ -200,16 +202,23 @@ def honest(target: str, precision: str, batch: str, output: str, seeds: range, s
     good = build(options)
     checkpoint = load_checkpoint("digits")
     plan, lab = checkpoint.plan_for(HONEST_STEPS), Lab(scratch)
-    found: dict[str, Any] = {"runs": 0, "alarms": 0, "worst": 0.0, "atol": good.manifest.tolerance.atol, "messages": []}
+    atol = good.manifest.tolerance.atol
+    found: dict[str, Any] = {
+        "runs": 0, "alarms": 0, "worst": 0.0, "atol": atol, "worst_mean": 0.0, "mean_tolerance": mean_tolerance(atol),
+        "messages": [],
+    }  # fmt: skip
     for seed in seeds:
         golden = golden_arrays(checkpoint, plan, golden_count(good.manifest.batch), output, seed)
         bundle = lab.sealed(good, lambda folder: faults.copy_artefact(good, folder), golden=golden)
         report = verify(Bundle.open(bundle.folder))
         found["runs"] += 1
-        found["worst"] = max(found["worst"], report.rungs[-1].worst)
+        rung = report.rungs[-1]
+        found["worst"] = max(found["worst"], rung.worst)
+        scaled = [c.mean_abs for c in rung.comparisons if rung.sample_atol is None or c.output != "sample"]
+        found["worst_mean"] = max(found["worst_mean"], *scaled)
         if not report.passed:
             found["alarms"] += 1
-            found["messages"].append([c.to_dict() for c in report.rungs[-1].failures])
+            found["messages"].append([c.to_dict() for c in rung.failures])
     return found
 
 
@@ -222,6 +231,15 @@ def summary(cases: dict[str, Any], runs: dict[str, Any]) -> dict[str, Any]:
         "honest_verifications": sum(run["runs"] for run in runs.values()),
         "false_alarms": sum(run["alarms"] for run in runs.values()),
     }
+
+
+def largest(runs: dict[str, Any], key: str) -> dict[str, float]:
+    """Of each target and precision."""
+    worst: dict[str, float] = {}
+    for of, run in runs.items():
+        name = of.split(",")[0]
+        worst[name] = max(worst.get(name, 0.0), run[key])
+    return worst
 
 
 def main() -> None:
@@ -238,6 +256,7 @@ def main() -> None:
 
     def keep() -> None:
         values = {"steps": STEPS, "honest_steps": HONEST_STEPS, "faults": cases, "honest": runs}
+        values |= {f"{key}_honest": largest(runs, key) for key in ("worst", "worst_mean")}
         write_result(arguments.out, "benchmarks/fault_injection.py", values | {"summary": summary(cases, runs)})
 
     with tempfile.TemporaryDirectory() as folder:

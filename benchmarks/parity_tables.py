@@ -13,9 +13,10 @@ def tolerance_rows() -> Table:
     """Every tolerance with what it allows for and the largest measured error."""
     rows: list[tuple[str, ...]] = []
     for (target, precision), basis in BASES.items():
-        because, _, by_hand = basis.because.partition("; ")
-        cited = [f"{each.value:.1e} `{each.file}`" for each in basis.measured]
-        rows.append((f"`{target}` {precision}", f"{basis.atol:g}", because, ", ".join(cited) or by_hand))
+        because, _, more = basis.because.partition("; ")
+        cited = ", ".join(f"{each.value:.1e} `{each.file}`" for each in basis.measured)
+        note = f"{because}; {more}" if cited and more else because
+        rows.append((f"`{target}` {precision}", f"{basis.atol:g}", note, cited or more))
     return ("target, precision", "atol", "allows for", "largest measured"), rows
 
 
@@ -39,27 +40,42 @@ def fault_rows(result: dict[str, Any]) -> Table:
 
 def honest_rows(result: dict[str, Any]) -> Table:
     """Honest verifications: how many, how many failed, how near the worst came to the tolerance."""
-    rows: list[tuple[str, ...]] = [
-        (key, f"{run['runs']}", f"{run['alarms']}", f"{run['worst']:.1e}", f"{run['atol']:g}")
-        for key, run in result["honest"].items()
-    ]
+    rows: list[tuple[str, ...]] = []
+    for key, run in result["honest"].items():
+        errors = (f"{run['worst']:.1e}", f"{run['atol']:g}", f"{run['worst_mean']:.1e}", f"{run['mean_tolerance']:g}")
+        rows.append((key, f"{run['runs']}", f"{run['alarms']}", *errors))
     total = result["summary"]
-    rows.append(("**all**", f"**{total['honest_verifications']}**", f"**{total['false_alarms']}**", "", ""))
-    return ("digits, 5 steps", "verifications", "false alarms", "worst error", "tolerance"), rows
+    rows.append(("**all**", f"**{total['honest_verifications']}**", f"**{total['false_alarms']}**", "", "", "", ""))
+    heads = ("digits, 5 steps", "verifications", "false alarms", "worst error", "tolerance", "worst mean", "tolerance")
+    return heads, rows
+
+
+def verify_time_rows(result: dict[str, Any]) -> Table:
+    """Seconds of one command."""
+    found, names = result["summary"], ("fastest", "median", "slowest")
+    rows: list[tuple[str, ...]] = [
+        (how, *(f"{found[key][name]:.2f}" for name in names))
+        for how, key in (("by the clock", "wall_seconds"), ("of the processor", "cpu_seconds"))
+    ]
+    imported = ", ".join(found["imported"]) or "no torch"
+    head = f"`verify` of digits, {result['steps']} steps, {found['runs']} fresh processes, {imported} imported"
+    return (head, *(f"{name}, s" for name in names)), rows
 
 
 def distribution_rows(result: dict[str, Any]) -> Table:
     """False alarms and power of rung 7."""
     found = result["summary"]
-    alone = found["each_test_alone"]
     setting = f"{result['count']} samples a side, {result['features']}"
-    rows: list[tuple[str, ...]] = [
-        (f"honest, {setting}", f"{found['honest_repeats']}", f"{100 * found['false_alarm_rate']:.1f} %"),
-        ("of them by the test on the same noise alone", "", f"{100 * alone['same']:.1f} %"),
-        ("of them by the test on fresh noise alone", "", f"{100 * alone['fresh']:.1f} %"),
-        ("a sampler without one of its steps", f"{found['power_repeats']}", f"{100 * found['power']:.1f} %"),
-    ]
-    return (f"digits, {result['steps']} steps, level {100 * result['level']:.0f} %", "repeats", "failed"), rows
+    rows: list[tuple[str, ...]] = []
+    for what, repeats, by_test in (
+        (f"honest, {setting}", found["honest_repeats"], found["alarms_by_test"]),
+        ("a sampler without one of its steps", found["power_repeats"], found["found_by_test"]),
+    ):
+        failed = found["false_alarms"] if by_test is found["alarms_by_test"] else round(found["power"] * repeats)
+        rows.append((what, f"{repeats}", f"{failed}", f"{100 * failed / repeats:.1f} %"))
+        for noise, count in by_test.items():
+            rows.append((f"of them by the test on {noise} noise", "", f"{count}", f"{100 * count / repeats:.1f} %"))
+    return (f"digits, {result['steps']} steps, level {100 * result['level']:.0f} %", "repeats", "failed", ""), rows
 
 
 def bisect_rows(result: dict[str, Any]) -> Table:

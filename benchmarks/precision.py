@@ -16,7 +16,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -172,13 +172,7 @@ def step_errors(bundle: Bundle) -> dict[str, Any]:
     proto = onnx.load(bundle.artefact_path)
     if half is not None:
         proto = ir.to_proto(emulated(ir.from_proto(proto), half))
-    chain = chain_session(bundle, RunOptions(threads=1), proto)
-
-    class Whole:
-        def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-            return chain.run_chain(inputs)
-
-    rung = artefact_rung(bundle, Whole(), chain)
+    rung = artefact_rung(bundle, None, chain_session(bundle, RunOptions(threads=1), proto))
     return {each.name: {"max": each.max_abs, "mean": each.mean_abs, "faults": each.faults} for each in rung.comparisons}
 
 

@@ -17,6 +17,7 @@ SCRIPTS = (
     "benchmarks.digits_quality",
     "benchmarks.finetune_speed",
     "benchmarks.precision",
+    "benchmarks.verify_time",
     "benchmarks.fault_injection",
     "benchmarks.distribution_rung",
     "benchmarks.bisect",

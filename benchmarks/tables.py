@@ -18,7 +18,14 @@ from benchmarks.budget_tables import target_rows as reached_rows
 from benchmarks.code_blocks import block_rows
 from benchmarks.finetune_tables import speed_rows
 from benchmarks.kit_tables import ray_rows, web_rows
-from benchmarks.parity_tables import bisect_rows, distribution_rows, fault_rows, honest_rows, tolerance_rows
+from benchmarks.parity_tables import (
+    bisect_rows,
+    distribution_rows,
+    fault_rows,
+    honest_rows,
+    tolerance_rows,
+    verify_time_rows,
+)
 from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
 from benchmarks.reference_tables import commands, manifest_rows, required_rows, result_rows, tool_rows
 from benchmarks.speed_tables import form_rows, gate_rows, interval, pipeline_rows
@@ -271,6 +278,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{name: of_budgets(name) for name in BUDGETS},
     **{f"{name}_targets": of_targets(name) for name in BUDGETS},
     "tolerances": lambda: markdown(*tolerance_rows()),
+    "verify_time": of_result("verify_time.json", verify_time_rows),
     "faults": of_result("fault_injection.json", fault_rows),
     "honest": of_result("fault_injection.json", honest_rows),
     "distribution": of_result("distribution_rung.json", distribution_rows),

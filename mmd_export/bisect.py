@@ -27,7 +27,10 @@ _LEAST_SHARED = 0.5  # of the values that the step needs; below that the graphs 
 
 @dataclass(frozen=True)
 class Question:
-    """A step of a sampler: from ``known`` values to ``goal``, which should be ``expected`` within ``budget``."""
+    """A step of a sampler: from ``known`` values to ``goal``, which should be ``expected`` within ``budget``.
+
+    Its error is the largest |goal - expected| - ``rtol`` |expected|, as in a comparison.
+    """
 
     step: int
     known: Mapping[str, Array]
@@ -35,6 +38,7 @@ class Question:
     expected: Array
     budget: float
     note: str = ""
+    rtol: float = 0.0
 
 
 class _Hybrids:
@@ -52,20 +56,21 @@ class _Hybrids:
         self.errors: dict[int, float] = {}
 
     def error(self, count: int) -> float:
-        """Largest |goal - expected|; infinite where it is not finite."""
+        """Of the question; infinite where the goal is not finite."""
         if count not in self.errors:
             self.errors[count] = self._error(count)
         return self.errors[count]
 
     def _error(self, count: int) -> float:
-        known, goal = self.question.known, self.question.goal
+        known, goal, expected = self.question.known, self.question.goal, self.question.expected.astype(np.float64)
         taken = set(self.shared[:count])
         given = self.artefact.run(known, sorted(self.reference.read(taken | set(known), goal) - set(known)))
         exact = {name: _as_float32(array) for name, array in given.items()}
         result = self.reference.run({**known, **exact}, [goal])[goal]
-        if result.shape != self.question.expected.shape or not np.isfinite(result).all():
+        if result.shape != expected.shape or not np.isfinite(result).all():
             return np.inf
-        return float(np.abs(result.astype(np.float64) - self.question.expected.astype(np.float64)).max(initial=0.0))
+        error = np.abs(result.astype(np.float64) - expected)
+        return float((error - self.question.rtol * np.abs(expected)).max(initial=0.0))
 
 
 def find(artefact: ir.Model, reference: ir.Model, question: Question) -> Culprit:
@@ -137,9 +142,7 @@ def _as_float32(array: Array) -> Array:
     return array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind not in "iub" else array
 
 
-def question_of(
-    rung: Rung, inputs: Mapping[str, Array], states: Sequence[Array], sample: Array, output_atol: float
-) -> Question:
+def question_of(rung: Rung, inputs: Mapping[str, Array], states: Sequence[Array], sample: Array) -> Question:
     """What to ask of a failing rung 6, on one batch of golden ``inputs``, ``states`` and ``sample``.
 
     The first step that is wrong by itself; where none is, the one that adds most, with half of what it adds as budget;
@@ -148,14 +151,19 @@ def question_of(
     budget = rung.budget
     if budget is None:
         raise NotAvailableError("--bisect needs the states inside the artefact, which this runtime does not show")
+    if budget.first_step is None and all(c.passes(rung.limit(c)) for c in rung.failures):
+        raise NotAvailableError("no value is off by more than its tolerance, only the mean is; no operator is to blame")
     if budget.first_step is None:
         known = {**inputs, **{f"state.{k}": state for k, state in enumerate(states, start=1)}}
-        return Question(len(states) + 1, known, "sample", sample, output_atol, "all states hold")
-    step, atol, note = budget.first_step, budget.atol, ""
+        atol = next((rung.limit(each) for each in rung.comparisons if each.output == "sample"), rung.atol)
+        rtol = rung.limits.rtol_of("sample")
+        return Question(len(states) + 1, known, "sample", sample, atol, "all states hold", rtol)
+    broken = budget.steps[budget.first_step - 1]
+    step, atol, rtol, note = broken.step, broken.atol, broken.rtol, ""
     if not budget.by_itself:
         step = budget.largest_local
         local = budget.steps[step - 1].local_max
         note = f"no step breaks {atol:.2g} alone, errors pile up to it; step {step} adds most, {local:.2g}"
-        atol = local / 2.0
+        atol, rtol = local / 2.0, 0.0
     known = {**inputs, **{f"state.{k}": states[k - 1] for k in range(1, step)}}
-    return Question(step, known, f"state.{step}", states[step - 1], atol, note)
+    return Question(step, known, f"state.{step}", states[step - 1], atol, note, rtol)

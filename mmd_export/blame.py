@@ -44,16 +44,28 @@ def step_alone(bundle: Bundle, rung: Rung, note: str) -> Culprit:
 
 
 def blame(bundle: Bundle, rung: Rung, artefact: ir.Model, reference: ir.Model, fresh: Golden | None = None) -> Culprit:
-    """The same with both graphs at hand, on the worst batch: of golden noises, or of ``fresh`` if those alone fail."""
-    golden_fails = any(not _is_fresh(each) for each in rung.failures)
-    golden = bundle.golden() if golden_fails or fresh is None else fresh
-    failed = [each.worst_index[0] for each in rung.failures if each.worst_index and golden_fails != _is_fresh(each)]
-    image = failed[0] if failed and failed[0] < golden.count else 0
+    """The same with both graphs at hand, on the noises and the batch in which the step is worst."""
+    noises, image = worst_place(rung)
+    golden = fresh if noises == "fresh" and fresh is not None else bundle.golden()
     inputs, rows = next(part for part in chunks(bundle, golden) if part[1].start <= image < part[1].stop)
     states = [take("state", state, rows) for state in golden.states]
-    output_atol = next((rung.limit(each) for each in rung.comparisons if each.output == "sample"), rung.atol)
-    question = question_of(rung, inputs, states, golden.sample[rows], output_atol)
-    return find(artefact, reference, question)
+    return find(artefact, reference, question_of(rung, inputs, states, golden.sample[rows]))
+
+
+def worst_place(rung: Rung) -> tuple[str, int]:
+    """Whether golden or fresh noises show what breaks the budget, and the image of them that shows it most.
+
+    A step that is wrong by itself is worst where its teacher-forced state is; where errors pile up, the step that adds
+    most where it adds most; what follows the last state, where the sample is.
+    """
+    budget = rung.budget
+    if budget is None or budget.first_step is None:
+        samples = sorted((each for each in rung.failures if each.output == "sample"), key=_is_fresh)
+        image = samples[0].worst_index[0] if samples and samples[0].worst_index else 0
+        return ("fresh" if samples and _is_fresh(samples[0]) else "golden"), image
+    if not budget.by_itself:
+        return budget.noises, budget.steps[budget.largest_local - 1].local_image
+    return budget.noises, budget.steps[budget.first_step - 1].required_image
 
 
 def _is_fresh(comparison: Comparison) -> bool:

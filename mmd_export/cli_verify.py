@@ -136,8 +136,11 @@ def rung_rows(report: ParityReport) -> Iterator[tuple[str, ...]]:
         for test in rung.tests:
             numbers = f"MMD^2 {test.mmd2:.1e}, Frechet {test.frechet:.2g}"
             title = f"{rung.title}, {test.noise} noise, {test.features}: {numbers}"
-            yield (str(rung.number), title, f"p {test.p_value:.3f}", "", f"p > {test.level:g}",
-                   "passed" if test.passed else "failed")  # fmt: skip
+            tolerance = f"p > {test.level:g}"
+            if test.tolerated is not None:
+                tolerance += f" or MMD^2 <= {test.tolerated:.1e}"
+            verdict = "passed" if test.passed else "failed"
+            yield (str(rung.number), title, f"p {test.p_value:.3f}", "", tolerance, verdict)
         if rung.skipped:
             yield (*start, "-", "-", f"{rung.atol:g}" if rung.atol else "-", verdict)
         elif not rung.tests:

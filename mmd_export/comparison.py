@@ -40,7 +40,7 @@ class Comparison:
     """Two arrays of the same thing. ``faults`` are failures whatever the tolerance.
 
     ``required``: the largest of |actual - expected| - rtol |expected|, the smallest ``atol`` that would have passed;
-    None where it is ``max_abs``. ``values``: how many numbers were compared.
+    None where it is ``max_abs``. ``worst_index``: where that is. ``values``: how many numbers were compared.
     """
 
     name: str
@@ -87,12 +87,11 @@ def compare(
     with np.errstate(invalid="ignore"):  # inf - inf is a fault of its own
         error = np.abs(actual.astype(np.float64) - wanted)
     error = np.where(np.isfinite(error), error, np.inf)
-    worst = np.unravel_index(int(error.argmax()), error.shape) if error.size else None
-    index = None if worst is None else tuple(int(i) for i in worst)
     largest = float(error.max(initial=0.0))
-    required = largest
-    if rtol > 0.0 and np.isfinite(largest):
-        required = float((error - rtol * np.abs(wanted)).max(initial=0.0))
+    beyond = error - rtol * np.abs(wanted) if rtol > 0.0 and np.isfinite(largest) else error
+    required = float(beyond.max(initial=0.0))
+    worst = np.unravel_index(int(beyond.argmax()), error.shape) if error.size else None
+    index = None if worst is None else tuple(int(i) for i in worst)
     mean = float(error.mean()) if error.size else 0.0
     return Comparison(name, largest, mean, index, _faults(actual, expected, image), required, rtol, int(error.size))
 

@@ -19,7 +19,7 @@ from mmd_export.error_budget import ErrorBudget, error_budget
 from mmd_export.errors import UsageError
 from mmd_export.parity_report import RUNGS, Coverage, Culprit, ParityReport, Rung
 from mmd_export.runtime import ChainSession, RunOptions, Runtime, Session, placement_of
-from mmd_export.tolerance import uint8_tolerance
+from mmd_export.tolerance import mean_tolerance, uint8_tolerance
 
 __all__ = [
     "RUNGS",
@@ -75,7 +75,7 @@ def require_outputs(bundle: Bundle, limits: Limits | None) -> None:
 
 def artefact_rung(
     bundle: Bundle,
-    session: Session,
+    session: Session | None,
     chain: ChainSession | None,
     unseen: str = "",
     limits: Limits | None = None,
@@ -83,23 +83,26 @@ def artefact_rung(
 ) -> Rung:
     """Rung 6: the sample, then every state free-running and teacher-forced, on all golden noises, then on fresh ones.
 
-    Without a ``chain`` the sample alone, and ``unseen`` says why.
+    Without a ``chain`` the sample alone, and ``unseen`` says why; without a ``session`` the sample is the chain's.
     """
     limits = limits or NO_LIMITS
     golden, atol = bundle.golden(), bundle.manifest.tolerance.atol
     seen = _seen(bundle, session, chain, golden)
     found = list(_compared(seen, golden, limits))
-    budget = _budget(golden, seen, limits.atol.get("", atol), "golden")
+    states = [f"state.{k}" for k in range(1, golden.steps + 1)]
+    tolerances = [(limits.atol_of(state, atol), limits.rtol_of(state)) for state in states]
+    budget = _budget(golden, seen, tolerances, "golden")
     if fresh is not None:
         again = _seen(bundle, session, chain, fresh)
         found += _compared(again, fresh, limits, FRESH)
         if budget is not None and budget.first_step is None:  # what fresh noises alone show is worth more
-            other = _budget(fresh, again, budget.atol, "fresh")
+            other = _budget(fresh, again, tolerances, "fresh")
             budget = other if other is not None and other.first_step is not None else budget
     levels, mean = uint8_tolerance(atol) if golden.sample.dtype == np.uint8 else (None, np.inf)
     return Rung(
-        6, tuple(found), atol, "", levels, unseen, None, mean, limits, (), budget, _coverage(bundle, chain is not None)
-    )
+        6, tuple(found), atol, "", levels, unseen, None, mean, mean_tolerance(atol), limits, (), budget,
+        _coverage(bundle, chain is not None),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,13 @@ class _Seen:
     forced: tuple[NDArray[Any], ...] = ()
 
 
-def _seen(bundle: Bundle, session: Session, chain: ChainSession | None, golden: Golden) -> _Seen:
+def _seen(bundle: Bundle, session: Session | None, chain: ChainSession | None, golden: Golden) -> _Seen:
     parts = list(chunks(bundle, golden))
-    sample = np.concatenate([session.run(inputs)["sample"] for inputs, _ in parts])
+    runs = [] if chain is None else [chain.run_chain(inputs) for inputs, _ in parts]
+    whole = runs if session is None else [session.run(inputs) for inputs, _ in parts]
+    sample = np.concatenate([run["sample"] for run in whole])
     if chain is None:
         return _Seen(sample)
-    runs = [chain.run_chain(inputs) for inputs, _ in parts]
     steps = range(1, golden.steps + 1)
     free = tuple(np.concatenate([run[f"state.{k}"] for run in runs]) for k in steps)
     forced = tuple(
@@ -134,11 +138,11 @@ def _compared(run: _Seen, golden: Golden, limits: Limits, prefix: str = "") -> I
             yield compare(f"{prefix}{name}{how}", state, golden.states[k - 1], rtol=limits.rtol_of(name))
 
 
-def _budget(golden: Golden, run: _Seen, atol: float, noises: str) -> ErrorBudget | None:
+def _budget(golden: Golden, run: _Seen, tolerances: Sequence[tuple[float, float]], noises: str) -> ErrorBudget | None:
     shapes = {state.shape for state in (*golden.states, *run.free, *run.forced)}
     if not run.free or len(shapes) > 1:  # a state of another shape has failed already
         return None
-    return error_budget(golden.noise, golden.states, run.free, run.forced, atol, noises)
+    return error_budget(golden.noise, golden.states, run.free, run.forced, tolerances, noises)
 
 
 def _coverage(bundle: Bundle, states: bool) -> Coverage:

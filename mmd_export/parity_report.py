@@ -71,6 +71,7 @@ class Rung:
     unseen: str = ""
     placement: Placement | None = None
     sample_mean: float = np.inf  # the same on average, where rounding may move a value by a whole level
+    mean: float = np.inf  # of all else that is compared, on average
     limits: Limits = NO_LIMITS
     tests: tuple[TwoSampleTest, ...] = ()
     budget: ErrorBudget | None = None
@@ -89,9 +90,12 @@ class Rung:
         return self.limits.atol_of(output, self.atol)
 
     def mean_limit(self, comparison: Comparison) -> float:
-        """How far a comparison may be off on average; infinite unless the output is in levels."""
-        named = comparison.output in self.limits.atol
-        return self.sample_mean if comparison.output == "sample" and not named else np.inf
+        """How far a comparison may be off on average; infinite where the user gives a tolerance instead."""
+        output, given = comparison.output, self.limits
+        if output == "sample" and self.sample_atol is not None:
+            return np.inf if output in given.atol else self.sample_mean
+        named = {output, ""} & {*given.atol, *given.rtol}
+        return np.inf if named else self.mean
 
     @property
     def failures(self) -> tuple[Comparison, ...]:
@@ -264,9 +268,10 @@ def _finite(number: float | None) -> float | None:
 def _reason(rung: Rung) -> str:
     for test in rung.tests:
         if not test.passed:
+            tolerated = "" if test.tolerated is None else f", tolerated is an MMD^2 of {test.tolerated:.3g}"
             return (
                 f"on {test.noise} noise MMD^2 is {test.mmd2:.3g} in {test.features}, Frechet distance "
-                f"{test.frechet:.3g}, p {test.p_value:.3g} at level {test.level:g}"
+                f"{test.frechet:.3g}, p {test.p_value:.3g} at level {test.level:g}{tolerated}"
             )
     if not rung.failures:
         return "nothing was compared"
@@ -276,9 +281,9 @@ def _reason(rung: Rung) -> str:
     limit, mean = rung.limit(first), rung.mean_limit(first)
     if first.required_atol <= limit:
         return f"{first.name} is off by {first.mean_abs:.3g} on average, the tolerance is {mean:.3g}{_blame(rung)}"
-    off = f"{first.name} is off by {first.max_abs:.3g} at {first.worst_index}"
-    relative = f" + {first.rtol:g} relative" if first.rtol else ""
-    return f"{off}, the tolerance is {limit:g}{relative}{_blame(rung)}"
+    relative = f" beyond {first.rtol:g} relative" if first.rtol else ""
+    off = f"{first.name} is off by {first.required_atol:.3g}{relative} at {first.worst_index}"
+    return f"{off}, the tolerance is {limit:g}{_blame(rung)}"
 
 
 def _blame(rung: Rung) -> str:

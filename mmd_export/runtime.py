@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -30,12 +30,14 @@ class RunOptions:
     """How to open an artefact.
 
     ``threads``: CPU threads of one run, 0 for the library's choice. ``checkpoint``: MODEL of the torch reference.
-    ``cuda_graph``: record the run on the GPU once and replay it, where the runtime can.
+    ``cuda_graph``: record the run on the GPU once and replay it, where the runtime can. ``read``: gives the checkpoint
+    of a bundle that the torch reference would read itself.
     """
 
     threads: int = 0
     checkpoint: str | None = None
     cuda_graph: bool = False
+    read: Callable[[Bundle], Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmd_export.bundle import Bundle
 from mmd_export.commands.bench_gate import Gates, gate_plan, settled_gates
-from mmd_export.commands.candidates import BenchOptions, Candidate, candidates_of
+from mmd_export.commands.candidates import BenchOptions, Candidate, Checkpoints, candidates_of
 from mmd_export.commands.cold import ColdStart, cold_start
 from mmd_export.commands.verify import BUILT_IN
 from mmd_export.errors import LatencyGateError, UsageError
@@ -100,12 +100,13 @@ def bench(
     if gates is not None:
         return _gated(bundles, batches, options, gates, notify)
     against = options.against or default_baselines(bundles[0], options)
+    checkpoints = Checkpoints(options.checkpoint)
     found: tuple[Candidate, ...] = ()
     latencies: dict[int, LatencyReport] = {}
     devices: dict[str, tuple[float, ...]] = {}
     for batch in batches:
         notify(f"preparing {', '.join(each.name for each in bundles)} {' '.join(against)}, batch {batch}")
-        found = candidates_of(bundles, against, batch, options)
+        found = candidates_of(bundles, against, batch, options, checkpoints)
         calls = {each.name: each.open() for each in found}
         rounds = options.rounds or affordable_rounds(calls, (options.seconds or SECONDS) / len(batches))
         require_rounds(rounds, options.percentiles)
@@ -146,7 +147,7 @@ def _gated(
     if len(batches) > 1:
         raise UsageError(f"a gate is on one batch size, --batches names {len(batches)}; name one")
     plan = gate_plan(options)
-    found = candidates_of(bundles, gates.against(options), batches[0], options)
+    found = candidates_of(bundles, gates.against(options), batches[0], options, Checkpoints(options.checkpoint))
     settled = settled_gates(gates, found, len(bundles), batches[0], options)
     notify(f"measuring {len(found)} candidates in blocks, at most {plan.seconds:g} s")
     blocks = measure_blocks({each.name: each.open for each in found}, plan, settled.limits)

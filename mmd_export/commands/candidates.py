@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from mmd_export.commands.verify import BUILT_IN, usable_runtime
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.runtime import BindingSession, Placement, RunOptions, placement_of
 from mmd_runtime.registry import runtime_names
+
+if TYPE_CHECKING:
+    from mmd_export.checkpoint import Checkpoint
 
 TORCH_BASELINES = ("diffusers", "per-step", "torch-compile")
 BASELINES = ("torch", *TORCH_BASELINES)
@@ -81,19 +84,39 @@ def inputs_of(bundle: Bundle, batch: int) -> dict[str, NDArray[Any]]:
     }
 
 
+class Checkpoints:
+    """The checkpoints of bundles, each read once; ``model`` stands for the name that is in a bundle."""
+
+    def __init__(self, model: str | None = None) -> None:
+        self._model = model
+        self._read: dict[str, Checkpoint] = {}
+
+    def of(self, bundle: Bundle) -> Checkpoint:
+        """The checkpoint that a bundle was built from; raises UsageError where it is another."""
+        from mmd_export.checkpoint import load_matching
+
+        wanted = bundle.manifest.checkpoint
+        key = wanted.model_dump_json()
+        if key not in self._read:
+            self._read[key] = load_matching(self._model or wanted.name, wanted)
+        return self._read[key]
+
+
 def candidates_of(
-    bundles: Sequence[Bundle], against: Sequence[str], batch: int, options: BenchOptions
+    bundles: Sequence[Bundle], against: Sequence[str], batch: int, options: BenchOptions, checkpoints: Checkpoints
 ) -> tuple[Candidate, ...]:
     """The bundles, then what they are held against; the baselines run what the first bundle holds."""
     found: list[Candidate] = []
     for bundle in bundles:
-        found.append(_of_bundle(bundle, _free(bundle.name, found), bundle.name, batch, options))
+        found.append(_of_bundle(bundle, _free(bundle.name, found), bundle.name, batch, options, checkpoints))
     for name in against:
-        found.append(_of_name(name, bundles[0], found, batch, options))
+        found.append(_of_name(name, bundles[0], found, batch, options, checkpoints))
     return tuple(found)
 
 
-def _of_bundle(bundle: Bundle, name: str, against: str, batch: int, options: BenchOptions) -> Candidate:
+def _of_bundle(
+    bundle: Bundle, name: str, against: str, batch: int, options: BenchOptions, checkpoints: Checkpoints
+) -> Candidate:
     runtime = usable_runtime(bundle, options.runtime)
     if reason := NOT_TIMED.get(runtime.name):
         raise NotAvailableError(f"bundle {bundle.name}: runtime {runtime.name} is not timed: {reason}")
@@ -102,7 +125,8 @@ def _of_bundle(bundle: Bundle, name: str, against: str, batch: int, options: Ben
     placements: list[Placement] = []
 
     def opened() -> Call:
-        session = runtime.open(bundle, RunOptions(options.threads, options.checkpoint, options.cuda_graph))
+        chosen = RunOptions(options.threads, options.checkpoint, options.cuda_graph, checkpoints.of)
+        session = runtime.open(bundle, chosen)
         placements[:] = [place] if (place := placement_of(session)) else []
         if not options.bound:
             return lambda: session.run(inputs)
@@ -113,30 +137,32 @@ def _of_bundle(bundle: Bundle, name: str, against: str, batch: int, options: Ben
     return Candidate(name, against, detail, opened, bundle, runtime.name, placements)
 
 
-def _of_name(name: str, first: Bundle, taken: Sequence[Candidate], batch: int, options: BenchOptions) -> Candidate:
+def _of_name(
+    name: str, first: Bundle, taken: Sequence[Candidate], batch: int, options: BenchOptions, checkpoints: Checkpoints
+) -> Candidate:
     """Another way to run the first bundle, or another bundle; ``--bound`` is for the bundles themselves."""
     free, plain = _free(name, taken), replace(options, bound=False, cuda_graph=False)
     if name in TORCH_BASELINES:
-        return _of_torch(name, free, first, batch, plain)
+        return _of_torch(name, free, first, batch, plain, checkpoints)
     if name.partition(":")[0] in runtime_names():
-        return _of_bundle(first, free, name, batch, replace(plain, runtime=name))
+        return _of_bundle(first, free, name, batch, replace(plain, runtime=name), checkpoints)
     place, _, runtime = name.partition("@") if not Path(name).is_dir() else (name, "", "")
     if not Path(place).is_dir():
         raise UsageError(f"--against {name!r} is none of {', '.join(BASELINES)}, nor a runtime, nor a bundle")
     other = Bundle.open(place)
-    return _of_bundle(other, free, other.name, batch, replace(plain, runtime=runtime or None))
+    return _of_bundle(other, free, other.name, batch, replace(plain, runtime=runtime or None), checkpoints)
 
 
-def _of_torch(name: str, free: str, bundle: Bundle, batch: int, options: BenchOptions) -> Candidate:
-    from mmd_export.checkpoint import load_matching
+def _of_torch(
+    name: str, free: str, bundle: Bundle, batch: int, options: BenchOptions, checkpoints: Checkpoints
+) -> Candidate:
     from mmd_export.plan import StepPlan
     from mmd_export.torch_baselines import baseline
 
     wanted = bundle.manifest.checkpoint
     if options.checkpoint is None and wanted.name not in BUILT_IN:
         raise UsageError(f"--against {name} needs the checkpoint {wanted.name!r}; pass --checkpoint MODEL")
-    checkpoint = load_matching(options.checkpoint or wanted.name, wanted)
-    plan = StepPlan.from_dict(bundle.manifest.plan)
+    checkpoint, plan = checkpoints.of(bundle), StepPlan.from_dict(bundle.manifest.plan)
     call, runs_in = baseline(name, checkpoint, plan, inputs_of(bundle, batch), options.threads)
     return Candidate(free, name, runs_in, lambda: call)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mmd_export.bundle import Bundle, Golden
 from mmd_export.commands.distribution import DistributionOptions, distribution_rung
+from mmd_export.comparison import NO_LIMITS
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.parity import Culprit, Limits, ParityReport, Rung, check_artefact, chunks, require_outputs
 from mmd_export.runtime import RunOptions, Runtime
@@ -77,7 +78,8 @@ def verify(
     rungs = (*stages, rung)
     if distribution is not None:
         sampler = None if reference is None else (reference.checkpoint, reference.plan)
-        rungs = (*rungs, distribution_rung(bundle, runtime.open(bundle, options), sampler, distribution, notify))
+        session = runtime.open(bundle, options)
+        rungs = (*rungs, distribution_rung(bundle, session, sampler, distribution, notify, limits or NO_LIMITS))
     culprit = _culprit(bundle, rung, reference, fresh, notify) if bisect else None
     unchecked = tuple(_unchecked(bundle, reference, distribution))
     return ParityReport(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from benchmarks.distribution_rung import LEVEL, Lab, summary
+from benchmarks.distribution_rung import LEVEL, Lab, most_alarms, summary
 from mmd_export.commands.distribution import DistributionOptions
 
 
@@ -19,11 +17,29 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def test_honest_artefacts_pass(few: Lab) -> None:
     found = summary([few.repeat(number, power=False) for number in range(4)])
     assert found["false_alarms"] <= 1, found
-    assert found["each_test_alone"]["same"] == 0.0
+    assert found["alarms_by_test"]["same"] == 0
 
 
-def test_a_summary_counts_what_failed(tmp_path: Path) -> None:
-    row = {"same": {"p": 0.01}, "fresh": {"p": 0.5}, "failed": True}
-    fine = {"same": {"p": 1.0}, "fresh": {"p": 0.5}, "failed": False}
-    found = summary([{"honest": fine, "dropped": row}, {"honest": row}])
+def test_a_step_that_is_left_out_is_found(few: Lab) -> None:
+    """Each of the four, by the test on the same noises; few samples do."""
+    found = summary([few.repeat(number, power=True) for number in range(4)])
+    assert found["power"] == 1.0, found
+    assert found["found_by_test"]["same"] == 4
+    assert sorted(found["power_by_step"]) == ["2", "3", "4", "5"]
+
+
+def test_as_many_alarms_as_chance_allows() -> None:
+    """P(X <= 15) = 0.9556 and P(X <= 14) = 0.9219 for X of Binomial(200, 0.05)."""
+    assert most_alarms(200) == 15
+    assert most_alarms(1, level=0.5, confidence=0.5) == 0
+
+
+def test_a_summary_counts_what_failed() -> None:
+    row = {"same": {"failed": True}, "fresh": {"failed": False}, "failed": True}
+    fine = {"same": {"failed": False}, "fresh": {"failed": False}, "failed": False}
+    found = summary([{"honest": fine, "dropped": row, "step": 2}, {"honest": row}])
     assert (found["false_alarm_rate"], found["power"]) == (0.5, 1.0)
+    assert (found["few_alarms"], found["enough_power"]) == (True, True)
+    assert (found["alarms_by_test"], found["power_by_step"]) == ({"same": 1, "fresh": 0}, {"2": 1.0})
+    many = summary([{"honest": row, "dropped": fine, "step": 3}] * 3)
+    assert (many["few_alarms"], many["enough_power"]) == (False, False)

@@ -6,6 +6,7 @@ import json
 import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
-from mmd_export.checkpoint import load_checkpoint
+from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.ci_files import Case, bench_cases, junit_xml, verify_cases
-from mmd_export.commands.candidates import inputs_of
+from mmd_export.commands.bench import bench
+from mmd_export.commands.bench_gate import Gates
+from mmd_export.commands.candidates import BenchOptions, inputs_of
 from mmd_export.plan import StepPlan
 from mmd_export.torch_baselines import baseline
 from tests.cli.conftest import Command
@@ -64,6 +67,25 @@ def test_throughput_and_cold_start(command: Command, longer_bundle: Path, tmp_pa
         "digits-12: measured",
         "onnxruntime:cpu: measured",
     }
+
+
+def test_the_checkpoint_is_read_once(longer_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of torch baselines, batches and blocks."""
+    read: list[str] = []
+
+    def counted(model: str, **options: Any) -> Checkpoint:
+        read.append(model)
+        return load_checkpoint(model, **options)
+
+    monkeypatch.setattr("mmd_export.checkpoint.load_checkpoint", counted)
+    options = BenchOptions(
+        (longer_bundle,), ("torch", "per-step", "diffusers"), rounds=6, threads=1, batches=(1, 3)
+    )  # fmt: skip
+    assert len(bench(options).latency.seconds) == 4
+    assert read == ["digits"]
+    gated = bench(replace(options, against=("torch",), batches=(1,), rounds=24), gates=Gates())
+    assert gated.verdicts
+    assert read == ["digits", "digits"]
 
 
 @pytest.mark.parametrize(

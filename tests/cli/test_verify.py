@@ -95,9 +95,11 @@ def test_tolerances_from_the_command_line(command: Command, digits_bundle: Path)
     assert code == 4
     failed = [row["name"] for row in report["rungs"][-1]["comparisons"] if not row["passed"]]  # type: ignore[index]
     assert failed == ["state.2", "state.2 teacher-forced"]
+    assert report["error_budget"]["first_step"] == 2  # type: ignore[index]
     code, report, _ = report_of(command, digits_bundle, "--atol", "1e-12", "--rtol", "10")
     assert code == 0
     assert report["rungs"][-1]["required_atol"] == 0.0  # type: ignore[index]
+    assert report["error_budget"]["first_step"] is None  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

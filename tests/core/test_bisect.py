@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from benchmarks.bisect import KINDS, planted, search, spoilt
+from benchmarks.bisect import KINDS, planted, scale_weight, search, spoilt
 from benchmarks.faults import Lab
 from mmd_export.bisect import call_value
-from mmd_export.blame import checkpoint_graph
+from mmd_export.blame import blame, checkpoint_graph, worst_place
+from mmd_export.bundle import Golden
 from mmd_export.commands.verify import verify
+from mmd_export.comparison import Limits
 from mmd_export.errors import NotAvailableError, ParityError, UsageError
 from mmd_export.graph_parts import GraphParts
+from mmd_export.ladder import fresh_golden
+from mmd_export.parity import check_artefact, take
+from mmd_export.runtime import RunOptions
+from mmd_runtime.registry import runtime_for
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +47,97 @@ def test_the_spoilt_operator_is_named(lab: Lab, reference: ir.Model, seed: int) 
     assert call_value(found) == value.split("/", 1)[1]
 
 
+def clipped(model: ir.Model, value: str, above: float) -> None:
+    """What ``value`` is above a number is lost."""
+    node = next(node for node in model.graph if node.outputs[0].name == value)
+    inner = node.outputs[0]
+    outer = ir.Node("", "Min", [inner, _number(model, above, "above")], num_outputs=1)
+    model.graph.insert_after(node, outer)
+    ir.convenience.replace_all_uses_with(inner, outer.outputs[0])
+    outer.replace_input_with(0, inner)
+    outer.outputs[0].name, inner.name = value, f"{value}.before"
+
+
+def ends_wrong(model: ir.Model) -> None:
+    """The sample is cut at 0.5, so that every image fails at its end."""
+    clip = next(node for node in model.graph if node.outputs[0].name == "sample")
+    clip.replace_input_with(2, _number(model, 0.5, "half"))
+
+
+def largest(parts: GraphParts, golden: Golden) -> dict[str, list[float]]:
+    """What the convolutions of step 2 give at most, by image."""
+    values = [name for name, node in parts.producer.items() if node.op_type == "Conv" and name.startswith("step.1/")]
+    runs = []
+    for image in range(golden.count):
+        rows = slice(image, image + 1)
+        known = {name: take(name, array, rows) for name, array in golden.inputs.items()}
+        runs.append(parts.run({**known, "state.1": golden.states[0][rows]}, values))
+    return {name: [float(run[name].max()) for run in runs] for name in values}
+
+
+def test_the_image_is_that_of_the_step_not_of_the_first_failure(lab: Lab, reference: ir.Model) -> None:
+    """The samples fail everywhere, first in image 0; step 2 is wrong for another image alone."""
+    good = lab.honest("onnx")
+    model, parts = ir.load(good.artefact_path), GraphParts(reference)
+    seen = largest(parts, good.golden())
+    value = max(seen, key=lambda name: (np.argmax(seen[name]) != 0) * np.ptp(sorted(seen[name])[-2:]))
+    assert np.argmax(seen[value]) != 0
+    clipped(model, value, sorted(seen[value])[-2])
+    ends_wrong(model)
+    bad = planted(lab, good, model)
+    rung = check_artefact(bad, runtime_for("onnx"), RunOptions(1))
+    assert rung.failures[0].name == "sample"
+    assert worst_place(rung) == ("golden", int(np.argmax(seen[value])))
+    assert worst_place(rung)[1] != (rung.failures[0].worst_index or (-1,))[0]
+    found = blame(bad, rung, ir.load(bad.artefact_path), reference)
+    assert (found.step, found.value) == (2, value), found.message
+
+
+def test_the_noises_are_those_of_the_budget(lab: Lab, reference: ir.Model) -> None:
+    """The golden samples fail at their end; step 2 is wrong on fresh noises alone."""
+    good = lab.honest("onnx")
+    model, parts = ir.load(good.artefact_path), GraphParts(reference)
+    fresh = fresh_golden(good, lab.checkpoint, lab.plan, seed=1)
+    golden, drawn = ({name: max(by_image) for name, by_image in largest(parts, each).items()}
+                     for each in (good.golden(), fresh))  # fmt: skip
+    value = max(golden, key=lambda name: drawn[name] - golden[name])
+    assert golden[value] < drawn[value]
+    clipped(model, value, golden[value])
+    ends_wrong(model)
+    bad = planted(lab, good, model)
+    rung = check_artefact(bad, runtime_for("onnx"), RunOptions(1), fresh=fresh)
+    assert rung.failures[0].name == "sample"
+    assert worst_place(rung)[0] == "fresh"
+    found = blame(bad, rung, ir.load(bad.artefact_path), reference, fresh)
+    assert (found.step, found.value) == (2, value), found.message
+
+
+def test_the_tolerances_of_the_steps_choose_the_step(lab: Lab, reference: ir.Model) -> None:
+    """Two steps are spoilt; the first may be, so the second is named; relative to its size that may be too."""
+    good = lab.honest("onnx")
+    model = ir.load(good.artefact_path)
+    for k, place in enumerate((0, 1)):
+        _halve(model, k, place)
+    bad = planted(lab, good, model)
+    allowed = Limits({"state.1": 1e3})
+    rung = check_artefact(bad, runtime_for("onnx"), RunOptions(1), allowed)
+    found = blame(bad, rung, ir.load(bad.artefact_path), reference)
+    assert (found.step, found.operator) == (2, "Conv"), found.message
+    relative = Limits({"state.1": 1e3, "state.2": 1e-3}, {"state.2": 1e-3})
+    rung = check_artefact(bad, runtime_for("onnx"), RunOptions(1), relative)
+    again = blame(bad, rung, ir.load(bad.artefact_path), reference)
+    assert (again.step, again.value, again.budget) == (2, found.value, 1e-3)
+    assert again.error < found.error  # by what is relative
+    assert rung.budget is not None
+    assert again.error == pytest.approx(rung.budget.steps[1].local_required, rel=1e-3)
+
+
+def _halve(model: ir.Model, k: int, place: int) -> None:
+    """One filter of a convolution of call k."""
+    nodes = [n for n in model.graph if n.op_type == "Conv" and f"step.{k}/" in str(n.outputs[0].name)]
+    scale_weight(model.graph, nodes[place], np.random.default_rng(k))
+
+
 def test_a_wrong_coefficient_is_blamed_on_the_plan(lab: Lab, reference: ir.Model) -> None:
     good = lab.honest("onnx")
     model = ir.load(good.artefact_path)
@@ -53,15 +151,14 @@ def test_a_wrong_coefficient_is_blamed_on_the_plan(lab: Lab, reference: ir.Model
 def test_a_wrong_end_comes_after_the_last_step(lab: Lab, reference: ir.Model) -> None:
     good = lab.honest("onnx")
     model = ir.load(good.artefact_path)
-    clip = next(node for node in model.graph if node.outputs[0].name == "sample")
-    clip.replace_input_with(2, _number(model, 0.5))
+    ends_wrong(model)
     found = search(planted(lab, good, model), reference)
     assert (found.step, found.value, found.operator) == (lab.plan.step_count + 1, "sample", "Clip")
 
 
-def _number(model: ir.Model, number: float) -> ir.Value:
-    tensor = ir.tensor(np.array(number, np.float32), name="half")
-    value = ir.Value(name="half", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(()), const_value=tensor)
+def _number(model: ir.Model, number: float, name: str) -> ir.Value:
+    tensor = ir.tensor(np.array(number, np.float32), name=name)
+    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(()), const_value=tensor)
     model.graph.register_initializer(value)
     return value
 
@@ -111,6 +208,15 @@ def test_a_reference_that_is_off_itself_is_not_the_artefacts_fault(lab: Lab, ref
     found = search(bad, reference)
     assert found.operator == ""
     assert "a fresh float32 graph of the checkpoint breaks the budget too" in found.message
+
+
+def test_where_the_mean_alone_fails_no_operator_is_named(lab: Lab, reference: ir.Model) -> None:
+    good = lab.honest("onnx")
+    rung = check_artefact(good, runtime_for("onnx"), RunOptions(1))
+    off = replace(rung, mean=0.0)
+    assert not off.passed
+    with pytest.raises(NotAvailableError, match="only the mean is; no operator is to blame"):
+        blame(good, off, ir.load(good.artefact_path), reference)
 
 
 def test_of_another_format_the_step_alone_is_named(lab: Lab, tmp_path: Path) -> None:

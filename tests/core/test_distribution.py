@@ -16,14 +16,17 @@ from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
 from mmd_export.commands.distribution import DistributionOptions, distribution_tests, find_encoder
 from mmd_export.commands.verify import verify
+from mmd_export.comparison import Limits
 from mmd_export.distribution import (
     frechet_distance,
     median_squared_distance,
+    paired_mmd2,
+    paired_test,
     permutation_test,
     pixels,
     projection,
+    same_noise_test,
     squared_distances,
-    two_sample_test,
 )
 from mmd_export.errors import ParityError, UsageError
 from mmd_export.parity import Rung
@@ -51,6 +54,46 @@ def test_the_permutation_test_keeps_its_level_and_finds_a_shift() -> None:
     assert permutation_test(draws(0), draws(1, shift=1.0), 99)[2] == pytest.approx(0.01)
 
 
+def test_mmd2_of_pairs_is_the_direct_formula() -> None:
+    x, y = draws(0, 1500), draws(1, 1500, shift=0.2)  # more than a block
+    mmd2, s2, _ = paired_test(x, y, 9)
+    assert s2 == pytest.approx(median_squared_distance(np.concatenate([x, y])))
+    k = [np.exp(-squared_distances(a, b) / (2 * s2)) for a, b in ((x, x), (y, y), (x, y), (y, x))]
+    h = k[0] + k[1] - k[2] - k[3]
+    expected = (h.sum() - np.trace(h)) / (len(x) * (len(x) - 1))
+    assert mmd2 == pytest.approx(expected, rel=1e-9) == paired_mmd2(x, y, s2)
+    assert paired_test(x, y, 9) == pytest.approx(paired_test(y, x, 9), rel=1e-9)
+
+
+def test_the_test_of_pairs_keeps_its_level() -> None:
+    """On independent pairs, and on pairs that are nearly alike and differ either way."""
+
+    def near(seed: int) -> tuple[Array, Array]:
+        base, error = draws(seed), 1e-3 * draws(seed + 1)
+        return base + error, base - error
+
+    for pair in (lambda i: (draws(2 * i), draws(2 * i + 1)), lambda i: near(2 * i)):
+        values = [paired_test(*pair(i), 99)[2] for i in range(100)]
+        assert np.mean([value <= 0.05 for value in values]) <= 0.11
+        assert 0.35 < float(np.mean(values)) < 0.65
+
+
+def test_a_small_difference_shows_in_pairs_alone() -> None:
+    x = draws(3, 100)
+    y = x + 0.05 + 0.01 * draws(4, 100)
+    assert permutation_test(x, y, 99)[2] > 0.5
+    assert paired_test(x, y, 99)[2] == 0.01
+
+
+def test_a_difference_within_the_tolerance_of_the_pixels_passes() -> None:
+    x = draws(3, 100)
+    for tolerance, passed in ((0.06, True), (0.04, False)):
+        moved = [x + tolerance, x - tolerance]
+        found = same_noise_test("features", x + 0.05, x, moved, 0.05, 99)
+        assert (found.p_value, found.passed) == (0.01, passed)
+        assert found.tolerated == pytest.approx(paired_mmd2(x, moved[0], found.squared_bandwidth), rel=0.1)
+
+
 def test_frechet_distance_is_its_formula() -> None:
     a, b = draws(0, 40), draws(1, 50, shift=0.3)
     shift, (first, second) = a.mean(0) - b.mean(0), (np.cov(each, rowvar=False) for each in (a, b))
@@ -66,6 +109,8 @@ def test_what_cannot_be_tested_is_refused() -> None:
         permutation_test(np.full((30, 2), np.nan), draws(0, 30)[:, :2])
     with pytest.raises(UsageError, match=r"features \(60, 5\) and \(60, 4\)"):
         permutation_test(draws(0), draws(1)[:, :4])
+    with pytest.raises(UsageError, match=r"pairs \(60, 5\) and \(50, 5\)"):
+        paired_test(draws(0), draws(1, 50))
     with pytest.raises(UsageError, match="--count is 10, rung 7 needs at least 100"):
         DistributionOptions(count=10)
     with pytest.raises(UsageError, match="--level is 1"):
@@ -94,10 +139,13 @@ def test_encoders_of_finetune_and_unknown_ones() -> None:
 
 def test_equal_samples_pass_on_the_same_noise() -> None:
     x = draws(3, 100)
-    found = two_sample_test("same", "features", x, x + 1e-6, 0.005, 99)
+    found = same_noise_test("features", x, x, [x + 1e-4, x - 1e-4], 0.005, 99)
     assert found.passed
-    assert found.p_value == 1.0
-    assert found.mmd2 < 0.0
+    assert (found.p_value, found.mmd2) == (1.0, 0.0)
+    off = same_noise_test("features", x + 1e-6, x, [x + 1e-4, x - 1e-4], 0.005, 999)
+    assert off.passed
+    assert off.tolerated is not None
+    assert 0.0 < off.mmd2 < 1e-3 * off.tolerated
 
 
 # --- of a bundle
@@ -128,6 +176,18 @@ def test_rung_7_against_the_checkpoint(digits: Path) -> None:
     assert {"p_value", "mmd2", "frechet", "passed"} <= set(data["tests"][0])
 
 
+@pytest.mark.parametrize("precision", ["fp16", "w4"])
+def test_what_a_precision_may_be_off_is_no_other_distribution(tmp_path: Path, precision: str) -> None:
+    bundle = build(BuildOptions("digits", "onnx", tmp_path / "b", precision, batch="50", steps=2))
+    report = verify(bundle, checkpoint="digits", distribution=SMALL)
+    (same, _) = report.rungs[-1].tests
+    assert same.passed
+    assert same.tolerated is not None
+    assert same.mmd2 < same.tolerated
+    tight = verify(bundle, checkpoint="digits", distribution=SMALL, limits=Limits({"": 1e-9}))
+    assert not tight.rungs[-1].tests[0].passed
+
+
 def test_rung_7_against_another_bundle(digits: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(digits)
     report = verify(bundle, distribution=DistributionOptions(200, against=str(digits), permutations=299))
@@ -149,7 +209,7 @@ def test_an_artefact_that_is_not_finite_fails_rung_7() -> None:
         images[7, 0, 3, 3] = np.nan
         return images
 
-    tests = distribution_tests(broken, lambda seed: np.nan_to_num(broken(seed)), projection, SMALL)
+    tests = distribution_tests(broken, lambda seed: np.nan_to_num(broken(seed)), projection, SMALL, 1e6)
     assert not any(test.passed for test in tests)
     assert json.loads(json.dumps(tests[0].to_dict(), allow_nan=False))["frechet"] is None
 
@@ -160,6 +220,7 @@ def test_another_distribution_fails_rung_7(digits: Path) -> None:
         lambda seed: np.random.default_rng(seed).normal(0.0, 1, (200, 1, 8, 8)).astype(np.float32),
         projection,
         SMALL,
+        1e-4,
     )
     assert not any(test.passed for test in shifted)
     report = verify(Bundle.open(digits))

@@ -218,6 +218,15 @@ def test_a_relative_tolerance_widens_with_the_reference() -> None:
     assert tight.passes(0.006)
 
 
+def test_beside_a_relative_tolerance_the_worst_place_is_what_it_does_not_cover() -> None:
+    """One pixel is off by more, but large; the other has nothing that widens it."""
+    expected = np.array([[100.0, 0.0, 1.0]], np.float32)
+    found = compare("sample", expected + np.array([[0.5, 0.1, 0.0]], np.float32), expected, rtol=0.01)
+    assert (found.worst_index, found.max_abs) == ((0, 1), pytest.approx(0.5, rel=1e-4))
+    with pytest.raises(ParityError, match=r"sample is off by 0.1 beyond 0.01 relative at \(0, 1\), the tolerance is 0"):
+        report(rung(6, found)).require()
+
+
 def test_no_tolerance_saves_a_fault() -> None:
     found = compare("sample", changed((0, 0, 0, 0), np.nan), images(), rtol=1e9)
     assert found.required_atol == np.inf
@@ -249,6 +258,18 @@ def test_levels_that_all_lean_one_way_fail() -> None:
     assert failed.verdict == "failed"
     with pytest.raises(ParityError, match=r"sample is off by 0.3 on average, the tolerance is 0.0128"):
         report(failed).require()
+
+
+def test_what_is_off_everywhere_fails_within_a_wide_tolerance() -> None:
+    spread = Comparison("state.1", 0.9, 0.2)
+    assert rung(6, spread, atol=1.0).passed
+    assert rung(6, spread, atol=1.0, mean=0.25).passed
+    failed = rung(6, spread, atol=1.0, mean=0.125)
+    assert not failed.passed
+    with pytest.raises(ParityError, match=r"state.1 is off by 0.2 on average, the tolerance is 0.125"):
+        report(failed).require()
+    for limits in (Limits({"": 1.0}), Limits({"state.1": 1.0}), Limits({}, {"": 0.1})):
+        assert rung(6, spread, atol=1.0, mean=0.125, limits=limits).passed  # the user's own tolerance is meant
 
 
 def test_verified_fraction_counts_what_was_compared() -> None:

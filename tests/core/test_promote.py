@@ -13,11 +13,14 @@ import pytest
 from benchmarks.faults import save_network, without_islands
 from mmd_export import promote, tolerance
 from mmd_export.build import BuildOptions, build
+from mmd_export.bundle import Bundle
 from mmd_export.errors import NotAvailableError, ParityError, UsageError
 from mmd_export.precision import quantise
 from mmd_export.precision.formats import Grid
 from mmd_export.precision.layers import Layer
 from mmd_export.reference import golden_arrays
+from mmd_export.runtime import Arrays, ChainSession, RunOptions
+from mmd_runtime.onnxruntime import chain_session
 
 STEPS = 2
 SPOILT = "mid_block.resnets.0.conv1"
@@ -115,6 +118,35 @@ def test_a_culprit_that_is_no_operator_ends_the_search(
     with pytest.raises(ParityError, match=r"with 0 operators in float32 .* breaks the budget too.*another --precision"):
         build(options(tame, tmp_path / "b", auto_promote=True))
     assert not (tmp_path / "b").exists()
+
+
+def test_a_round_runs_each_chain_once(tame: Path, tmp_path: Path) -> None:
+    """Four golden noises, batch 1: four passes of the whole sampler, whose sample is compared too."""
+    bundle = build(options(tame, tmp_path / "b", precision="fp32"))
+    opened: list[Counted] = []
+
+    def open_chain(bundle: Bundle, model: Any) -> ChainSession:
+        opened.append(Counted(chain_session(bundle, RunOptions(1), model)))
+        return opened[0]
+
+    rung = promote.rung_of(bundle, ir.load(bundle.artefact_path), open_chain)
+    assert rung.passed
+    assert "sample" in [each.name for each in rung.comparisons]
+    assert [each.chains for each in opened] == [bundle.golden().count]
+
+
+class Counted:
+    """A chain that counts how often the whole of it is run."""
+
+    def __init__(self, chain: ChainSession) -> None:
+        self.chain, self.chains = chain, 0
+
+    def run_chain(self, inputs: Arrays) -> dict[str, Any]:
+        self.chains += 1
+        return self.chain.run_chain(inputs)
+
+    def run_step(self, step: int, known: Arrays) -> Any:
+        return self.chain.run_step(step, known)
 
 
 def test_where_there_is_nothing_to_promote_the_option_is_refused(tame: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from mmd_export.errors import NotAvailableError
 from mmd_export.targets import get_target, target_names
-from mmd_export.tolerance import BASES, Measurement, artefact_tolerance, uint8_tolerance
+from mmd_export.tolerance import BASES, Measurement, artefact_tolerance, mean_tolerance, uint8_tolerance
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CITED = [(key, measurement) for key, basis in BASES.items() for measurement in basis.measured]
@@ -60,7 +60,16 @@ def test_every_precision_has_a_tolerance_with_its_reason() -> None:
     with pytest.raises(NotAvailableError, match="no measured tolerance for onnx fp2; measured: onnx fp32"):
         artefact_tolerance("onnx", "fp2")
     cited = {target for (target, _), basis in BASES.items() if basis.measured}
-    assert {"onnx", "coreml"} <= cited
+    assert {"onnx", "openvino", "coreml"} <= cited
+
+
+def test_the_mean_of_honest_artefacts_is_within_its_tolerance() -> None:
+    result = json.loads((RESULTS / "fault_injection.json").read_text(encoding="utf-8"))
+    means = result["worst_mean_honest"]
+    assert {name.split()[0] for name in means} == {"onnx", "openvino", "coreml"}
+    for name, mean in means.items():
+        target, precision = name.split()
+        assert 2 * mean < mean_tolerance(BASES[target, precision].atol), name
 
 
 def test_levels_of_bytes_follow_the_tolerance() -> None:

@@ -146,6 +146,8 @@ def test_values_that_move() -> None:
     cut = {"x": x, "begin": [1, 0, 3], "end": [0, 0, 0], "stride": [1, 2, -2]}
     cut |= {"begin_mask": [False, True, False], "end_mask": [False, True, True], "squeeze_mask": [True, False, False]}
     np.testing.assert_array_equal(RULES["slice_by_index"](cut), x[1, ::2, 3::-2])
+    np.testing.assert_array_equal(RULES["reverse"]({"x": x, "axes": of(np.int32, [1])}), x[:, ::-1])
+    np.testing.assert_array_equal(RULES["reverse"]({"x": x}), x[::-1, ::-1, ::-1])
     np.testing.assert_array_equal(RULES["slice_by_size"]({"x": x, "begin": [0, 1, 0], "size": [2, 1, -1]}), x[:, 1:2])
     np.testing.assert_array_equal(RULES["gather"]({"x": x, "indices": of(np.int32, [2, 0]), "axis": 1}), x[:, [2, 0]])
     with pytest.raises(MalformedError, match="index 3 of gather is outside of 3 rows"):

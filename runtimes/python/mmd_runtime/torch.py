@@ -50,7 +50,7 @@ class _TorchSession:
         if options.threads:
             torch.set_num_threads(options.threads)
         self.bundle = bundle
-        self.sampler = _sampler(bundle, options.checkpoint)
+        self.sampler = _sampler(bundle, options)
         self.uint8 = bundle.manifest.spec("sample").dtype == "uint8"
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
@@ -94,18 +94,18 @@ class _TorchSession:
             raise UsageError(f"bundle {name}: step {step} starts from '{missing[0]}', given: {sorted(known)}; add it")
 
 
-def _sampler(bundle: Bundle, model: str | None) -> UnrolledSampler:
+def _sampler(bundle: Bundle, options: RunOptions) -> UnrolledSampler:
     """The unrolled sampler of the checkpoint that the bundle was built from, told apart by its hash."""
     from mmd_export.checkpoint import BUILT_IN, load_matching
     from mmd_export.plan import StepPlan
     from mmd_export.reference import sampler_of
 
-    wanted = bundle.manifest.checkpoint
+    wanted, model = bundle.manifest.checkpoint, options.checkpoint
     if model is None and wanted.name not in BUILT_IN:
         raise UsageError(
             f"bundle {bundle.name}: runtime torch needs its checkpoint {wanted.name!r}; pass --checkpoint MODEL"
         )
-    checkpoint = load_matching(model or wanted.name, wanted)
+    checkpoint = options.read(bundle) if options.read else load_matching(model or wanted.name, wanted)
     return sampler_of(checkpoint, StepPlan.from_dict(bundle.manifest.plan))
 
 

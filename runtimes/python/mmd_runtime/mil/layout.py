@@ -150,6 +150,7 @@ RULES: dict[str, Rule] = {
     "split": _split,
     "slice_by_index": _slice_by_index,
     "slice_by_size": _slice_by_size,
+    "reverse": lambda args: np.flip(args["x"], _ints(args["axes"]) if "axes" in args else None),
     "tile": lambda args: np.tile(args["x"], _ints(args["reps"])),
     "pad": _pad,
     "gather": _gather,
