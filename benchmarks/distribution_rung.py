@@ -81,7 +81,7 @@ class Lab:
             return known[seed]
 
         encode = NUMPY_ENCODERS[options.features]
-        found = {"honest": _row(distribution_tests(self.honest, reference, encode, options, self.atol))}
+        found: dict[str, Any] = {"honest": _row(distribution_tests(self.honest, reference, encode, options, self.atol))}
         if power:
             faulty = self.dropped[number % len(self.dropped)]
             found["dropped"] = _row(distribution_tests(faulty, reference, encode, options, self.atol))

@@ -72,8 +72,11 @@ def test_the_test_of_pairs_keeps_its_level() -> None:
         base, error = draws(seed), 1e-3 * draws(seed + 1)
         return base + error, base - error
 
-    for pair in (lambda i: (draws(2 * i), draws(2 * i + 1)), lambda i: near(2 * i)):
-        values = [paired_test(*pair(i), 99)[2] for i in range(100)]
+    def apart(seed: int) -> tuple[Array, Array]:
+        return draws(seed), draws(seed + 1)
+
+    for pair in (apart, near):
+        values = [paired_test(*pair(2 * i), 99)[2] for i in range(100)]
         assert np.mean([value <= 0.05 for value in values]) <= 0.11
         assert 0.35 < float(np.mean(values)) < 0.65
 
