@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from mmd_export.bundle import Bundle
+from mmd_export.bundle import Bundle, Manifest
 from mmd_export.errors import MmdExportError
 from mmd_export.manifest import MANIFEST_NAME
 
@@ -45,8 +45,8 @@ class Kit(Protocol):
     formats: tuple[str, ...]
     libraries: tuple[Library, ...]
 
-    def lines(self, artefact_format: str) -> tuple[str, ...]:
-        """What builds and runs a project with such an artefact; said after it was written, and in its README."""
+    def lines(self, manifest: Manifest) -> tuple[str, ...]:
+        """What builds and runs a project with such a bundle; said after it was written, and in its README."""
         ...
 
     def write(self, bundle: Bundle, folder: Path) -> None:
@@ -73,9 +73,10 @@ class SourceKit:
     before: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     parts: tuple[tuple[str, str], ...] = ()
 
-    def lines(self, artefact_format: str) -> tuple[str, ...]:
-        """Those for the format, then those for all."""
-        return (*self.before.get(artefact_format, ()), *self.run)
+    def lines(self, manifest: Manifest) -> tuple[str, ...]:
+        """Those for the format, then those for all; what draws from a seed draws class 0 where there are classes."""
+        lines = (*self.before.get(manifest.format, ()), *self.run)
+        return tuple(_with_class(line) for line in lines) if _has_classes(manifest) else lines
 
     def write(self, bundle: Bundle, folder: Path) -> None:
         """Sources, then the bundle, then what the README says of this bundle."""
@@ -85,8 +86,19 @@ class SourceKit:
         copy_bundle(bundle, folder / self.bundle_at)
         readme = folder / README_NAME
         text = readme.read_text(encoding="utf-8").rstrip("\n")
+        if _has_classes(bundle.manifest):
+            text = "\n".join(_with_class(line) if line in self.run else line for line in text.splitlines())
         about = about_bundle(bundle, self.bundle_at)
         readme.write_text(f"{text}\n\n{about}", encoding="utf-8", newline="\n")
+
+
+def _has_classes(manifest: Manifest) -> bool:
+    return any(spec.name == "class_labels" for spec in manifest.inputs)
+
+
+def _with_class(line: str) -> str:
+    """A line that draws from a seed, with class 0."""
+    return f"{line} --class-label 0" if " --seed " in line else line
 
 
 def source_folder(name: str) -> Path:

@@ -48,7 +48,7 @@ def embed(options: EmbedOptions) -> Embedded:
             shutil.copy(path, folder)
         (folder / "LICENSES.md").write_text(licence_notes(bundle, kit), encoding="utf-8", newline="\n")
         (folder / MARK).write_text(_mark(kit, bundle), encoding="utf-8", newline="\n")
-    return Embedded(kit.summary, kit.lines(bundle.manifest.format))
+    return Embedded(kit.summary, kit.lines(bundle.manifest))
 
 
 def _require_fitting(kit: Kit, bundle: Bundle) -> None:

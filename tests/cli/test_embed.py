@@ -8,14 +8,15 @@ import tomllib
 from pathlib import Path
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 
-from mmd_export.bundle import Bundle
+from mmd_export.bundle import Bundle, TensorSpec
 from mmd_export.cli_embed import embed
 from mmd_export.kit_project import MADE_THERE, Kit, SourceKit, source_files, source_folder
 from mmd_export.kits import get_kit, kit_names
 from tests.cli.conftest import Command
-from tests.export.bundles import contents, draft, left_beside, make
+from tests.export.bundles import contents, draft, golden, left_beside, make
 from tests.project.checks import ROOT
 
 ONNX_KITS = [name for name in kit_names() if "onnx" in get_kit(name).formats]
@@ -37,7 +38,8 @@ def test_a_kit_is_described(name: str) -> None:
     assert isinstance(kit, Kit)
     assert kit.name == name
     assert all([kit.summary, kit.formats, kit.libraries])
-    assert all(kit.lines(each) for each in kit.formats)
+    assert isinstance(kit, SourceKit)
+    assert kit.run
 
 
 def test_the_help_names_the_kits_there_are() -> None:
@@ -58,7 +60,7 @@ def test_the_wheel_has_the_sources_of_every_kit(name: str) -> None:
 def test_a_project_holds_sources_bundle_and_licences(name: str, bundle: Path, out: Path, command: Command) -> None:
     code, shown, error = command("embed", bundle, "--kit", name, "--out", out)
     assert (code, error) == (0, "")
-    assert all(line in shown for line in get_kit(name).lines("onnx"))
+    assert all(line in shown for line in get_kit(name).lines(Bundle.open(bundle).manifest))
     assert (out / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     notes = (out / "LICENSES.md").read_text()
     assert "CC-BY-4.0" in notes
@@ -76,7 +78,20 @@ def test_the_readme_has_the_lines_of_the_command(name: str, tmp_path: Path, out:
         bundle = make(tmp_path / each, draft=draft(format=each)).folder
         assert command("embed", bundle, "--kit", name, "--out", out.with_name(str(place)))[0] == 0
         lines = (out.with_name(str(place)) / "README.md").read_text().splitlines()
-        assert [line for line in get_kit(name).lines(each) if line not in lines] == []
+        assert [line for line in get_kit(name).lines(Bundle.open(bundle).manifest) if line not in lines] == []
+
+
+@pytest.mark.parametrize("name", ONNX_KITS)
+def test_a_project_of_a_model_with_classes_draws_one(name: str, tmp_path: Path, out: Path, command: Command) -> None:
+    labels, few = TensorSpec(name="class_labels", dtype="int64", shape=(1,)), golden()
+    few["class_labels"] = np.zeros(len(few["noise"]), np.int64)
+    bundle = make(tmp_path / "classes", draft=draft(inputs=(*draft().inputs, labels)), golden=few).folder
+    code, shown, error = command("embed", bundle, "--kit", name, "--out", out)
+    assert code == 0, error
+    readme = (out / "README.md").read_text().splitlines()
+    drawing = [line.strip() for line in shown.splitlines() if " --seed " in line]
+    assert all(line.endswith(" --class-label 0") and line in readme for line in drawing)
+    assert drawing or name == "web"
 
 
 def test_the_same_bundle_gives_the_same_project(bundle: Path, out: Path, command: Command) -> None:

@@ -53,7 +53,8 @@ def artefact(folder: Path) -> None:
 
 
 def make(out: Path, **options: Any) -> Bundle:
-    return write_bundle(out, options.pop("draft", draft()), artefact, golden(), CARD, **options)
+    drafted, tensors = options.pop("draft", draft()), options.pop("golden", golden())
+    return write_bundle(out, drafted, artefact, tensors, CARD, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -11,8 +11,8 @@ import { promisify } from "node:util";
 
 import pngjs from "pngjs";
 
-import type { Engine, Sampler as Opened } from "../src/index.js";
-import { cpuEngine, folderSource, open, Sampler, UsageError } from "../src/index.js";
+import type { Engine, Sampler as Opened, Tensors } from "../src/index.js";
+import { classLabels, cpuEngine, folderSource, open, Sampler, UsageError } from "../src/index.js";
 
 const BUNDLE = fileURLToPath(new URL("../../bundle", import.meta.url));
 const CLI = fileURLToPath(new URL("../src/cli.js", import.meta.url));
@@ -36,6 +36,14 @@ async function run(...given: string[]): Promise<{ code: number; out: string; err
     return { code, out: stdout, error: stderr };
   }
 }
+
+/** What the bundle asks for beside noise: class 0 of each image. */
+function told(count: number): Tensors {
+  const classes = sampler.manifest.inputs.some(({ name }) => name === "class_labels");
+  return classes ? { class_labels: classLabels(0, count) } : {};
+}
+
+const toldByFlag = () => (Object.keys(told(1)).length ? ["--class-label", "0"] : []);
 
 test("the self-test passes", async () => {
   const found = await sampler.selfTest(2);
@@ -72,16 +80,16 @@ test("every state is golden", async () => {
 });
 
 test("the last state is the sample", async () => {
-  const { states, sample } = await sampler.chain(3);
+  const { states, sample } = await sampler.chain(3, { conditions: told(1) });
   const last = states[states.length - 1];
   if (sample.dtype === "uint8" || last.shape.join() !== sample.shape.join()) return;
   last.values.forEach((value, i) => assert.equal(Math.min(Math.max(Number(value), -1), 1), Number(sample.values[i])));
 });
 
 test("an image is its seed and index, whatever is drawn with it", async () => {
-  const three = await sampler.sample(5, { count: 3 });
-  const last = await sampler.sample(5, { first: 2 });
-  const other = await sampler.sample(6, { first: 2 });
+  const three = await sampler.sample(5, { count: 3, conditions: told(3) });
+  const last = await sampler.sample(5, { first: 2, conditions: told(1) });
+  const other = await sampler.sample(6, { first: 2, conditions: told(1) });
   const difference = (a: ArrayLike<unknown>, b: ArrayLike<unknown>) =>
     Math.max(...Array.from(a, (value, i) => Math.abs(Number(value) - Number(b[i]))));
   const size = last.values.length;
@@ -92,13 +100,14 @@ test("an image is its seed and index, whatever is drawn with it", async () => {
 test("wrong calls are refused", async () => {
   await assert.rejects(sampler.sample(-1), UsageError);
   await assert.rejects(sampler.sample(1, { count: 0 }), UsageError);
-  const conditions = { timestep: { dtype: "int64", shape: [1], values: new BigInt64Array(1) } } as const;
+  const timestep = { dtype: "int64", shape: [1], values: new BigInt64Array(1) } as const;
+  const conditions = { ...told(1), timestep };
   await assert.rejects(sampler.sample(1, { conditions }), /input 'timestep' is unknown/);
 });
 
 test("the command writes a picture", async () => {
   const out = join(folder, "seven.png");
-  const done = await run("--seed", "7", "--count", "4", "--out", out);
+  const done = await run("--seed", "7", "--count", "4", "--out", out, ...toldByFlag());
   assert.equal(done.code, 0, done.error);
   const { width, height, data } = pngjs.PNG.sync.read(await readFile(out));
   assert.ok(width >= 98 && height >= 98);

@@ -111,12 +111,14 @@ describe("on WebAssembly", { skip: noBrowser }, () => {
     await other.locator(".steps li").first().waitFor();
     assert.equal(await other.locator(".tile").count(), 2);
     const api = await other.evaluate(async () => {
-      const { openBundle } = await import("./mmd-sampler.js");
+      const { classLabels, openBundle } = await import("./mmd-sampler.js");
       const sampler = await openBundle("./bundle/", { backend: "wasm" });
+      const classes = sampler.about.manifest.inputs.some(({ name }) => name === "class_labels");
+      const conditions = (count) => (classes ? { class_labels: classLabels(0, count) } : {});
       const { passed } = await sampler.selfTest(1);
       const wrong = await sampler.sample(-1).catch((error) => error.name);
-      const seven = await sampler.sample(7, { count: 2 });
-      const last = await sampler.sample(7, { first: 1 });
+      const seven = await sampler.sample(7, { count: 2, conditions: conditions(2) });
+      const last = await sampler.sample(7, { first: 1, conditions: conditions(1) });
       sampler.close();
       const size = last.values.length;
       const off = last.values.map((value, i) => Math.abs(value - seven.values[size + i]));
