@@ -20,7 +20,7 @@ from mmd_export.errors import MmdExportError, NotAvailableError, ParityError, Us
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.target_options import DEFAULTS, TargetOptions
 from mmd_export.targets import Compiled, CompileOptions, Target, get_target, target_names
-from mmd_export.tolerance import artefact_tolerance
+from mmd_export.tolerance import artefact_tolerance, mean_tolerance
 from mmd_runtime.registry import runtime_for
 from tests.contract.required import skip
 
@@ -95,7 +95,8 @@ def test_it_keeps_the_protocol(name: str) -> None:
     assert target.artefact.startswith("model.")
     for precision in target.precisions:
         tolerance = artefact_tolerance(name, precision)
-        assert 0 < tolerance.atol < 1
+        assert 0 < tolerance.atol < 2  # the range of a sample
+        assert mean_tolerance(tolerance.atol) <= 0.2
         assert "measured" in tolerance.reason
 
 
