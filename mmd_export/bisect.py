@@ -145,25 +145,27 @@ def _as_float32(array: Array) -> Array:
 def question_of(rung: Rung, inputs: Mapping[str, Array], states: Sequence[Array], sample: Array) -> Question:
     """What to ask of a failing rung 6, on one batch of golden ``inputs``, ``states`` and ``sample``.
 
-    The first step that is wrong by itself; where none is, the one that adds most, with half of what it adds as budget;
-    where all states hold, what follows them.
+    The first step that is wrong by itself; where none is, or only a mean is too large, the one that adds most, with half
+    of what it adds as budget; where all states hold, what follows them.
     """
     budget = rung.budget
     if budget is None:
         raise NotAvailableError("--bisect needs the states inside the artefact, which this runtime does not show")
-    if budget.first_step is None and all(c.passes(rung.limit(c)) for c in rung.failures):
-        raise NotAvailableError("no value is off by more than its tolerance, only the mean is; no operator is to blame")
-    if budget.first_step is None:
+    mean_only = bool(rung.failures) and all(each.passes(rung.limit(each)) for each in rung.failures)
+    if budget.first_step is None and not mean_only:
         known = {**inputs, **{f"state.{k}": state for k, state in enumerate(states, start=1)}}
         atol = next((rung.limit(each) for each in rung.comparisons if each.output == "sample"), rung.atol)
         rtol = rung.limits.rtol_of("sample")
         return Question(len(states) + 1, known, "sample", sample, atol, "all states hold", rtol)
-    broken = budget.steps[budget.first_step - 1]
+    broken = budget.steps[(budget.first_step or budget.largest_local) - 1]
     step, atol, rtol, note = broken.step, broken.atol, broken.rtol, ""
-    if not budget.by_itself:
+    if budget.first_step is None or not budget.by_itself:
         step = budget.largest_local
         local = budget.steps[step - 1].local_max
-        note = f"no step breaks {atol:.2g} alone, errors pile up to it; step {step} adds most, {local:.2g}"
+        if local == 0.0:
+            raise NotAvailableError("only the mean is off, and no step adds to it; no operator is to blame")
+        piled = f"no step breaks {atol:.2g} alone, errors pile up to it"
+        note = f"{'every value holds, their mean does not' if mean_only else piled}; step {step} adds most, {local:.2g}"
         atol, rtol = local / 2.0, 0.0
     known = {**inputs, **{f"state.{k}": states[k - 1] for k in range(1, step)}}
     return Question(step, known, f"state.{step}", states[step - 1], atol, note, rtol)
