@@ -145,8 +145,8 @@ def _as_float32(array: Array) -> Array:
 def question_of(rung: Rung, inputs: Mapping[str, Array], states: Sequence[Array], sample: Array) -> Question:
     """What to ask of a failing rung 6, on one batch of golden ``inputs``, ``states`` and ``sample``.
 
-    The first step that is wrong by itself; where none is, or only a mean is too large, the one that adds most, with half
-    of what it adds as budget; where all states hold, what follows them.
+    The first step that is wrong by itself; where none is, or only a mean is too large, the one that adds most, with
+    half of what it adds as budget; where all states hold, what follows them.
     """
     budget = rung.budget
     if budget is None:
