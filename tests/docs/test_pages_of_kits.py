@@ -10,10 +10,10 @@ from tests.kits.cpp_builds import libraries
 from tests.kits.npm import require_node
 
 
-def test_python_cpp_and_executorch(read: Reader) -> None:
+def test_python_and_cpp(read: Reader) -> None:
     libraries()  # or the skip that says what is missing
     state = read("docs/embedding.md")
-    for kit in ("python", "cpp", "executorch"):
+    for kit in ("python", "cpp"):
         assert np.asarray(Image.open(state.folder / f"digits-{kit}" / "sample.png")).std() > 20, kit
 
 
