@@ -142,30 +142,42 @@ def _as_float32(array: Array) -> Array:
     return array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind not in "iub" else array
 
 
-def question_of(rung: Rung, inputs: Mapping[str, Array], states: Sequence[Array], sample: Array) -> Question:
-    """What to ask of a failing rung 6, on one batch of golden ``inputs``, ``states`` and ``sample``.
+def asked_step(rung: Rung) -> tuple[int, bool]:
+    """The step to look into, K + 1 for what follows the last state, and whether it breaks its tolerance by itself.
 
-    The first step that is wrong by itself; where none is, or only a mean is too large, the one that adds most, with
-    half of what it adds as budget; where all states hold, what follows them.
+    The first step that is wrong by itself; where errors pile up, or where nothing but the mean of a state is too large,
+    the one that adds most; where all states hold, what follows them. Raises NotAvailableError if none was seen.
     """
     budget = rung.budget
     if budget is None:
         raise NotAvailableError("--bisect needs the states inside the artefact, which this runtime does not show")
-    mean_only = bool(rung.failures) and all(each.passes(rung.limit(each)) for each in rung.failures)
-    if budget.first_step is None and not mean_only:
-        known = {**inputs, **{f"state.{k}": state for k, state in enumerate(states, start=1)}}
-        atol = next((rung.limit(each) for each in rung.comparisons if each.output == "sample"), rung.atol)
-        rtol = rung.limits.rtol_of("sample")
-        return Question(len(states) + 1, known, "sample", sample, atol, "all states hold", rtol)
-    broken = budget.steps[(budget.first_step or budget.largest_local) - 1]
-    step, atol, rtol, note = broken.step, broken.atol, broken.rtol, ""
-    if budget.first_step is None or not budget.by_itself:
-        step = budget.largest_local
-        local = budget.steps[step - 1].local_max
-        if local == 0.0:
-            raise NotAvailableError("only the mean is off, and no step adds to it; no operator is to blame")
-        piled = f"no step breaks {atol:.2g} alone, errors pile up to it"
-        note = f"{'every value holds, their mean does not' if mean_only else piled}; step {step} adds most, {local:.2g}"
-        atol, rtol = local / 2.0, 0.0
-    known = {**inputs, **{f"state.{k}": states[k - 1] for k in range(1, step)}}
-    return Question(step, known, f"state.{step}", states[step - 1], atol, note, rtol)
+    if budget.first_step is not None and budget.by_itself:
+        return budget.first_step, True
+    if budget.first_step is not None or any(each.output != "sample" for each in rung.failures):
+        return budget.largest_local, False
+    return len(budget.steps) + 1, not all(each.passes(rung.limit(each)) for each in rung.failures)
+
+
+def question_of(rung: Rung, inputs: Mapping[str, Array], states: Sequence[Array], sample: Array) -> Question:
+    """What to ask of a failing rung 6, on one batch of golden ``inputs``, ``states`` and ``sample``.
+
+    A step that does not break its tolerance by itself has half of its largest error as budget.
+    """
+    step, by_itself = asked_step(rung)
+    budget = rung.budget
+    assert budget is not None  # asked_step has seen it
+    known = {**inputs, **{f"state.{k}": state for k, state in enumerate(states[: step - 1], start=1)}}
+    if step > len(budget.steps):
+        compared = [each for each in rung.comparisons if each.output == "sample"]
+        atol, rtol, largest = rung.limit(compared[0]), rung.limits.rtol_of("sample"), max(c.max_abs for c in compared)
+        question = Question(step, known, "sample", sample, atol, "all states hold", rtol)
+    else:
+        error = budget.steps[step - 1]
+        largest = error.local_max
+        question = Question(step, known, f"state.{step}", states[step - 1], error.atol, "", error.rtol)
+    if by_itself:
+        return question
+    why = "every value holds, their mean does not"
+    if budget.first_step is not None:
+        why = f"no step breaks {budget.steps[budget.first_step - 1].atol:.2g} alone, errors pile up to it"
+    return replace(question, budget=largest / 2.0, note=f"{why}; step {step} adds most, {largest:.2g}", rtol=0.0)

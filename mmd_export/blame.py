@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from mmd_export.bisect import find, question_of
+from mmd_export.bisect import asked_step, find, question_of
 from mmd_export.bundle import Bundle, Golden
 from mmd_export.comparison import FRESH, Comparison
 from mmd_export.onnx_calls import exact_calls, graph_spec, unrolled
@@ -55,17 +55,18 @@ def blame(bundle: Bundle, rung: Rung, artefact: ir.Model, reference: ir.Model, f
 def worst_place(rung: Rung) -> tuple[str, int]:
     """Whether golden or fresh noises show what breaks the budget, and the image of them that shows it most.
 
-    A step that is wrong by itself is worst where its teacher-forced state is; where errors pile up, the step that adds
-    most where it adds most; what follows the last state, where the sample is.
+    A step that is wrong by itself is worst where its teacher-forced state is; one that only adds most, where it adds
+    most; what follows the last state, where the sample is.
     """
+    step, by_itself = asked_step(rung)
     budget = rung.budget
-    if budget is None or budget.first_step is None:
+    assert budget is not None  # asked_step has seen it
+    if step > len(budget.steps):
         samples = sorted((each for each in rung.failures if each.output == "sample"), key=_is_fresh)
         image = samples[0].worst_index[0] if samples and samples[0].worst_index else 0
         return ("fresh" if samples and _is_fresh(samples[0]) else "golden"), image
-    if not budget.by_itself:
-        return budget.noises, budget.steps[budget.largest_local - 1].local_image
-    return budget.noises, budget.steps[budget.first_step - 1].required_image
+    error = budget.steps[step - 1]
+    return budget.noises, error.required_image if by_itself else error.local_image
 
 
 def _is_fresh(comparison: Comparison) -> bool:

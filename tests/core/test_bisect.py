@@ -13,13 +13,13 @@ from benchmarks.bisect import KINDS, planted, scale_weight, search, spoilt
 from benchmarks.faults import Lab
 from mmd_export.bisect import call_value
 from mmd_export.blame import blame, checkpoint_graph, worst_place
-from mmd_export.bundle import Golden
+from mmd_export.bundle import Bundle, Golden
 from mmd_export.commands.verify import verify
-from mmd_export.comparison import Limits
+from mmd_export.comparison import NO_LIMITS, Limits
 from mmd_export.errors import NotAvailableError, ParityError, UsageError
 from mmd_export.graph_parts import GraphParts
 from mmd_export.ladder import fresh_golden
-from mmd_export.parity import check_artefact, take
+from mmd_export.parity import Rung, check_artefact, take
 from mmd_export.runtime import RunOptions
 from mmd_runtime.registry import runtime_for
 
@@ -208,6 +208,34 @@ def test_a_reference_that_is_off_itself_is_not_the_artefacts_fault(lab: Lab, ref
     found = search(bad, reference)
     assert found.operator == ""
     assert "a fresh float32 graph of the checkpoint breaks the budget too" in found.message
+
+
+def mean_alone(bad: Bundle) -> Rung:
+    """Rung 6 where every value is within a wide tolerance, and no mean is within a narrow one."""
+    rung = check_artefact(bad, runtime_for("onnx"), RunOptions(1), limits=Limits({"": 10.0}))
+    return replace(rung, limits=NO_LIMITS, atol=10.0, mean=1e-4)
+
+
+def test_where_the_mean_of_a_state_fails_the_step_that_adds_most_is_searched(lab: Lab, reference: ir.Model) -> None:
+    good = lab.honest("onnx")
+    model = ir.load(good.artefact_path)
+    step, value = spoilt(model, "weight", np.random.default_rng(1))
+    rung = mean_alone(planted(lab, good, model))
+    assert rung.budget is not None
+    assert (rung.passed, rung.budget.first_step) == (False, None)
+    found = blame(good, rung, model, reference)
+    assert (found.step, found.value) == (step, value), found.message
+    assert f"every value holds, their mean does not; step {step} adds most" in found.message
+
+
+def test_where_the_mean_of_the_sample_fails_what_follows_the_states_is_searched(lab: Lab, reference: ir.Model) -> None:
+    good = lab.honest("onnx")
+    model = ir.load(good.artefact_path)
+    ends_wrong(model)
+    rung = mean_alone(planted(lab, good, model))
+    assert {each.output for each in rung.failures} == {"sample"}
+    found = blame(good, rung, model, reference)
+    assert (found.step, found.value, found.operator) == (lab.plan.step_count + 1, "sample", "Clip"), found.message
 
 
 def test_where_the_mean_of_an_honest_artefact_fails_no_operator_is_to_blame(lab: Lab, reference: ir.Model) -> None:
