@@ -115,7 +115,8 @@ def _require_same(task: Task) -> None:
     rank, own, first = task.world.rank, task.record(), task.world.first_does(task.record)
 
     def check() -> None:
-        for name, mine, theirs in differences(own, first):
+        if found := differences(own, first):
+            name, mine, theirs = found[0]
             raise UsageError(f"{name} is {mine!r} in process {rank}, {theirs!r} in process 0; give both the same")
 
     task.world.together(check)

@@ -6,31 +6,34 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmd_finetune.loop import Report
 from mmd_finetune.world import is_first_process
+
+BAR = (10, 40)  # columns, at least and at most
+NUMBERS = 68  # columns that all but the bar takes
 
 
 class ProgressBar:
     """``with ProgressBar() as observer: tune(settings, observer=observer)``. The first process shows it."""
 
     def __init__(self, console: Console | None = None) -> None:
+        shown = console or Console(stderr=True, quiet=not is_first_process())
+        least, most = BAR
         self._bar = Progress(
-            TextColumn("tuning"),
-            BarColumn(),
+            BarColumn(bar_width=max(least, min(most, shown.width - NUMBERS))),
             MofNCompleteColumn(),
             TextColumn("{task.fields[measured]}"),
-            TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=console or Console(stderr=True, quiet=not is_first_process()),
+            console=shown,
         )
         self._task = self._bar.add_task("tuning", total=None, measured="measuring the untuned sampler")
 
     def __call__(self, report: Report) -> None:
         """Show one iteration."""
-        measured = f"held-out {report.held_out:.2f} (best {report.best:.2f})"
+        measured = f"held-out {report.held_out:.2f}, best {report.best:.2f}"
         if report.loss is not None:
             measured = f"MMD² {report.loss:.4f}, {measured}"
         self._bar.update(self._task, completed=report.iteration, total=report.iterations, measured=measured)

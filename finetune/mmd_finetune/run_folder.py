@@ -90,7 +90,8 @@ class RunFolder:
             found = differences(known, json.loads(json.dumps(record)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{self._settings} is damaged ({error}); choose another --out") from error
-        for name, was, is_now in found:
+        if found:
+            name, was, is_now = found[0]
             raise UsageError(
                 f"--resume {self.place}: {name} was {was!r}, is now {is_now!r}; "
                 "give the old value, or choose another --out"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from mmd_export.conditions import Condition
-from mmd_export.errors import UsageError
+from mmd_export.errors import UsageError, one_line
 
 _KINDS = {"float32": "f", "int64": "iub"}
 
@@ -62,8 +62,9 @@ def _read(path: Path, name: str) -> NDArray[Any]:
             return array
         tensors = safetensors.numpy.load(path.read_bytes())
     except (OSError, ValueError, EOFError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"--condition {name}={path} cannot be read: {reason}; write it with numpy.save") from error
+        raise UsageError(
+            f"--condition {name}={path} cannot be read: {one_line(error)}; write it with numpy.save"
+        ) from error
     if name not in tensors and len(tensors) != 1:
         raise UsageError(f"--condition {name}={path} holds {', '.join(sorted(tensors))}; {name!r} is expected")
     return tensors[name] if name in tensors else next(iter(tensors.values()))

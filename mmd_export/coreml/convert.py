@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmd_export.coreml.capture import Captured
-from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.errors import NotAvailableError, UsageError, one_line
 
 # iOS and macOS that share an opset; iOS 16 is the first with weights of less than 16 bits.
 SYSTEMS = {
@@ -87,8 +87,7 @@ def convert(captured: Captured, wanted: Wanted) -> Any:
             TypeError,
             AssertionError,
         ) as error:  # it raises them all
-            reason = " ".join(str(error).split())[:300]
-            raise NotAvailableError(f"coremltools cannot convert it: {reason}; use --target onnx") from error
+            raise NotAvailableError(f"coremltools cannot convert it: {one_line(error)}; use --target onnx") from error
 
 
 def coremltools() -> Any:

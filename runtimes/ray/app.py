@@ -37,7 +37,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Histogram
 
 from mmd_export.bundle import Bundle, Manifest
-from mmd_export.errors import MmdExportError, ParityError, UsageError
+from mmd_export.errors import MmdExportError, ParityError, UsageError, one_line
 from mmd_export.pictures import grid
 from mmd_runtime.app import Sampler, open_bundle
 
@@ -330,7 +330,7 @@ def read_config(path: Path) -> tuple[Settings, dict[str, Any]]:
         first = error.errors()[0]
         raise UsageError(f"{path}: args.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (OSError, yaml.YAMLError, KeyError, IndexError, TypeError) as error:
-        raise UsageError(f"{path} is not a config of this service: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path} is not a config of this service: {one_line(error)}") from None
 
 
 def serve_until_stopped(settings: Settings, http: dict[str, Any], cpus: int | None, metrics_port: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mmd_export.bundle import Bundle
-from mmd_export.errors import BundleError, MmdExportError, NotAvailableError
+from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, one_line
 from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session
 from mmd_runtime.chunks import check_inputs
 
@@ -56,8 +56,9 @@ class _Session:
             compiled = coremltools.models.utils.compile_model(str(bundle.artefact_path))
             self._model = coremltools.models.CompiledMLModel(compiled, getattr(coremltools.ComputeUnit, units))
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise BundleError(f"bundle {bundle.name}: Core ML cannot load it: {reason}; rebuild the bundle") from error
+            raise BundleError(
+                f"bundle {bundle.name}: Core ML cannot load it: {one_line(error)}; rebuild the bundle"
+            ) from error
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         """The sample of one batch; integers go in as int32, the only ones that Core ML takes."""
@@ -66,8 +67,9 @@ class _Session:
         try:
             sample = self._model.predict(given)["sample"]
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise MmdExportError(f"bundle {self._bundle.name}: Core ML failed while running it: {reason}") from error
+            raise MmdExportError(
+                f"bundle {self._bundle.name}: Core ML failed while running it: {one_line(error)}"
+            ) from error
         return {"sample": self._as_declared(sample)}
 
     def _as_declared(self, sample: Any) -> Array:

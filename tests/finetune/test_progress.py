@@ -1,0 +1,23 @@
+"""The bar of the command line."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from mmd_finetune.loop import Report
+from mmd_finetune.progress import ProgressBar
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_no_number_of_the_bar_is_cut_off(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True)
+    with ProgressBar(console) as bar:
+        bar(Report(iteration=1200, iterations=1200, loss=-0.0001, held_out=102.6, best=100.59, seconds=4000.0))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    for number in ("1200/1200", "MMD² -0.0001", "held-out 102.60", "best 100.59", "left"):
+        assert number in shown
