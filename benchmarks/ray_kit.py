@@ -16,38 +16,32 @@ import asyncio
 import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from benchmarks.common import RESULTS, write_result
+from benchmarks.ray_service import Started, make_project, started
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
-from mmd_export.commands.embed import EmbedOptions, embed
 from mmd_runtime.app import open_bundle
 
 STEPS, BATCH, TIMES_CAPACITY, CLIENTS = 5, "1..8", 4, 32
 ARGS = {"replicas": 2, "cpus": 0.5, "max_ongoing_requests": 32, "max_queued_requests": 64}
 FIRST_WAIT, LONGEST_WAIT = 0.1, 8.0  # seconds between tries
 PATIENCE = 1800.0  # seconds of asking again, after which a request counts as lost
-STOP_SECONDS = 120
 # On a machine with other work Ray takes processes for dead that only got no time; what is tested here is one that is.
 PATIENT_RAY = {"RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120", "RAY_health_check_timeout_ms": "120000"}
-PAINTER = "ray::ServeReplica:images:Painter"
 
 
 @dataclass
@@ -80,49 +74,6 @@ class Tally:
             self.right += 1
         else:
             self.wrong += 1
-
-
-def marked(mark: str) -> dict[int, str]:
-    """Every process whose environment has ``mark``, with its title."""
-    found = {}
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (place / "environ").read_bytes():
-                found[int(place.name)] = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-        except OSError:
-            continue
-    return found
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-@contextmanager
-def service(bundle: Bundle, folder: Path) -> Iterator[tuple[str, str]]:
-    """The address of the started project, and the mark of its processes; all of them are gone afterwards."""
-    embed(EmbedOptions(bundle.folder, "ray", folder))
-    config = yaml.safe_load((folder / "serve.yaml").read_text(encoding="utf-8"))
-    config["applications"][0]["args"] |= ARGS
-    (folder / "serve.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    mark, port = f"mmd-{uuid.uuid4().hex}", free_port()
-    command = [sys.executable, "app.py", "--port", str(port), "--metrics-port", str(free_port()), "--num-cpus", "2"]
-    environment = {**os.environ, **PATIENT_RAY, "MMD_BENCHMARK_MARK": mark}
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        if not process.stdout.readline().startswith("http://"):
-            raise RuntimeError("the service did not start")
-        yield f"http://127.0.0.1:{port}", mark
-    finally:
-        process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-        for number in marked(mark):
-            os.kill(number, signal.SIGKILL)
-        process.wait(STOP_SECONDS)
 
 
 @asynccontextmanager
@@ -169,14 +120,14 @@ async def capacity(url: str, tally: Tally, requests: int) -> float:
         return requests / (time.perf_counter() - start)
 
 
-async def overload(url: str, mark: str, tally: Tally, rate: float) -> dict[str, Any]:
+async def overload(service: Started, tally: Tally, rate: float) -> dict[str, Any]:
     """All requests at ``rate`` a second, and a painter killed when half of them are over."""
     requests, start, killed = len(tally.direct), time.perf_counter(), dict[str, Any]()
 
     async def kill() -> None:
         while tally.ended < requests // 2:
             await asyncio.sleep(0.01)
-        painters = [number for number, title in marked(mark).items() if title.startswith(PAINTER)]
+        painters = service.painters()
         os.kill(painters[0], signal.SIGKILL)
         killed.update(painters=len(painters), after_answers=tally.ended)
 
@@ -184,7 +135,7 @@ async def overload(url: str, mark: str, tally: Tally, rate: float) -> dict[str, 
         tasks = [asyncio.create_task(kill())]
         for seed in range(requests):
             await asyncio.sleep(max(0.0, start + seed / rate - time.perf_counter()))
-            tasks.append(asyncio.create_task(one(session, url, seed, tally)))
+            tasks.append(asyncio.create_task(one(session, service.url, seed, tally)))
         sent = time.perf_counter() - start
         await asyncio.gather(*tasks)
     seconds = time.perf_counter() - start
@@ -206,10 +157,11 @@ def measure(requests: int, keep: Path | None) -> dict[str, Any]:
         direct = np.concatenate([sampler.sample(seed) for seed in range(requests)])
         tolerance = bundle.manifest.tolerance.atol
         tally = Tally(direct, tolerance)
-        with service(bundle, Path(place) / "ray") as (url, mark):
-            rate = asyncio.run(capacity(url, Tally(direct, tolerance), max(CLIENTS, requests // 20)))
+        project = make_project(bundle.folder, Path(place) / "ray", ARGS)
+        with started(project, 2, PATIENT_RAY) as service:
+            rate = asyncio.run(capacity(service.url, Tally(direct, tolerance), max(CLIENTS, requests // 20)))
             print(f"capacity {rate:.1f} requests a second", flush=True)
-            facts = asyncio.run(overload(url, mark, tally, TIMES_CAPACITY * rate))
+            facts = asyncio.run(overload(service, tally, TIMES_CAPACITY * rate))
     return {
         "model": "digits", "steps": STEPS, "batch": BATCH, "settings": ARGS, "requests": requests,
         "capacity_per_second": round(rate, 1), "times_capacity": TIMES_CAPACITY, **facts,

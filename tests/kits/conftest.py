@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.ray_service import make_project
 from mmd_export.build import BuildOptions, build
 from tests.attacks import write_attacks
 
@@ -24,6 +25,13 @@ def digits_batched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundles") / "digits-batched"
     build(BuildOptions("digits", "onnx", out, steps=2, batch="1..4", verify=False))
     return out
+
+
+@pytest.fixture(scope="session")
+def ray_project(digits_batched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project of kit ``ray`` with limits so small that a test reaches them."""
+    small = {"max_count": 8, "max_ongoing_requests": 2, "max_queued_requests": 2, "cpus": 0.5}
+    return make_project(digits_batched, tmp_path_factory.mktemp("projects") / "ray", small)
 
 
 @pytest.fixture(scope="session")

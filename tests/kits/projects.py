@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from tests.contract.required import skip
+
 
 def module_of(path: Path) -> ModuleType:
     """The file as a module of its own, whatever else has its name."""
@@ -18,3 +20,9 @@ def module_of(path: Path) -> ModuleType:
     sys.modules[name] = module  # its classes are looked up there by their annotations
     spec.loader.exec_module(module)
     return module
+
+
+def require_ray() -> None:
+    """Skip the module where Ray is not installed; where the kit is required, that is a failure."""
+    if importlib.util.find_spec("ray") is None:
+        skip("kit", "ray", "ray missing; pip install 'ray[serve]'")

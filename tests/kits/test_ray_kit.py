@@ -1,67 +1,34 @@
-"""Kit ``ray``: what it takes and gives, its batches, the attacks, and one service that is really started."""
+"""Kit ``ray``: what it takes and gives, its batches, and the attacks; without a server."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import io
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
+from benchmarks.ray_service import free_port
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
-from mmd_export.commands.embed import EmbedOptions, embed
 from mmd_export.pictures import grid
 from mmd_runtime.app import open_bundle
 from tests.attacks import ATTACKS, Attack
-from tests.contract.required import skip
-from tests.kits.projects import module_of
+from tests.kits.projects import module_of, require_ray
 from tests.kits.wrong import with_other_sample
 from tests.models import LABELS, save_model
-from tests.project.checks import PACKAGES, ROOT
+from tests.project.checks import ROOT
 
-if importlib.util.find_spec("ray") is None:
-    skip("kit", "ray", "ray missing; pip install 'ray[serve]'")
-
-PATH = os.pathsep.join(str((ROOT / package).parent) for package in PACKAGES)
-START_SECONDS, STOP_SECONDS = 120, 60
-SMALL = {"max_count": 8, "max_ongoing_requests": 2, "max_queued_requests": 2, "cpus": 0.5}
+require_ray()
 
 
 @pytest.fixture(scope="module")
-def project(digits_batched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With limits so small that a test reaches them."""
-    out = tmp_path_factory.mktemp("projects") / "ray"
-    embed(EmbedOptions(digits_batched, "ray", out))
-    config = yaml.safe_load((out / "serve.yaml").read_text())
-    config["applications"][0]["args"] |= SMALL
-    (out / "serve.yaml").write_text(yaml.safe_dump(config))
-    return out
-
-
-@pytest.fixture(scope="module")
-def app(project: Path) -> ModuleType:
-    return module_of(project / "app.py")
+def app(ray_project: Path) -> ModuleType:
+    return module_of(ray_project / "app.py")
 
 
 @pytest.fixture(scope="module")
@@ -206,183 +173,8 @@ def test_answers_hold_the_images(app: ModuleType, digits_onnx: Path) -> None:
     np.testing.assert_array_equal(picture, grid(images)[:, :, 0])
 
 
-def ask(url: str, body: dict[str, Any] | None = None) -> tuple[int, bytes, Any]:
-    """Status, body and headers of one request, without asking again."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, answer.read(), answer.headers
-    except urllib.error.HTTPError as error:
-        return error.code, error.read(), error.headers
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def processes_with(mark: str) -> list[int]:
-    """Those whose environment has the mark: the service and all that it started."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (place / "environ").read_bytes():
-                found.append(int(place.name))
-        except OSError:
-            continue
-    return found
-
-
-@dataclass
-class Started:
-    """A service: its address, that of its metrics, the process, and the mark of all processes that belong to it."""
-
-    url: str
-    metrics: str
-    process: subprocess.Popen[str]
-    mark: str
-
-
-@pytest.fixture(scope="module")
-def started(project: Path) -> Iterator[Started]:
-    mark, port, metrics = f"mmd-{uuid.uuid4().hex}", free_port(), free_port()
-    environment = {**os.environ, "PYTHONPATH": PATH, "MMD_TEST_MARK": mark}
-    command = [sys.executable, "app.py", "--port", port, "--metrics-port", metrics, "--num-cpus", 1]
-    process = subprocess.Popen(
-        list(map(str, command)), cwd=project, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith(f"http://127.0.0.1:{port}/images"), line
-        yield Started(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics}/metrics", process, mark)
-    finally:
-        for number in processes_with(mark):  # nothing is left but after a failure
-            os.kill(number, signal.SIGKILL)
-        process.wait(STOP_SECONDS)
-
-
-def within(seconds: float, true: Callable[[], bool]) -> bool:
-    """Whether it comes true in that time."""
-    end = time.monotonic() + seconds
-    while not (found := true()) and time.monotonic() < end:
-        time.sleep(0.25)
-    return found
-
-
-def test_a_service_from_start_to_stop(started: Started, digits_batched: Path, project: Path, tmp_path: Path) -> None:
-    """One start for everything that needs one: it takes seconds."""
-    answers_are_the_direct_ones(started.url, digits_batched)
-    wrong_requests_are_one_line(started.url)
-    too_many_requests_are_told_so(started.url)
-    a_painter_that_dies_loses_nothing(started, digits_batched)
-    the_client_gets_a_picture(started.url, project, tmp_path)
-    health_says_which_bundle(started.url, digits_batched)
-    assert within(60, lambda: metrics_are_there(started.metrics)), ask(started.metrics)[1]
-    started.process.send_signal(signal.SIGTERM)
-    assert started.process.wait(STOP_SECONDS) == 0
-    assert within(10, lambda: processes_with(started.mark) == []), "processes were left behind"
-
-
-def answers_are_the_direct_ones(url: str, bundle: Path) -> None:
-    """Requests that meet in the same batches, each with its own seed."""
-    sampler = open_bundle(bundle, threads=1)
-    client = module_of(ROOT / "runtimes/ray/client.py")
-
-    def one(seed: int) -> tuple[int, Any]:
-        body = client.fetch(f"{url}/images?seed={seed}&count=2&first=3&format=npz")
-        return seed, np.load(io.BytesIO(body))["sample"]
-
-    with ThreadPoolExecutor(4) as pool:
-        for seed, found in pool.map(one, range(2**64 - 12, 2**64)):
-            expected = sampler.sample(seed, 2, first=3)
-            assert np.abs(found - expected).max() <= sampler.bundle.manifest.tolerance.atol
-
-
-def wrong_requests_are_one_line(url: str) -> None:
-    for query, status, says in (
-        ("seed=-1", 422, "seed is '-1': Input should be greater than or equal to 0"),
-        ("seed=x", 422, "seed is 'x': "),
-        ("count=0", 422, "count is '0': "),
-        ("count=9", 422, "count is 9, this service draws up to 8"),
-        ("format=gif", 422, "format is 'gif': Input should be 'png', 'npz' or 'raw'"),
-        ("class_label=1", 422, "condition class_labels is unknown, bundle digits-2 takes none"),
-        ("sede=7", 422, "sede is '7': Extra inputs"),
-        ("first=4294967295&count=2", 400, "is 4294967296, the generator takes 0 to 4294967295"),
-    ):
-        found, body, _ = ask(f"{url}/images?{query}")
-        detail = json.loads(body)["detail"]
-        assert (found, says in detail, "\n" in detail) == (status, True, False), (query, found, detail)
-    assert ask(f"{url}/nothing")[0] == 404
-    status, body, headers = ask(f"{url}/images", {"seed": 7, "count": 2, "format": "raw"})
-    assert (status, headers["X-Shape"], len(body)) == (200, "2,1,8,8", 512)
-    assert ask(f"{url}/images", {"seed": [7]})[0] == 422
-
-
-def too_many_requests_are_told_so(url: str) -> None:
-    """2 at the painter and 2 that wait; of 40 at once some are told to come back, and those answered are right."""
-    with ThreadPoolExecutor(40) as pool:
-        found = list(pool.map(lambda seed: ask(f"{url}/images?seed={seed}&count=8&format=raw"), range(40)))
-    assert {status for status, _, _ in found} == {200, 503}
-    busy = next((body, headers) for status, body, headers in found if status == 503)
-    assert json.loads(busy[0])["detail"] == "too many requests wait; ask again later"
-    assert busy[1]["Retry-After"] == "1"
-
-
-def a_painter_that_dies_loses_nothing(started: Started, bundle: Path) -> None:
-    """Killed in the middle of many requests: Ray starts another one, and every request ends with its image."""
-    sampler, client = open_bundle(bundle, threads=1), module_of(ROOT / "runtimes/ray/client.py")
-    (painter,) = painters_of(started.mark)
-
-    def one(seed: int) -> tuple[int, Any]:
-        if seed == 20:
-            os.kill(painter, signal.SIGKILL)
-        return seed, np.load(io.BytesIO(client.fetch(f"{started.url}/images?seed={seed}&format=npz")))["sample"]
-
-    with ThreadPoolExecutor(4) as pool:
-        for seed, found in pool.map(one, range(40)):
-            assert np.abs(found - sampler.sample(seed)).max() <= sampler.bundle.manifest.tolerance.atol
-    assert painters_of(started.mark) != [painter]
-
-
-def painters_of(mark: str) -> list[int]:
-    """The processes that hold the model, by the title that Ray gives them."""
-    titles = {number: (Path("/proc") / str(number) / "cmdline").read_bytes() for number in processes_with(mark)}
-    return [number for number, title in titles.items() if title.startswith(b"ray::ServeReplica:images:Painter")]
-
-
-def the_client_gets_a_picture(url: str, project: Path, out: Path) -> None:
-    for arguments in (["--self-test"], ["--seed", "7", "--count", "4", "--out", str(out / "seven.png")]):
-        command = [sys.executable, "client.py", "--url", url, *arguments]
-        done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "self-test passed: digits-2" in done.stdout or "4 images of seed 7" in done.stdout
-    assert np.asarray(Image.open(out / "seven.png")).std() > 20
-    command = [sys.executable, "client.py", "--url", url, "--count", "9"]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "status 422: count is 9" in done.stderr
-
-
-def health_says_which_bundle(url: str, bundle: Path) -> None:
-    status, body, _ = ask(f"{url}/healthz")
-    facts = json.loads(body)
-    assert (status, facts["status"], facts["painters"]) == (200, "ok", 1)
-    assert facts["manifest_sha256"] == Bundle.open(bundle).manifest.manifest_sha256
-
-
-def metrics_are_there(url: str) -> bool:
-    """Ray sends them on every few seconds."""
-    status, body, _ = ask(url)
-    text = body.decode()
-    wanted = ("ray_mmd_requests_total{", 'status="200"', 'status="503"', "ray_mmd_images_total{")
-    return status == 200 and all(each in text for each in (*wanted, "ray_mmd_request_seconds_bucket{"))
-
-
-def test_no_service_is_one_line(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    client = module_of(project / "client.py")
+def test_no_service_is_one_line(ray_project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    client = module_of(ray_project / "client.py")
     assert client.main(["--url", f"http://127.0.0.1:{free_port()}", "--patience", "0"]) == 3
     assert "Connection refused" in capsys.readouterr().err
 
