@@ -173,11 +173,20 @@ PICTURE = "![real scans, 100 steps, 5 steps before and after tuning](docs/images
 
 def example() -> str:
     """The commands of the worked example with what they printed and the picture; the commands alone if never run."""
-    result = read("example.json")
-    if result is None:
-        return "```console\n" + "\n".join(f"$ {command}" for command in EXAMPLE) + "\n```"
-    parts = [f"$ {line['command']}\n{line['printed']}" for line in result["commands"]]
-    return "```console\n" + "\n\n".join(parts) + f"\n```\n\n{PICTURE}"
+    return f"{conversation(EXAMPLE, blank_lines=1)}\n\n{PICTURE}" if read("example.json") else conversation(EXAMPLE)
+
+
+def tuned_example() -> str:
+    """Tuning, building and drawing of the worked example, for a page that has things of these names already."""
+    block = conversation((EXAMPLE[0], EXAMPLE[1], EXAMPLE[-1]))
+    return block.replace("digits-5.bundle", "tuned.bundle").replace("grid.png", "tuned.png")
+
+
+def conversation(commands: Sequence[str], blank_lines: int = 0) -> str:
+    """Commands of the worked example as a block, each with what it printed in the run on record, if there is one."""
+    printed = {line["command"]: line["printed"] for line in (read("example.json") or {"commands": []})["commands"]}
+    parts = [f"$ {command}" + (f"\n{printed[command]}" if command in printed else "") for command in commands]
+    return "```console\n" + ("\n" * (1 + blank_lines)).join(parts) + "\n```"
 
 
 SIBLINGS = {
@@ -263,6 +272,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu": gpu,
     "schedulers": schedulers,
     "example": example,
+    "tuned_example": tuned_example,
     "forms": of_result("forms.json", form_rows),
     "speed": of_result("speed.json", pipeline_rows),
     "openvino": of_result("openvino.json", openvino_rows),
