@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +20,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
-from benchmarks.ray_service import Started, started
+from benchmarks.ray_service import Started, cluster, free_port, started
 from mmd_export.bundle import Bundle
 from mmd_runtime.app import open_bundle
 from tests.kits.projects import module_of, require_ray
@@ -69,6 +72,26 @@ def test_a_service_from_start_to_stop(
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(60) == 0
     assert within(10, lambda: service.processes() == {}), "processes were left behind"
+
+
+def test_serve_deploy_starts_it_on_a_cluster(ray_project: Path, tmp_path: Path) -> None:
+    """As the README of the project says: ``ray start`` in its folder, then ``serve deploy``."""
+    project = shutil.copytree(ray_project, tmp_path / "project")
+    config = yaml.safe_load((project / "serve.yaml").read_text(encoding="utf-8"))
+    config["http_options"]["port"] = free_port()
+    (project / "serve.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    environment = {"PYTHONPATH": PATH, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+    with cluster(project, 2, environment) as address:
+        for command in (
+            ["-m", "ray.serve.scripts", "deploy", "serve.yaml", "--address", address],
+            ["client.py", "--url", f"http://127.0.0.1:{config['http_options']['port']}", "--self-test"],
+        ):
+            done = subprocess.run(
+                [sys.executable, *command], cwd=project, env=os.environ | environment, capture_output=True, text=True,
+                check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout + done.stderr
+        assert "self-test passed: digits-2" in done.stdout
 
 
 def answers_are_the_direct_ones(url: str, bundle: Path) -> None:
