@@ -138,9 +138,11 @@ def _real_images(scoring: Scoring) -> RealImages:
             f"--held-out-data {scoring.held_out_data}: images are {held_out.shape[1:]}, those of --data are "
             f"{real.shape[1:]} (channels, height, width)"
         )
-    return RealImages(
-        _tensor(real[:count]), *(_tensor(part) if needed else None for part in (training, held_out))
-    )  # fmt: skip
+    compared = _tensor(real[:count])
+    if not needed:
+        return RealImages(compared, None, None)
+    same = training is real and count == len(real)  # then they are encoded once
+    return RealImages(compared, compared if same else _tensor(training), _tensor(held_out))
 
 
 def _tensor(images: NDArray[np.float32]) -> Tensor:
@@ -183,17 +185,19 @@ def _draw(options: SampleOptions, real: Tensor, encoders: list[Encoder], scoring
 def _features(
     encoder: Encoder, generated: Tensor, images: RealImages, options: MetricOptions, observe: Observer
 ) -> Features:
-    sets = {"generated": generated, **vars(images)}
-    total, done, encoded = sum(len(part) for part in sets.values() if part is not None), 0, {}
-    for name, part in sets.items():
+    parts = {id(part): part for part in (generated, *vars(images).values()) if part is not None}
+    total, done, encoded = sum(map(len, parts.values())), 0, {}
+    for key, part in parts.items():
         features = []
-        for some in () if part is None else part.split(ENCODED_AT_ONCE):
+        for some in part.split(ENCODED_AT_ONCE):
             with torch.inference_mode():
                 features.append(encoder(some.to(_device())))
             done += len(some)
             observe(f"{encoder.name}: features", done, total)
-        encoded[name] = torch.cat(features) if features else None
-    real, drawn = encoded["real"], encoded["generated"]
+        encoded[key] = torch.cat(features) if features else None
+    real, drawn = encoded[id(images.real)], encoded[id(generated)]
     assert real is not None
     assert drawn is not None
-    return Features(encoder.name, real, drawn, options, encoded["training"], encoded["held_out"])
+    return Features(
+        encoder.name, real, drawn, options, encoded.get(id(images.training)), encoded.get(id(images.held_out))
+    )

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mmd_export.commands.evaluate import Scoring, evaluate
+from mmd_export.commands.sample import SampleOptions
 from mmd_finetune.metrics.suite import METRICS
 from tests.cli.conftest import Command
 
@@ -87,6 +89,17 @@ def test_other_data_and_fewer_real_images(command: Command, grey: Path) -> None:
     assert scored(command, *shared, "--real-count", 30)["real_images"] == 30
     kept = scored(command, *shared, "--metrics", "memorisation", "--held-out-data", grey)
     assert kept["held_out_images"] == 40
+
+
+@pytest.mark.parametrize(("real_count", "encoded"), [(None, 20 + 40 + 40), (30, 20 + 30 + 40 + 40)])
+def test_training_images_are_encoded_once(grey: Path, real_count: int | None, encoded: int) -> None:
+    """Drawn, real and held out; the training images apart only where fewer real ones are compared."""
+    scoring = Scoring(
+        str(grey), ("pixels",), ("memorisation",), resamples=0, real_count=real_count, held_out_data=str(grey)
+    )
+    seen: list[tuple[str, int, int]] = []
+    evaluate(SampleOptions("digits", steps=2, count=20), scoring, lambda *progress: seen.append(progress))
+    assert [(done, of) for what, done, of in seen if what == "pixels: features"][-1] == (encoded, encoded)
 
 
 @pytest.mark.parametrize(
