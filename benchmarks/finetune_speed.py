@@ -90,27 +90,28 @@ def make_task(name: str, folder: Path, device: str, **values: Any) -> Task:
     settings = make_settings(given)
     if name == "digits":
         return prepare(settings)
-    anything = {"features": ("pixels",), "holdout": "pixels"}  # nothing is evaluated, and the encoder is made below
+    anything = {"features": ("pixels",), "holdout": ()}  # nothing is evaluated, and the encoder is made below
     task = prepare(settings.model_copy(update=anything))
     real = torch.from_numpy(load_images(settings.data)).to(task.device)
     encoder = Encoder("random-conv", feature_network().to(task.device))
-    return replace(task, references=(make_reference(encoder, "cubic", real),))
+    return replace(task, references=(make_reference(encoder, "cubic", real),), loss_weights={encoder.name: 1.0})
 
 
-def our_step(task: Task) -> Callable[[], object]:
-    """One iteration of ``mmd-export finetune``, with everything that belongs to it."""
+def our_step(task: Task) -> Callable[[], float]:
+    """One iteration of ``mmd-export finetune``, with everything that belongs to it; gives its loss."""
     state, done = TuningState(task.base.denoiser, task.settings.learning_rate), iter(range(10**9))
     sampler, noise_of = task.tuning_sampler(state.denoiser), NoiseAhead(task.noise_of, 10**9)
 
-    def step() -> object:
+    def step() -> float:
         iteration = next(done)
-        return iterate(task, state, sampler, iteration, noise_of(iteration))
+        losses, _ = iterate(task, state, sampler, iteration, noise_of(iteration))
+        return sum(losses.values())
 
     return step
 
 
-def plain_step(task: Task) -> Callable[[], object]:
-    """One iteration of the plain loop on the same model, images and encoder."""
+def plain_step(task: Task) -> Callable[[], float]:
+    """One iteration of the plain loop on the same model, images and encoder; gives its loss."""
     from diffusers import DDIMScheduler
 
     (reference,) = task.references

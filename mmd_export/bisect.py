@@ -146,8 +146,11 @@ def asked_step(rung: Rung) -> tuple[int, bool]:
     """The step to look into, K + 1 for what follows the last state, and whether it breaks its tolerance by itself.
 
     The first step that is wrong by itself; where errors pile up, or where nothing but the mean of a state is too large,
-    the one that adds most; where all states hold, what follows them. Raises NotAvailableError if none was seen.
+    the one that adds most; where all states hold, what follows them. Raises NotAvailableError if none was seen, and
+    ValueError if the rung passes, as no step is to blame then.
     """
+    if rung.passed:
+        raise ValueError("rung 6 passes, so no step breaks it")
     budget = rung.budget
     if budget is None:
         raise NotAvailableError("--bisect needs the states inside the artefact, which this runtime does not show")

@@ -58,7 +58,7 @@ def _openvino(model: str, artefact: str, value: float) -> Measurement:
 
 
 def _tail(bundles: str, value: float) -> Measurement:
-    return Measurement("honest_tails.json", ("honest", f"onnx {bundles}", "worst"), value)
+    return Measurement("fault_injection.json", ("worst_honest", bundles), value)
 
 
 _CIFAR10 = "ddpm-cifar10 architecture"
@@ -80,17 +80,15 @@ BASES: Mapping[tuple[str, str], Basis] = {
     ("onnx", "int8"): Basis(
         0.6,
         f"8-bit weights and activations; {_TAIL}",
-        (_precision("int8", 1.16e-01), _tail("int8, batch 1,4, float32", 3.62e-01)),
+        (_precision("int8", 1.16e-01), _tail("onnx int8", 3.62e-01)),
     ),
     ("onnx", "fp8"): Basis(
         1.0,
         f"E4M3, 4 bits of each weight and activation; {_TAIL}",
-        (_precision("fp8", 9.83e-02), _tail("fp8, batch 1..3, uint8", 6.02e-01)),
+        (_precision("fp8", 9.83e-02), _tail("onnx fp8", 7.42e-01)),
     ),
-    ("onnx", "w8"): Basis(0.1, "8-bit weights", (_precision("w8", 3.46e-02),)),
-    ("onnx", "w4"): Basis(
-        1.6, f"4-bit weights; {_TAIL}", (_precision("w4", 3.16e-01), _tail("w4, batch 1, float32", 1.00e00))
-    ),
+    ("onnx", "w8"): Basis(0.15, f"8-bit weights; {_TAIL}", (_precision("w8", 3.46e-02), _tail("onnx w8", 7.81e-02))),
+    ("onnx", "w4"): Basis(1.6, f"4-bit weights; {_TAIL}", (_precision("w4", 3.16e-01), _tail("onnx w4", 1.24e00))),
     ("openvino", "fp32"): Basis(
         1e-4, _ROUNDING, (_openvino("digits", "openvino", 5.48e-06), _openvino(_CIFAR10, "openvino", 2.65e-06))
     ),
@@ -103,15 +101,19 @@ BASES: Mapping[tuple[str, str], Basis] = {
         1e-4, _ROUNDING, (_coreml("digits", "fp32", 2.62e-06), _coreml(_CIFAR10, "fp32", 1.13e-06))
     ),
     ("coreml", "fp16"): Basis(
-        1e-2,
-        "half precision in the network, state in float32",
-        (_coreml("digits", "fp16", 6.21e-03), _coreml(_CIFAR10, "fp16", 2.14e-03)),
+        0.03,
+        f"half precision in the network, state in float32; {_TAIL}",
+        (_coreml("digits", "fp16", 6.21e-03), _coreml(_CIFAR10, "fp16", 2.14e-03), _tail("coreml fp16", 1.10e-02)),
     ),
     ("coreml", "w8"): Basis(
         0.08, "int8 weights, a scale a channel", (_coreml("digits", "w8", 2.79e-02), _coreml(_CIFAR10, "w8", 2.28e-02))
     ),
-    ("coreml", "w6"): Basis(0.25, "palettes of 64 values", (_coreml("digits", "w6", 7.91e-02),)),
-    ("coreml", "w4"): Basis(0.6, "palettes of 16 values", (_coreml("digits", "w4", 2.50e-01),)),
+    ("coreml", "w6"): Basis(
+        0.4, f"palettes of 64 values; {_TAIL}", (_coreml("digits", "w6", 7.91e-02), _tail("coreml w6", 2.55e-01))
+    ),
+    ("coreml", "w4"): Basis(
+        1.2, f"palettes of 16 values; {_TAIL}", (_coreml("digits", "w4", 2.50e-01), _tail("coreml w4", 5.26e-01))
+    ),
     ("torch", "fp32"): Basis(1e-4, f"{_ROUNDING}; {_BY_HAND} 2e-6 on digits, the sample"),
     ("coreai", "fp32"): Basis(1e-4, f"{_ROUNDING}; {_BY_HAND} 2e-6 on digits"),
     ("executorch", "fp32"): Basis(1e-4, f"{_ROUNDING}; {_BY_HAND} 6e-6 on digits"),

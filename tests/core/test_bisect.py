@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from benchmarks.bisect import KINDS, planted, scale_weight, search, spoilt
+from benchmarks.bisect import KINDS, planted, scale_weight, spoilt
 from benchmarks.faults import Lab
 from mmd_export.bisect import call_value
 from mmd_export.blame import blame, checkpoint_graph, worst_place
@@ -19,7 +19,7 @@ from mmd_export.comparison import NO_LIMITS, Limits
 from mmd_export.errors import NotAvailableError, ParityError, UsageError
 from mmd_export.graph_parts import GraphParts
 from mmd_export.ladder import fresh_golden
-from mmd_export.parity import Rung, check_artefact, take
+from mmd_export.parity import Culprit, Rung, check_artefact, take
 from mmd_export.runtime import RunOptions
 from mmd_runtime.registry import runtime_for
 
@@ -32,6 +32,17 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 @pytest.fixture(scope="module")
 def reference(lab: Lab) -> ir.Model:
     return checkpoint_graph(lab.honest("onnx"), lab.checkpoint, lab.plan)
+
+
+def search(bundle: Bundle, reference: ir.Model) -> Culprit:
+    """Rung 6, and what breaks it."""
+    rung = check_artefact(bundle, runtime_for("onnx"), RunOptions(1))
+    return blame(bundle, rung, ir.load(bundle.artefact_path), reference)
+
+
+def test_nothing_is_to_blame_where_rung_6_passes(lab: Lab, reference: ir.Model) -> None:
+    with pytest.raises(ValueError, match="rung 6 passes"):
+        search(lab.honest("onnx"), reference)
 
 
 @pytest.mark.parametrize("seed", range(3))

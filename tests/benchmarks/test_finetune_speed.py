@@ -1,0 +1,18 @@
+"""The two sides of the speed of tuning take the same step: where the model is far off, their losses are near."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.finetune_speed import SIDES, make_task
+
+
+def test_both_sides_have_the_same_loss(tmp_path: Path) -> None:
+    """Of random weights; on other noise, and where the plain side takes a batch of real images, ours takes all."""
+    torch.manual_seed(0)
+    losses = {side: make(make_task("small", tmp_path, "cpu", batch_size=64))() for side, make in SIDES.items()}
+    assert losses["ours"] > 0.0
+    assert losses["plain"] == pytest.approx(losses["ours"], rel=0.3)
