@@ -133,9 +133,10 @@ def main() -> None:
         start = time.perf_counter()
         reference = checkpoint_graph(good, load_checkpoint(source), StepPlan.from_dict(good.manifest.plan))
         reference_seconds = round(time.perf_counter() - start, 1)
-        for seed in range(len(rows), CASES):
+        for seed in set(range(CASES)) - {row["planted"]["seed"] for row in rows}:
             rows.append(case(lab, good, reference, KINDS[seed % len(KINDS)], seed))
             print(rows[-1], flush=True)
+            rows.sort(key=lambda row: row["planted"]["seed"])
             longest = max(row["seconds"] for row in rows) + reference_seconds
             found = {
                 "cases": len(rows), "found": sum(row["right"] for row in rows), "longest_seconds": round(longest, 1),
