@@ -7,10 +7,13 @@ same noise and text states. The text encoder is outside of what is timed. What i
 
 - ``optimum's pipeline``: the call as its documentation has it, with prompt_embeds, latents and numpy images;
 - ``optimum's sessions without the pipeline``: its UNet K times and its decoder once, on fixed inputs, no scheduler;
+- the same sessions and the one graph on one thread, in processor time: the work alone, also with the free dimensions of
+  optimum's graphs fixed by onnxruntime;
 - a fresh process until one side is ready: interpreter, imports, every file loaded; of the bundle, every byte hashed.
 
-Packages: what pip installs to run either side, by the metadata of what is installed here. About 6 minutes;
-``--folder`` keeps the environment, pipelines and bundles, so that a second run only measures.
+Packages: what pip installs to run either side, by the metadata of what is installed here. About 8 minutes;
+``--folder`` keeps the environment, pipelines and bundles, so that a second run only measures; ``--work`` measures the
+processor time alone, which needs no quiet machine, and puts it into the file that is there.
 """
 
 from __future__ import annotations
@@ -162,13 +165,27 @@ def packages(roots: Sequence[str], site: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def measure_work(python: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    both = (str(folder / "optimum"), str(folder / "bundle"))
+    return {"processor_time": worker(python, "work", *both, "--rounds", str(rounds // 2))}
+
+
 def measure_model(python: Path, name: str, folder: Path, rounds: int, loads: int) -> dict[str, Any]:
     timed = worker(python, "measure", str(folder / "optimum"), str(folder / "bundle"), "--rounds", str(rounds))
     assert isinstance(timed, dict)
-    result = prepared(python, name, folder) | timed
+    result = prepared(python, name, folder) | timed | measure_work(python, folder, rounds)
     result |= loading(python, folder, loads) | {"shipped": shipped(folder)}
     print(name, result, flush=True)
     return result
+
+
+def renew_work(out: Path, python: Path, folders: dict[str, Path], rounds: int) -> None:
+    """The processor times of a result file, measured anew; the rest of it stays."""
+    result = json.loads(out.read_text(encoding="utf-8"))
+    for name, folder in folders.items():
+        result["models"][name] |= measure_work(python, folder, rounds)
+        print(name, result["models"][name]["processor_time"], flush=True)
+    out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -178,6 +195,7 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, help="environment of optimum; made if it is not there")
     parser.add_argument("--folder", type=Path, help="folder for all that is made, used again if it is there")
     parser.add_argument("--prepare", action="store_true", help="make everything in --folder, measure nothing")
+    parser.add_argument("--work", action="store_true", help="measure the processor time alone")
     parser.add_argument("--out", type=Path, default=RESULTS / "optimum.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -187,6 +205,9 @@ def main() -> None:
         for name, place in folders.items():
             prepared(python, name, place)
         if options.prepare:
+            return
+        if options.work:
+            renew_work(options.out, python, folders, options.rounds)
             return
         models = {
             name: measure_model(python, name, place, options.rounds, options.loads) for name, place in folders.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.optimum_worker import GRAPH, PIPELINE, SESSIONS
+from benchmarks.optimum_worker import FIXED, GRAPH, PIPELINE, SESSIONS
 from benchmarks.precision_tables import Table
 from benchmarks.speed_tables import interval
 
@@ -13,9 +13,12 @@ def call_rows(result: dict[str, Any]) -> Table:
     """What optimum takes, as times of the one graph of the same run, for each model."""
     models = result["models"].values()
     alone = f"its UNet {result['steps']} times and its decoder once, without pipeline and scheduler"
+    one_thread = "the same on one thread, in processor time"
     return ("optimum takes, times the one graph", *result["models"]), [
         ("a call of its pipeline", *(interval(values["takes"][PIPELINE]) for values in models)),
         (alone, *(interval(values["takes"][SESSIONS]) for values in models)),
+        (one_thread, *(interval(values["processor_time"][SESSIONS]) for values in models)),
+        (f"{one_thread}, with fixed shapes", *(interval(values["processor_time"][FIXED]) for values in models)),
         ("a fresh process until it is ready", *(interval(values["loading"]) for values in models)),
         ("*largest difference of the two images*", *(f"{values['largest_difference']:.0e}" for values in models)),
     ]

@@ -1,7 +1,8 @@
 """What ``benchmarks.optimum_pipeline`` runs inside the environment of optimum: both sides, in one process.
 
-``save``: a pipeline of random weights. ``measure``: image against image, then both timed. ``open``: one side loaded,
-then a line of facts. Needs the packages of requirements-optimum.txt and this repository on PYTHONPATH.
+``save``: a pipeline of random weights. ``measure``: image against image, then both timed. ``work``: processor time on
+one thread. ``open``: one side loaded, then a line of facts. Needs the packages of requirements-optimum.txt and this
+repository on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import resource
 import string
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ MODELS: dict[str, tuple[int, tuple[int, ...]]] = {
     "32x32 latents, 28.9 M parameters": (32, (96, 192, 288)),
 }
 GRAPH, PIPELINE, SESSIONS = "one graph", "optimum's pipeline", "optimum's sessions without the pipeline"
+FIXED = "optimum's sessions with fixed shapes"
 Call = Callable[[], NDArray[Any]]
 
 
@@ -106,8 +109,6 @@ def calls(exported: Path, bundle: Path) -> dict[str, Call]:
     side = pipeline.unet.config.sample_size
     noise = np.random.default_rng(SEED).standard_normal((1, LATENT_CHANNELS, side, side)).astype(np.float32)
     feeds, latents = {"noise": noise, "encoder_hidden_states": text.numpy()}, torch.from_numpy(noise)
-    unet, decoder = pipeline.unet.session, pipeline.vae_decoder.session
-    step = {"sample": noise, "timestep": np.array(500, np.float32), "encoder_hidden_states": text.numpy()}
 
     def as_users_call_it() -> NDArray[Any]:
         images: NDArray[Any] = pipeline(
@@ -115,13 +116,22 @@ def calls(exported: Path, bundle: Path) -> dict[str, Call]:
         ).images
         return images
 
-    def sessions() -> NDArray[Any]:
+    sessions = bare_sessions(pipeline.unet.session, pipeline.vae_decoder.session, feeds)
+    return {GRAPH: lambda: sampler.run(feeds), PIPELINE: as_users_call_it, SESSIONS: sessions}
+
+
+def bare_sessions(unet: Any, decoder: Any, feeds: Mapping[str, NDArray[Any]]) -> Call:
+    """The UNet K times and the decoder once, each time on the same input."""
+    noise, text = feeds["noise"], feeds["encoder_hidden_states"]
+    step = {"sample": noise, "timestep": np.array(500, np.float32), "encoder_hidden_states": text}
+
+    def call() -> NDArray[Any]:
         for _ in range(STEPS):
             unet.run(None, step)
         images: NDArray[Any] = decoder.run(None, {"latent_sample": noise})[0]
         return images
 
-    return {GRAPH: lambda: sampler.run(feeds), PIPELINE: as_users_call_it, SESSIONS: sessions}
+    return call
 
 
 def measure(exported: Path, bundle: Path, rounds: int) -> dict[str, Any]:
@@ -145,6 +155,36 @@ def measure(exported: Path, bundle: Path, rounds: int) -> dict[str, Any]:
     }
 
 
+def work(exported: Path, bundle: Path, rounds: int) -> dict[str, Any]:
+    """Processor time on one thread, which neither other programs nor idle threads meet."""
+    from mmd_export import latency
+    from mmd_runtime.app import open_bundle
+
+    sampler = open_bundle(bundle, threads=1)
+    drawn = np.random.default_rng(SEED)
+    shapes = {spec.name: spec.shape for spec in sampler.bundle.manifest.inputs}
+    feeds = {name: drawn.standard_normal([int(size) for size in shape], np.float32) for name, shape in shapes.items()}
+    side = feeds["noise"].shape[-1]
+    fixed = {"batch_size": 1, "height": side, "width": side, "sequence_length": TOKENS}
+    fixed |= {"latent_height": side, "latent_width": side}  # of the decoder
+    candidates = {GRAPH: lambda: sampler.run(feeds)}
+    for name, sizes in ((SESSIONS, {}), (FIXED, fixed)):
+        unet, decoder = (one_thread(exported / part / "model.onnx", sizes) for part in ("unet", "vae_decoder"))
+        candidates[name] = bare_sessions(unet, decoder, feeds)
+    report = latency.measure(candidates, rounds, WARMUP, clock=time.process_time, rest=REST)
+    return {name: vars(report.ratio(name, GRAPH)) for name in (SESSIONS, FIXED)}
+
+
+def one_thread(model: Path, sizes: Mapping[str, int]) -> Any:
+    """A session as onnxruntime opens it by default, but for its threads and for free dimensions that are given."""
+    ort: Any = importlib.import_module("onnxruntime")
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = 1
+    for name, size in sizes.items():
+        settings.add_free_dimension_override_by_name(name, size)
+    return ort.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
+
+
 def opened(name: str, folder: Path) -> dict[str, Any]:
     """One side, ready to run: its sessions and the memory of the process so far."""
     side = SIDES[name](folder)  # lives until the sessions are counted
@@ -154,7 +194,7 @@ def opened(name: str, folder: Path) -> dict[str, Any]:
     return {"side": type(side).__name__, "sessions": sessions, "peak_memory_mb": round(memory)}
 
 
-ACTIONS: Mapping[str, Callable[..., Any]] = {"save": save, "measure": measure, "open": opened}
+ACTIONS: Mapping[str, Callable[..., Any]] = {"save": save, "measure": measure, "work": work, "open": opened}
 
 
 def main() -> None:
@@ -163,10 +203,11 @@ def main() -> None:
     of_save = actions.add_parser("save")
     of_save.add_argument("name", choices=MODELS)
     of_save.add_argument("folder", type=Path)
-    of_measure = actions.add_parser("measure")
-    of_measure.add_argument("exported", type=Path)
-    of_measure.add_argument("bundle", type=Path)
-    of_measure.add_argument("--rounds", type=int, required=True)
+    for action in ("measure", "work"):
+        of_both = actions.add_parser(action)
+        of_both.add_argument("exported", type=Path)
+        of_both.add_argument("bundle", type=Path)
+        of_both.add_argument("--rounds", type=int, required=True)
     of_open = actions.add_parser("open")
     of_open.add_argument("name", choices=SIDES)
     of_open.add_argument("folder", type=Path)
