@@ -26,6 +26,7 @@ SCRIPTS = (
     "benchmarks.siblings",
     "benchmarks.web_kit",
     "benchmarks.ray_kit",
+    "benchmarks.optimum_pipeline",
     "benchmarks.tables",
 )
 

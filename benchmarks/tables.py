@@ -18,6 +18,7 @@ from benchmarks.budget_tables import target_rows as reached_rows
 from benchmarks.code_blocks import block_rows
 from benchmarks.finetune_tables import speed_rows
 from benchmarks.kit_tables import ray_rows, web_rows
+from benchmarks.optimum_tables import call_rows, shipped_rows
 from benchmarks.parity_tables import (
     bisect_rows,
     distribution_rows,
@@ -299,6 +300,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "required": of_words(required_rows),
     "results": of_words(result_rows),
     "tools": tools,
+    "optimum": of_result("optimum.json", call_rows),
+    "optimum_shipped": of_result("optimum.json", shipped_rows),
 }
 
 
