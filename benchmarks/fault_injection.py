@@ -1,8 +1,9 @@
 """Planted faults and honest bundles through the parity ladder -> benchmarks/results/fault_injection.json.
 
-Every fault must be caught and blamed on the rung of its stage; no honest verification may fail. What was run before is
-not run again; ``--again`` starts afresh. Core ML is reference evaluation, bf16 is left out (onnxruntime's CPU provider
-has no kernels for it).
+Every fault must be caught and blamed on the rung of its stage; no honest verification may fail. Tolerances are set from
+the tails of other honest verifications (``--tails`` -> benchmarks/results/honest_tails.json), so that none is judged by
+a tolerance that was made for it. What was run before is not run again; ``--again`` starts afresh. Core ML is reference
+evaluation, bf16 is left out (onnxruntime's CPU provider has no kernels for it).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from mmd_export.tolerance import mean_tolerance
 TARGETS = ("onnx", "openvino", "coreml")
 HONEST_STEPS = 5
 PARTS = ("faults", "honest")
+SEEDS_OF_TAILS, SEEDS_OF_VERIFICATIONS = 0, 1_000_000  # where the seeds of golden files begin
 LONG_TAILED = ("int8", "fp8", "w4")  # of few images the error is far below that of the worst
 HONEST = (
     *(("onnx", precision, batch, output, 26 if precision in LONG_TAILED else 13)
@@ -247,33 +249,37 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--target", choices=TARGETS, help="faults and honest bundles of one target")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--out", type=Path, default=RESULTS / "fault_injection.json")
+    parser.add_argument("--tails", action="store_true", help="honest bundles alone, those that set the tolerances")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    out: Path = arguments.out or RESULTS / ("honest_tails.json" if arguments.tails else "fault_injection.json")
+    parts = ("honest",) if arguments.tails else arguments.parts
+    seeds = SEEDS_OF_TAILS if arguments.tails else SEEDS_OF_VERIFICATIONS
     old: dict[str, Any] = {}
-    if arguments.out.exists() and not arguments.again:
-        old = json.loads(arguments.out.read_text(encoding="utf-8"))
+    if out.exists() and not arguments.again:
+        old = json.loads(out.read_text(encoding="utf-8"))
     cases, runs = old.get("faults", {}), old.get("honest", {})
 
     def keep() -> None:
         values = {"steps": STEPS, "honest_steps": HONEST_STEPS, "faults": cases, "honest": runs}
         values |= {f"{key}_honest": largest(runs, key) for key in ("worst", "worst_mean")}
-        write_result(arguments.out, "benchmarks/fault_injection.py", values | {"summary": summary(cases, runs)})
+        write_result(out, "benchmarks/fault_injection.py", values | {"summary": summary(cases, runs)})
 
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder))
-        for fault in all_faults() if "faults" in arguments.parts else ():
+        for fault in all_faults() if "faults" in parts else ():
             if fault.name in cases or (arguments.target and fault.target != arguments.target):
                 continue
             cases[fault.name] = judged(fault, lab)
             print(fault.name, cases[fault.name], flush=True)
             keep()
         for number, (target, precision, batch, output, count) in enumerate(HONEST):
-            if "honest" not in arguments.parts:
+            if "honest" not in parts:
                 break
             key = f"{target} {precision}, batch {batch}, {output}"
             if key in runs or (arguments.target and target != arguments.target):
                 continue
-            first = 1000 * (number + 1)
+            first = seeds + 1000 * (number + 1)
             runs[key] = honest(target, precision, batch, output, range(first, first + count), Path(folder))
             print(key, runs[key], flush=True)
             keep()

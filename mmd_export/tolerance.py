@@ -58,7 +58,7 @@ def _openvino(model: str, artefact: str, value: float) -> Measurement:
 
 
 def _tail(bundles: str, value: float) -> Measurement:
-    return Measurement("fault_injection.json", ("worst_honest", bundles), value)
+    return Measurement("honest_tails.json", ("worst_honest", bundles), value)
 
 
 _CIFAR10 = "ddpm-cifar10 architecture"
@@ -144,7 +144,7 @@ def mean_tolerance(atol: float) -> float:
     """What all of a comparison may be off on average, within ``atol`` for any value of it.
 
     The worst pixel of hundreds of images takes a wide tolerance, which alone would let another picture pass. Of honest
-    artefacts the mean is far lower: ``worst_mean_honest`` in fault_injection.json, by target and precision.
+    artefacts the mean is far lower: ``worst_mean_honest`` in honest_tails.json, by target and precision.
     """
     return atol / 8.0
 

@@ -65,7 +65,7 @@ def test_every_precision_has_a_tolerance_with_its_reason() -> None:
 
 
 def test_the_mean_of_honest_artefacts_is_within_its_tolerance() -> None:
-    result = json.loads((RESULTS / "fault_injection.json").read_text(encoding="utf-8"))
+    result = json.loads((RESULTS / "honest_tails.json").read_text(encoding="utf-8"))
     means = result["worst_mean_honest"]
     assert set(means) == {f"{target} {precision}" for target, precision, *_ in HONEST}
     for name, mean in means.items():
