@@ -26,7 +26,7 @@ setup: .venv/.stamp  ## make .venv with the pinned versions of constraints.txt
 .venv/.stamp: pyproject.toml constraints.txt
 	@$(PY) -c 'import sys; sys.exit("Python is %d.%d; 3.11 or newer is needed: make PY=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/pip || $(PY) -m venv .venv
-	@echo "installing the pinned packages into .venv (a minute or two)"
+	@echo "installing the pinned packages into .venv (some minutes, without further words)"
 	$(PIP) torch hatchling setuptools
 	$(PIP) --no-build-isolation --editable '.[all,dev]'
 	touch $@

@@ -19,7 +19,7 @@ KIT = SourceKit(
         "build/mmd_sample --seed 7 --out sample.png",
     ),
     before={
-        "onnx": ('cmake -B build -DONNXRUNTIME_ROOT="$PWD/onnxruntime"',),
+        "onnx": ('cmake -B build -DONNXRUNTIME_ROOT="$PWD/../onnxruntime"',),
         "openvino": (
             "pip install openvino",
             """cmake -B build -DOpenVINO_DIR="$(python -c 'import openvino; print(openvino.__path__[0])')/cmake\"""",

@@ -39,6 +39,7 @@ h2 { margin: 0; font-size: 1rem; }
 p { margin: 0; }
 header { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: end; justify-content: space-between; }
 .soft { color: var(--soft); font-size: 0.875rem; }
+.about-test { margin-top: 0.5rem; }
 .runtime { display: flex; flex-wrap: wrap; gap: 0.25rem 0.6rem; align-items: center; }
 .badge {
   padding: 0.1rem 0.65rem;
@@ -100,8 +101,15 @@ canvas {
 }
 .waiting { aspect-ratio: 1; border-radius: 0.5rem; background: var(--field); }
 .title { display: flex; flex-wrap: wrap; gap: 0.25rem 0.75rem; align-items: center; justify-content: space-between; }
-.steps { display: flex; gap: 0.6rem; margin: 0.75rem 0 0; padding: 0 0 0.35rem; list-style: none; overflow-x: auto; }
-.steps li { flex: 1 0 5.25rem; max-width: 11rem; text-align: center; font-size: 0.8125rem; }
+.steps {
+  display: grid;
+  grid-template-columns: repeat(auto-fit, minmax(5.25rem, 1fr));
+  gap: 0.6rem;
+  margin: 0.75rem 0 0;
+  padding: 0;
+  list-style: none;
+}
+.steps li { max-width: 11rem; text-align: center; font-size: 0.8125rem; }
 .steps small { display: block; color: var(--soft); font-size: 0.75rem; }
 .steps li:last-child canvas { outline: 2px solid var(--accent); outline-offset: -2px; }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 0.75rem 1.25rem; margin: 0.85rem 0 0; }
