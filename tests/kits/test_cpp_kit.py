@@ -18,9 +18,10 @@ from mmd_export.noise import normal, sampler_noise
 from mmd_export.pictures import grid
 from mmd_runtime.app import open_bundle
 from tests.attacks import ATTACKS, Attack
-from tests.kits.cpp_builds import Build, call, configure_and_build
+from tests.kits.cpp_builds import Build, call, configure_and_build, libraries
 from tests.kits.wrong import with_other_artefact, with_other_sample
 from tests.models import LABELS, save_model
+from tests.project.checks import ROOT
 
 C_PROGRAM = Path(__file__).parent / "c_program"
 MANY = 1_000_000
@@ -89,6 +90,12 @@ def test_the_project_tests_itself(plain: Build, project: Path) -> None:
     assert done.stdout.endswith(" ms a batch\n")
     tested = call(["ctest", "--test-dir", plain.folder])
     assert "100% tests passed, 0 tests failed out of 2" in tested.stdout
+
+
+def test_the_sources_build_without_a_bundle_beside_them(tmp_path: Path) -> None:
+    done = call(["cmake", "-S", ROOT / "runtimes/cpp", "-B", tmp_path, *libraries()])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no bundle in" in done.stdout
 
 
 def test_openvino_runs_its_bundles(plain: Build, digits_openvino: Path) -> None:
