@@ -15,6 +15,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +82,27 @@ def test_serve_deploy_starts_it_on_a_cluster(ray_project: Path, tmp_path: Path) 
     config["http_options"]["port"] = free_port()
     (project / "serve.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     environment = {"PYTHONPATH": PATH, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+    url = f"http://127.0.0.1:{config['http_options']['port']}"
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=project, env=os.environ | environment, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
     with cluster(project, 2, environment) as address:
-        for command in (
-            ["-m", "ray.serve.scripts", "deploy", "serve.yaml", "--address", address],
-            ["client.py", "--url", f"http://127.0.0.1:{config['http_options']['port']}", "--self-test"],
-        ):
-            done = subprocess.run(
-                [sys.executable, *command], cwd=project, env=os.environ | environment, capture_output=True, text=True,
-                check=False,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stdout + done.stderr
-        assert "self-test passed: digits-2" in done.stdout
+        run("-m", "ray.serve.scripts", "deploy", "serve.yaml", "--address", address)
+        assert within(120, lambda: is_healthy(url)), run("-m", "ray.serve.scripts", "status", "--address", address)
+        assert "self-test passed: digits-2" in run("client.py", "--url", url, "--self-test")
+
+
+def is_healthy(url: str) -> bool:
+    """Not before the service listens, and not while its application is still being deployed."""
+    with suppress(urllib.error.URLError, ConnectionError):
+        return ask(f"{url}/healthz")[0] == 200
+    return False
 
 
 def answers_are_the_direct_ones(url: str, bundle: Path) -> None:
