@@ -77,6 +77,7 @@ def cluster(folder: Path, cpus: int, environment: Mapping[str, str]) -> Iterator
             [*command, f"--temp-dir={temporary}", *(f"--{name}={value}" for name, value in ports.items())],
             folder,
             environment,
+            signal.SIGKILL,  # asked otherwise, it waits 30 s for its node to drain
         ) as (process, _),
     ):
         assert process.stdout is not None
@@ -87,9 +88,9 @@ def cluster(folder: Path, cpus: int, environment: Mapping[str, str]) -> Iterator
 
 @contextmanager
 def marked(
-    command: Sequence[object], folder: Path, environment: Mapping[str, str]
+    command: Sequence[object], folder: Path, environment: Mapping[str, str], end: signal.Signals = signal.SIGTERM
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A process, and the mark in the environment of all that it starts; all are gone afterwards."""
+    """A process, and the mark in the environment of all that it starts; all are gone afterwards, asked by ``end``."""
     mark = f"mmd-{uuid.uuid4().hex}"
     process = subprocess.Popen(
         list(map(str, command)),
@@ -102,7 +103,7 @@ def marked(
     try:
         yield process, mark
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(end)
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
         for number in processes_of(mark):
