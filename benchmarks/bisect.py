@@ -133,7 +133,7 @@ def main() -> None:
         start = time.perf_counter()
         reference = checkpoint_graph(good, load_checkpoint(source), StepPlan.from_dict(good.manifest.plan))
         reference_seconds = round(time.perf_counter() - start, 1)
-        for seed in set(range(CASES)) - {row["planted"]["seed"] for row in rows}:
+        for seed in sorted(set(range(CASES)) - {row["planted"]["seed"] for row in rows}):
             rows.append(case(lab, good, reference, KINDS[seed % len(KINDS)], seed))
             print(rows[-1], flush=True)
             rows.sort(key=lambda row: row["planted"]["seed"])

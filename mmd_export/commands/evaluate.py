@@ -185,8 +185,9 @@ def _draw(options: SampleOptions, real: Tensor, encoders: list[Encoder], scoring
 def _features(
     encoder: Encoder, generated: Tensor, images: RealImages, options: MetricOptions, observe: Observer
 ) -> Features:
-    parts = {id(part): part for part in (generated, *vars(images).values()) if part is not None}
-    total, done, encoded = sum(map(len, parts.values())), 0, {}
+    parts = {id(part): part for part in (generated, *vars(images).values()) if part is not None and len(part)}
+    total, done = sum(map(len, parts.values())), 0
+    encoded: dict[int, Tensor] = {}
     for key, part in parts.items():
         features = []
         for some in part.split(ENCODED_AT_ONCE):
@@ -194,10 +195,6 @@ def _features(
                 features.append(encoder(some.to(_device())))
             done += len(some)
             observe(f"{encoder.name}: features", done, total)
-        encoded[key] = torch.cat(features) if features else None
-    real, drawn = encoded[id(images.real)], encoded[id(generated)]
-    assert real is not None
-    assert drawn is not None
-    return Features(
-        encoder.name, real, drawn, options, encoded.get(id(images.training)), encoded.get(id(images.held_out))
-    )
+        encoded[key] = torch.cat(features)
+    training, held_out = encoded.get(id(images.training)), encoded.get(id(images.held_out))
+    return Features(encoder.name, encoded[id(images.real)], encoded[id(generated)], options, training, held_out)
