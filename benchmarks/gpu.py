@@ -21,15 +21,21 @@ sys.path[:0] = [str(ROOT), str(ROOT / "finetune"), str(ROOT / "runtimes/python")
 import torch  # noqa: E402 - the source tree has to be on the path first
 
 from benchmarks.common import save_cifar10, write_result  # noqa: E402
+from mmd_export.build import BuildOptions, build  # noqa: E402
 from mmd_export.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
+from mmd_export.errors import MmdExportError, NotAvailableError  # noqa: E402
 from mmd_export.latency import measure  # noqa: E402
+from mmd_export.parity import check_artefact  # noqa: E402
 from mmd_export.plan import StepPlan  # noqa: E402
 from mmd_export.program import SamplerProgram, export_program  # noqa: E402
 from mmd_export.reference import golden_inputs, run_chain, sampler_of  # noqa: E402
+from mmd_export.runtime import BindingSession, RunOptions  # noqa: E402
 from mmd_export.target_options import TargetOptions  # noqa: E402
 from mmd_export.targets import CompileOptions, get_target  # noqa: E402
+from mmd_export.torch_baselines import baseline  # noqa: E402
 from mmd_export.unroll import UnrolledSampler  # noqa: E402
 from mmd_runtime.onnx_providers import get_provider, open_session, placement, record_placement  # noqa: E402
+from mmd_runtime.registry import get_runtime  # noqa: E402
 
 STEPS = 5
 BATCHES = (1, 64)
@@ -84,9 +90,14 @@ def prepare(
         "specialised, CUDA graph": lambda: cuda_graph(special, noise),
         "torch.compile": lambda: synchronised(torch.compile(special), noise),
         "torch.compile, CUDA graphs": lambda: synchronised(torch.compile(special, mode="reduce-overhead"), noise),
+        "diffusers pipeline": lambda: pipeline(checkpoint, plan, noise),
         "AOTInductor": lambda: synchronised(package(), noise),
+        "AOTInductor, CUDA graph": lambda: cuda_graph(package(), noise),
         "ONNX Runtime CUDA": lambda: onnx_cuda(folder, noise, graph=False),
         "ONNX Runtime CUDA, CUDA graph": lambda: onnx_cuda(folder, noise, graph=True),
+        "TensorRT-RTX, CUDA graph": lambda: engine(
+            "digits" if arguments.smoke else str(scratch), noise, scratch / f"rtx-{batch}"
+        ),
     }
     candidates: dict[str, Call] = {}
     skipped: dict[str, str] = {}
@@ -112,7 +123,31 @@ def synchronised(run: Callable[..., Any], noise: torch.Tensor) -> Call:
     return call
 
 
-def cuda_graph(sampler: UnrolledSampler, noise: torch.Tensor) -> Call:
+def pipeline(checkpoint: Checkpoint, plan: StepPlan, noise: torch.Tensor) -> Call:
+    """diffusers' own pipeline on the device; it draws its noise itself and gives the pictures on the host."""
+    checkpoint.denoiser.to(noise.device)
+    return baseline("diffusers", checkpoint, plan, {"noise": noise.cpu().numpy()})[0]
+
+
+def engine(source: str, noise: torch.Tensor, folder: Path) -> Call:
+    """The same graph as an engine of TensorRT-RTX for this GPU, bound to the device."""
+    if not noise.is_cuda:
+        raise RuntimeError("needs CUDA")
+    runtime = get_runtime("tensorrt-rtx")
+    if not (found := runtime.availability()).available:
+        raise NotAvailableError(f"{found.detail}; {found.install}")
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    options = BuildOptions(
+        source, "tensorrt-rtx", folder, batch=str(len(noise)), steps=STEPS, sampler="ddim",
+        of_target=TargetOptions(compute_capability=capability), verify=False,
+    )  # fmt: skip
+    session = runtime.open(build(options), RunOptions())
+    if not isinstance(session, BindingSession):
+        raise NotAvailableError("its session does not bind")
+    return session.bind({"noise": noise.cpu().numpy()})
+
+
+def cuda_graph(sampler: Callable[..., Any], noise: torch.Tensor) -> Call:
     """The whole chain captured once, then replayed."""
     if not noise.is_cuda:
         raise RuntimeError("needs CUDA")
@@ -166,13 +201,16 @@ def onnx_cuda(folder: Path, noise: torch.Tensor, *, graph: bool) -> Call:
 
 
 def parity(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Largest error after every step on the device against the float64 reference on the CPU."""
+    """Largest error after every step on the device against the float64 reference on the CPU: torch, then artefacts."""
     results: dict[str, Any] = {}
+    artefacts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        models = {"digits": digits()}
+        models = {"digits": (digits(), "digits")}
         if not arguments.smoke:
-            models["ddpm-cifar10 architecture"] = cifar10(Path(scratch))
-        for name, (checkpoint, plan) in models.items():
+            folder = Path(scratch) / "cifar10"
+            models["ddpm-cifar10 architecture"] = (cifar10(folder), str(folder))
+        for name, ((checkpoint, plan), source) in models.items():
+            artefacts[name] = verified(source, Path(scratch) / f"bundles-{name[:6]}", arguments.device)
             inputs = golden_inputs(checkpoint, plan, 4)
             exact = run_chain(sampler_of(checkpoint.as_double(), plan), inputs, torch.float64)
             sampler = sampler_of(checkpoint, plan).to(arguments.device)
@@ -181,7 +219,30 @@ def parity(arguments: argparse.Namespace) -> dict[str, Any]:
             found = {f"state.{k}": state.cpu().numpy() for k, state in enumerate(states, start=1)}
             results[name] = {key: float(abs(value - exact[key]).max()) for key, value in found.items()}
             print(name, results[name], flush=True)
-    return {"steps": STEPS, "max_abs_error": results}
+    return {"steps": STEPS, "max_abs_error": results, "artefacts": artefacts}
+
+
+def verified(source: str, folder: Path, device: str) -> dict[str, Any]:
+    """Each artefact that the device runs, through its runtime against the golden file: errors, or why there are none."""
+    wanted = {
+        "onnx": (TargetOptions(), "onnxruntime:cuda" if device == "cuda" else "onnxruntime"),
+        "torch": (TargetOptions(device=device), "aotinductor"),
+        "tensorrt-rtx": (TargetOptions(), "tensorrt-rtx"),
+    }
+    found: dict[str, Any] = {}
+    for target, (chosen, name) in wanted.items():
+        options = BuildOptions(
+            source, target, folder / target, steps=STEPS, sampler="ddim", of_target=chosen, verify=False
+        )
+        try:
+            runtime = get_runtime(name)
+            rung = check_artefact(build(options), runtime, RunOptions())
+            errors = {each.name: each.max_abs for each in rung.comparisons}
+            found[f"{target} in {name}"] = {"passed": rung.passed, "max_abs_error": errors}
+        except MmdExportError as error:
+            found[f"{target} in {name}"] = {"not_run": str(error)}
+        print(target, name, found[f"{target} in {name}"], flush=True)
+    return found
 
 
 def tune(arguments: argparse.Namespace) -> dict[str, Any]:

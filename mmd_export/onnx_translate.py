@@ -13,6 +13,8 @@ import onnx_ir as ir
 from onnx_ir.passes import Sequential
 from onnx_ir.passes import common as passes
 
+from mmd_export.errors import NotAvailableError, one_line
+
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
@@ -33,6 +35,8 @@ def translate(program: ExportedProgram) -> ir.Model:
     onnxscript's own ``optimize`` is not called: its x + 0 -> x takes everything below 1e-8 for 0, such as the epsilon
     of a linear attention, x / (y + 1e-15), which is then 0 / 0 (onnxscript/rewriter/_pattern_ir.py, abs_tol, 0.7.2);
     and matching all of its rules costs as much as the translation. Call it once that tolerance is gone.
+
+    Raises NotAvailableError that names the first operator which torch.onnx does not translate.
     """
     import torch
     from onnxscript.optimizer import fold_constants
@@ -40,9 +44,12 @@ def translate(program: ExportedProgram) -> ir.Model:
     from onnxscript.rewriter.rules import common as rules
 
     with quiet_export():
-        exported = torch.onnx.export(
-            program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False, external_data=False
-        )
+        try:
+            exported = torch.onnx.export(
+                program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False, external_data=False
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise NotAvailableError(f"torch.onnx cannot translate it: {_innermost(error)}") from error
     assert exported is not None
     fold_constants(exported.model, onnx_shape_inference=True)
     model: ir.Model = rewrite(exported.model, [getattr(rules, name) for name in _RULES])
@@ -50,6 +57,13 @@ def translate(program: ExportedProgram) -> ir.Model:
     drop_neutral(model)
     tidy(model)
     return model
+
+
+def _innermost(error: BaseException) -> str:
+    """The reason: the first in a chain of errors, whose outer ones are pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(error)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class TargetOptions:
 
     Args:
         workspace: scratch memory that the builder may plan with, MiB.
-        memory_limit: address space of the builder's process, MiB.
+        memory_limit: memory of the builder's process, MiB.
         hardware_compat: ``ampere+`` or ``same-compute-capability``: engines for more GPUs than the one at hand.
         version_compat: engines that newer releases of the library load too.
         refit: engines whose weights can be replaced.

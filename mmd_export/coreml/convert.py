@@ -16,7 +16,8 @@ from mmd_export.errors import NotAvailableError, UsageError, one_line
 
 # iOS and macOS that share an opset; iOS 16 is the first with weights of less than 16 bits.
 SYSTEMS = {
-    "iOS16": "iOS16", "iOS17": "iOS17", "iOS18": "iOS18", "macOS13": "iOS16", "macOS14": "iOS17", "macOS15": "iOS18",
+    "iOS16": "iOS16", "iOS17": "iOS17", "iOS18": "iOS18", "iOS26": "iOS26",
+    "macOS13": "iOS16", "macOS14": "iOS17", "macOS15": "iOS18", "macOS26": "iOS26",
 }  # fmt: skip
 UNITS = ("all", "cpu", "cpu-gpu", "cpu-ane")
 DEFAULT_SYSTEM = "iOS17"

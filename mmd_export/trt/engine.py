@@ -51,7 +51,7 @@ def build_engine(library: Library, request: Request, engine: Path) -> LockFacts:
     else:
         request.notify(f"{library.title}: building an engine of {nodes:,} nodes")
         _make(folder)
-        said = run_job(job, library.title, request.log, request.notify)
+        said = run_job(job, library.title, request.log, request.notify, folder / f"{key}.log")
         _keep(folder, key, engine, said, request.notify)
     return _facts(library, request.options, digest, said, device)
 

@@ -20,7 +20,7 @@ class Job:
         batches: an optimisation profile each: least, best and most images; none for a static graph.
         capabilities: compute capabilities such as 8.9; none for all that the library has, from ``least_capability`` on.
         workspace: MiB of scratch memory that it may plan with.
-        memory_limit: MiB of address space of its process.
+        memory_limit: MiB of memory of its own, above which its process is ended.
         timing_cache: file with the timings of earlier builds; read if it is there, and written.
     """
 

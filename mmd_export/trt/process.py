@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
@@ -20,34 +22,45 @@ from mmd_export.errors import NotAvailableError
 from mmd_export.trt.job import REFUSED, Job
 
 SECONDS_BETWEEN_STEPS = 10.0
+SECONDS_BETWEEN_LOOKS = 0.02
 _WORKER = [sys.executable, "-m", "mmd_export.trt.worker"]
 
 Notify = Callable[[str], None]
 
 
-def run_job(job: Job, title: str, keep_log: Path | None, notify: Notify) -> dict[str, Any]:
-    """Build; returns what the library said of the engine.
+def run_job(
+    job: Job, title: str, failure_log: Path | None, notify: Notify, build_log: Path | None = None
+) -> dict[str, Any]:
+    """Build; returns what the library said of the engine, and keeps its log at ``build_log``.
 
     Raises NotAvailableError with the builder's own reason, or how it ended and the last useful line of its log, which
-    is then kept at ``keep_log``.
+    is then kept at ``failure_log``.
     """
-    if job.memory_limit is not None and os.name == "nt":
-        raise NotAvailableError(f"{title}: --memory-limit needs a POSIX system; leave it out")
+    if job.memory_limit is not None and not sys.platform.startswith("linux"):
+        raise NotAvailableError(f"{title}: --memory-limit needs Linux; leave it out")
     with TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("wb") as file:
             code, last = _run(job, file, _Progress(title, notify).hear)
         if code == 0 and "done" in last:
+            if build_log is not None:
+                shutil.copyfile(log, build_log)
             done: dict[str, Any] = last["done"]
             return done
         text = log.read_text(encoding="utf-8", errors="replace")
         refused = code == REFUSED and "refused" in last
-        tried, kept = not refused or last["failed"], ""
-        if tried and keep_log is not None and text.strip():
-            shutil.copyfile(log, keep_log)
-            kept = f"; all of it is in {keep_log}"
-    reason = last["refused"] if refused else f"its builder {how_it_ended(code)}; the last it said: {last_useful(text)}"
-    raise NotAvailableError(f"{title}: {reason}{_advice(job, code) if tried else ''}{kept}")
+        worth, kept = not refused or last["log"], ""
+        if worth and failure_log is not None and text.strip():
+            shutil.copyfile(log, failure_log)
+            kept = f"; all of it is in {failure_log}"
+    if refused:
+        reason = last["refused"]
+    elif last.get("over_limit"):
+        reason = f"its builder took {last['over_limit']} MiB of memory, --memory-limit is {job.memory_limit} MiB; try more"
+    else:
+        reason = f"its builder {how_it_ended(code)}; the last it said: {last_useful(text)}"
+        reason += "; try --workspace with fewer MiB" if code == -signal.SIGKILL else ""
+    raise NotAvailableError(f"{title}: {reason}{kept}")
 
 
 def how_it_ended(code: int) -> str:
@@ -71,13 +84,6 @@ def last_useful(log: str) -> str:
     return (errors or lines or ["nothing"])[-1][:300]
 
 
-def _advice(job: Job, code: int) -> str:
-    """The next move where memory may be what lacked."""
-    if job.memory_limit is not None:
-        return f"; --memory-limit is {job.memory_limit} MiB, try more"
-    return "; try --workspace with fewer MiB" if code == -9 else ""
-
-
 def _run(job: Job, log: IO[bytes], hear: Callable[[dict[str, Any]], None]) -> tuple[int, dict[str, Any]]:
     """Exit code and last event of the process, which never outlives this call."""
     folder = str(Path(mmd_export.__file__).parents[1])
@@ -91,12 +97,51 @@ def _run(job: Job, log: IO[bytes], hear: Callable[[dict[str, Any]], None]) -> tu
             with suppress(BrokenPipeError):  # it ended before it read; its exit code says how
                 process.stdin.write(job.to_json().encode())
                 process.stdin.close()
-            for event in _events(process.stdout):
-                last = event
-                hear(event)
-            return process.wait(), last
+            with _limited(process, job.memory_limit) as over:
+                for event in _events(process.stdout):
+                    last = event
+                    hear(event)
+                code = process.wait()
+            return code, {"over_limit": over[0]} if over else last
         finally:
             process.kill()
+
+
+@contextmanager
+def _limited(process: subprocess.Popen[bytes], limit: int | None) -> Iterator[list[int]]:
+    """Kill the process when its own memory passes ``limit`` MiB; what it had then, if it did.
+
+    Not by setrlimit: a library that is refused memory may wait for ever (TensorRT-RTX 1.7.1 did), and CUDA reserves more
+    address space than there is memory.
+    """
+    over: list[int] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LOOKS):
+            taken = _mebibytes(process.pid)
+            if limit is not None and taken > limit:
+                over.append(taken)
+                process.kill()
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    if limit is not None:
+        watcher.start()
+    try:
+        yield over
+    finally:
+        ended.set()
+        if limit is not None:
+            watcher.join()
+
+
+def _mebibytes(pid: int) -> int:
+    """Anonymous memory of a process on Linux; 0 once it is gone."""
+    with suppress(OSError):
+        found = re.search(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(encoding="ascii"), re.MULTILINE)
+        return int(found[1]) >> 10 if found else 0
+    return 0
 
 
 def _events(stream: IO[bytes]) -> Iterator[dict[str, Any]]:

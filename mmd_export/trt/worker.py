@@ -21,21 +21,21 @@ _HARDWARE = {"ampere+": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_
 
 
 class Refused(Exception):  # noqa: N818 - no error of the program
-    """The library cannot build this; the message says why. ``failed``: it tried, so its log is worth reading."""
+    """The library cannot build this; the message says why. ``log``: that says more."""
 
-    failed = False
+    def __init__(self, why: str, log: bool = False) -> None:
+        super().__init__(why)
+        self.log = log
 
 
 def main() -> int:
     """Build what stdin says; 0, or REFUSED after an event that says why."""
     tell = _teller()
     job = Job.from_json(sys.stdin.read())
-    if job.memory_limit is not None:
-        _limit_memory(job.memory_limit)
     try:
         tell(done=build(importlib.import_module(job.module), job, tell))
     except Refused as reason:
-        tell(refused=" ".join(str(reason).split()), failed=reason.failed)
+        tell(refused=" ".join(str(reason).split()), log=reason.log)
         return REFUSED
     return 0
 
@@ -62,9 +62,7 @@ def build(trt: Any, job: Job, tell: Tell) -> dict[str, Any]:
     config.progress_monitor = _monitor(trt, tell)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        failure = Refused(f"the build failed: {log.last or 'no reason given'}")
-        failure.failed = True
-        raise failure
+        raise Refused(f"the build failed: {log.last or 'no reason given'}", log=True)
     Path(job.engine).write_bytes(memoryview(plan))
     if cache is not None and job.timing_cache is not None:
         _save(Path(job.timing_cache), bytes(memoryview(config.get_timing_cache().serialize())))
@@ -74,7 +72,7 @@ def build(trt: Any, job: Job, tell: Tell) -> dict[str, Any]:
 def _support(parser: Any, path: Path) -> dict[str, int]:
     """How many nodes the library looked at and takes, by its own check of every node, if this release has one.
 
-    Raises Refused that names the first node which it does not take.
+    Every node that it does not take goes to the log, with the reason; raises Refused that names the first.
     """
     if not hasattr(parser, "supports_model_v2"):
         return {}
@@ -82,7 +80,9 @@ def _support(parser: Any, path: Path) -> dict[str, int]:
     parts = [(parser.is_subgraph_supported(i), parser.get_subgraph_nodes(i)) for i in range(parser.num_subgraphs)]
     taken = sum(len(nodes) for supported, nodes in parts if supported)
     if not whole:
-        raise Refused(f"{_complaint(parser)}; it takes {taken} other nodes")
+        for i in range(parser.num_errors):
+            sys.stderr.write(f"not taken: {_blamed(parser.get_error(i))}\n")
+        raise Refused(f"{_complaint(parser)}; it takes {taken} other nodes", log=parser.num_errors > 1)
     return {"taken": taken, "nodes": sum(len(nodes) for _, nodes in parts)}
 
 
@@ -251,13 +251,6 @@ def _teller() -> Tell:
         return True
 
     return tell
-
-
-def _limit_memory(mebibytes: int) -> None:
-    import resource
-
-    limit = mebibytes << 20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_weights_are_stored_once(built: Built, tiny: Path) -> None:
 
 
 # precision, oldest system, opset and specification version of that system
-PACKAGES = [("fp16", None, "CoreML7", 8), ("w8", "iOS16", "CoreML6", 7), ("w6", None, "CoreML7", 8),
+PACKAGES = [("fp16", None, "CoreML7", 8), ("w8", "iOS16", "CoreML6", 7), ("w6", "macOS26", "CoreML9", 10),
             ("w4", "macOS15", "CoreML8", 9)]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from mmd_export.bundle import BatchSpec, Bundle, TensorSpec
 from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, UsageError
 from mmd_export.runtime import BindingSession, EventTimed, RunOptions, Session
 from mmd_export.trt.device import Device
+from mmd_export.trt.engine import onnx_sha256
 from mmd_export.trt.library import RTX
 from mmd_export.trt.lock import LockFacts
 from mmd_runtime import engines
@@ -32,6 +34,9 @@ from tests.export.bundles import draft, make
 class Code(IntEnum):
     OK = 0
     NO_MEMORY = 2
+    OLD_DRIVER = 35
+    NO_DEVICE = 100
+    OTHER = 700
 
 
 class HostCuda:
@@ -42,6 +47,7 @@ class HostCuda:
         self.buffers: dict[int, Any] = {}
         self.capturing: list[Any] | None = None
         self.fail: str | None = None
+        self.code = Code.NO_MEMORY
         self.events: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -65,7 +71,7 @@ class HostCuda:
         def call(*arguments: Any) -> Any:
             self.calls.append(name)
             result = work.get(name, lambda *_: None)(*arguments)
-            return (Code.NO_MEMORY, None) if name == self.fail else (Code.OK, result)
+            return (self.code, None) if name == self.fail else (Code.OK, result)
 
         return call
 
@@ -223,12 +229,11 @@ def test_a_list_of_batches_has_a_profile_each(tmp_path: Path) -> None:
     engine = AddsOne(cuda, profiles=3)
     bundle = bundle_for(tmp_path, "1,2,3")
     session = EngineSession(bundle, engine, Cuda(cuda))
-    assert not engine.contexts
+    assert [context.profile for context in engine.contexts] == [0, 1, 2]
     for count in (3, 1, 3):
         np.testing.assert_array_equal(session.run({"noise": noise(count)})["sample"], expected(noise(count)))
-    assert [context.profile for context in engine.contexts] == [2, 0]
-    assert [context.shape[0] for context in engine.contexts] == [3, 1]
-    assert cuda.calls.count("cudaStreamEndCapture") == 2
+    assert [context.shape[0] for context in engine.contexts] == [1, 2, 3]
+    assert cuda.calls.count("cudaStreamEndCapture") == 3
     assert profile_of(bundle, 2) == 1
     with pytest.raises(UsageError, match="batch 4 has no profile; built for 1,2,3"):
         profile_of(bundle, 4)
@@ -302,6 +307,18 @@ def test_a_full_device_is_one_line(tmp_path: Path) -> None:
         EngineSession(bundle_for(tmp_path), AddsOne(cuda), Cuda(cuda))
 
 
+def test_what_a_failed_call_of_cuda_means() -> None:
+    cuda = HostCuda()
+    cuda.fail = "cudaStreamCreate"
+    for code, words in ((Code.OLD_DRIVER, "update the driver"), (Code.NO_DEVICE, "the driver sees no GPU")):
+        cuda.code = code
+        with pytest.raises(NotAvailableError, match=f"cudaStreamCreate failed: {code.name}; the driver.*{words[-12:]}"):
+            Cuda(cuda).stream()
+    cuda.code = Code.OTHER
+    with pytest.raises(MmdExportError, match=r"cudaStreamCreate failed: OTHER$"):
+        Cuda(cuda).stream()
+
+
 def test_an_engine_of_something_else(tmp_path: Path) -> None:
     cuda = HostCuda()
     engine = AddsOne(cuda, names=("noise", "timestep", "sample"))
@@ -310,15 +327,29 @@ def test_an_engine_of_something_else(tmp_path: Path) -> None:
 
 
 class Library:
-    """As much of the module as loading takes."""
+    """As much of the module as loading takes; ``missing`` weights are those that a graph does not have."""
 
     __name__, __version__ = "tensorrt_rtx", "1.7.1"
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, engine: Any, missing: tuple[str, ...] = (), starts: bool = True) -> None:
+        self.engine, self.missing, self.starts = engine, missing, starts
         self.seen: list[int] = []
+        self.refitted: list[str] = []
         self.Logger = Called(ERROR=1)
-        self.Runtime = lambda _: SimpleNamespace(deserialize_cuda_engine=self.deserialise)
+
+    def Runtime(self, _: Any) -> Any:  # noqa: N802 - the library's name
+        if not self.starts:
+            raise TypeError("factory function returned nullptr")
+        return SimpleNamespace(deserialize_cuda_engine=self.deserialise)
+
+    def Refitter(self, engine: Any, _: Any) -> Any:  # noqa: N802
+        assert engine is self.engine
+        done = SimpleNamespace(get_missing_weights=lambda: list(self.missing))
+        done.refit_cuda_engine = lambda: bool(self.refitted.append("engine")) or True
+        return done
+
+    def OnnxParserRefitter(self, _: Any, __: Any) -> Any:  # noqa: N802
+        return SimpleNamespace(refit_from_file=lambda path: bool(self.refitted.append(Path(path).name)) or True)
 
     def deserialise(self, data: bytes) -> Any:
         self.seen.append(len(data))
@@ -335,10 +366,40 @@ class Called(SimpleNamespace):
 FACTS = LockFacts(RTX.name, "1.7.1", "any", "8.9", "0" * 64)
 
 
+def without_graph(folder: Path) -> Bundle:
+    """A bundle of an engine that has its weights, with nothing beside it."""
+    bundle = make(folder, draft=draft(artefact="model.onnx_data"))
+    (bundle.folder / "model.onnx").unlink()
+    return bundle
+
+
 def test_an_engine_that_the_library_refuses(tmp_path: Path) -> None:
-    bundle = make(tmp_path / "b")
-    with pytest.raises(BundleError, match=r"tensorrt_rtx 1.7.1 refuses model.onnx; build it again"):
+    bundle = without_graph(tmp_path / "b")
+    with pytest.raises(BundleError, match=r"tensorrt_rtx 1.7.1 refuses model.onnx_data; build it again"):
         load_engine(bundle, FACTS, Library(None))
+
+
+def test_an_engine_without_weights_takes_them_from_the_graph_beside_it(tmp_path: Path) -> None:
+    bundle, engine = make(tmp_path / "b", draft=draft(artefact="model.onnx_data")), object()
+    facts = replace(FACTS, onnx_sha256=onnx_sha256(bundle.folder / "model.onnx"))
+    library = Library(engine)
+    assert load_engine(bundle, facts, library) is engine
+    assert library.refitted == ["model.onnx", "engine"]
+    with pytest.raises(BundleError, match=r"model.onnx_data does not take the weights of model.onnx; build it again"):
+        load_engine(bundle, facts, Library(engine, missing=("conv.weight",)))
+    other = Library(engine)
+    with pytest.raises(BundleError, match=r"model.onnx has SHA-256 .*, its engine was built from 000"):
+        load_engine(bundle, FACTS, other)
+    assert other.seen == []
+
+
+def test_a_library_that_does_not_start(tmp_path: Path) -> None:
+    bundle = without_graph(tmp_path / "b")
+    with pytest.raises(NotAvailableError, match=r"tensorrt_rtx 1.7.1 does not start with driver .*; update the driver"):
+        load_engine(bundle, FACTS, Library(None, starts=False))
+    missing = replace(RTX, modules=("mmd_no_such_library",))
+    with pytest.raises(NotAvailableError, match=r"does not load \(No module named 'mmd_no_such_library'\)"):
+        engines._imported(missing)
 
 
 @pytest.fixture

@@ -226,10 +226,10 @@ def test_in_place_all_of_it_or_nothing(deferred: Bundle, engine: Bundle, tmp_pat
         assert "its engine cannot be verified here (runtime tensorrt-rtx: " in err
         assert "name another folder with --out, or pass --skip-verify" in err
         assert contents(place) == before
-    limits = ("--memory-limit", 150, "--cache", tmp_path / "empty")
+    limits = ("--memory-limit", 8, "--cache", tmp_path / "empty")
     code, _, err = command("finalize", place, "--skip-verify", *limits)
     assert code == 3
-    assert "--memory-limit is 150 MiB, try more" in err
+    assert "--memory-limit is 8 MiB; try more" in err
     assert contents(place) == before
     code, out, err = command("finalize", place, "--skip-verify")
     assert code == 0, err

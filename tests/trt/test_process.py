@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,20 @@ def test_random_numbers_which_the_parser_takes_are_refused(one_node: OneNode) ->
         require_buildable(one_node("RandomNormalLike", (1, 2)), "TensorRT-RTX")
 
 
+def test_every_node_that_it_does_not_take_is_in_the_log(one_node: OneNode, tmp_path: Path) -> None:
+    graph = one_node("Det", (1, 1, 2, 2))
+    model = ir.load(graph)
+    second = ir.Node("", "Det", [model.graph.inputs[0]], name="another")
+    model.graph.append(second)
+    model.graph.outputs.append(second.outputs[0])
+    second.outputs[0].name = "other"
+    ir.save(model, graph)
+    said = refusal(job(graph, capabilities=("8.9",)), log := tmp_path / "out.log")
+    assert f"and 1 more; it takes 0 other nodes; all of it is in {log}" in said
+    for name in ("the_node", "another"):
+        assert f"not taken: '{name}' (Det): UNSUPPORTED_NODE" in log.read_text()
+
+
 def test_a_node_that_it_does_not_take_is_named(one_node: OneNode, tmp_path: Path) -> None:
     said = refusal(job(one_node("Det", (1, 1, 2, 2)), capabilities=("8.9",)), tmp_path / "out.log")
     assert said == "TensorRT-RTX: it does not take node 'the_node' (Det): UNSUPPORTED_NODE; it takes 0 other nodes"
@@ -116,8 +131,9 @@ def test_a_capability_that_it_has_not_is_named(one_node: OneNode) -> None:
 
 
 def test_too_little_memory_says_so(one_node: OneNode) -> None:
-    said = refusal(job(one_node("Relu", (1, 2)), capabilities=("8.9",), memory_limit=150))
-    assert "--memory-limit is 150 MiB, try more" in said
+    said = refusal(job(one_node("Relu", (1, 2)), capabilities=("8.9",), memory_limit=8))
+    assert re.search(r"its builder took \d+ MiB of memory, --memory-limit is 8 MiB; try more", said)
+    run_job(job(one_node("Relu", (1, 2)), capabilities=("8.9",), memory_limit=8192), "x", None, lambda _: None)
 
 
 def test_a_library_that_cannot_be_loaded(one_node: OneNode) -> None:

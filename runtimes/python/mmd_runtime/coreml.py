@@ -17,6 +17,8 @@ from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOpt
 from mmd_runtime.chunks import check_inputs
 
 INSTALL = "pip install 'mmd-export[coreml]'"
+# The macOS of the same year as an iOS; https://apple.github.io/coremltools/docs-guides/source/target-conversion-formats.html
+_MACOS_OF = {"iOS16": 13, "iOS17": 14, "iOS18": 15, "iOS26": 26}
 _UNITS = {"all": "ALL", "cpu": "CPU_ONLY", "cpu-gpu": "CPU_AND_GPU", "cpu-ane": "CPU_AND_NE"}
 
 
@@ -30,7 +32,7 @@ class CoreMLRuntime:
     def availability(self) -> Availability:
         """Core ML is a part of macOS."""
         if sys.platform != "darwin":
-            return Availability(False, f"Core ML is on macOS alone, this is {platform.system()}", INSTALL)
+            return Availability(False, f"Core ML is on macOS alone, this is {platform.system()}", "run it on a Mac")
         if importlib.util.find_spec("coremltools") is None:
             return Availability(False, "coremltools is not installed", INSTALL)
         version = importlib.metadata.version("coremltools")
@@ -49,8 +51,10 @@ class _Session:
     def __init__(self, bundle: Bundle) -> None:
         if not (found := RUNTIME.availability()).available:
             raise NotAvailableError(f"runtime coreml does not work here: {found.detail}; use coreml-reference")
+        hardware = bundle.manifest.hardware or {}
+        require_system(bundle.name, hardware.get("deployment_target", ""), platform.mac_ver()[0])
         coremltools: Any = importlib.import_module("coremltools")  # ships no types
-        units = _UNITS[(bundle.manifest.hardware or {}).get("compute_units", "all")]
+        units = _UNITS[hardware.get("compute_units", "all")]
         self._bundle = bundle
         try:
             compiled = coremltools.models.utils.compile_model(str(bundle.artefact_path))
@@ -79,6 +83,16 @@ class _Session:
             return np.asarray(sample, np.float32)
         picture = sample.convert("L" if spec.shape[-1] == 1 else "RGB")
         return np.asarray(picture, np.uint8).reshape([int(size) for size in spec.shape])
+
+
+def require_system(bundle: str, target: str, macos: str) -> None:
+    """Raise NotAvailableError if this macOS is older than the deployment target; an unknown one is Core ML's to judge."""
+    oldest = _MACOS_OF.get(target, int(target.removeprefix("macOS")) if target.startswith("macOS") else 0)
+    if int(macos.partition(".")[0] or oldest) < oldest:
+        raise NotAvailableError(
+            f"bundle {bundle}: built for {target}, which is macOS {oldest} or newer, here is macOS {macos}; "
+            "build it again with an older --deployment-target"
+        )
 
 
 RUNTIME = CoreMLRuntime()

@@ -115,7 +115,7 @@ class _Session:
 
 
 def _require_interface(bundle: Bundle, program: Program) -> None:
-    """Inputs and outputs are those of the manifest."""
+    """Inputs and outputs are those of the manifest, in the function and in the description that an app reads."""
     kinds = {feature.name: feature.kind for feature in program.features}
     found = {name: (_DTYPES.get(kinds.get(name, "")), declared.shape) for name, declared in program.inputs.items()}
     says = {spec.name: (spec.dtype, spec.shape) for spec in bundle.manifest.inputs}
@@ -125,6 +125,12 @@ def _require_interface(bundle: Bundle, program: Program) -> None:
     if program.outputs != ("sample",) or _OUTPUTS.get(kinds.get("sample", "")) != sample.dtype:
         given = {name: kinds.get(name) for name in program.outputs}
         raise _broken(bundle, MalformedError(f"it gives {given}, the manifest says 'sample' {sample.dtype}"))
+    shapes = {spec.name: tuple(int(size) for size in spec.shape) for spec in (*bundle.manifest.inputs, sample)}
+    for feature in program.features:
+        expected = shapes[feature.name][1:3] if feature.kind in ("rgb", "grayscale") else shapes[feature.name]
+        if feature.shape != expected and (feature.shape or feature.name != "sample"):
+            says = f"it describes {feature.name!r} as {feature.kind} {feature.shape}, the manifest says {expected}"
+            raise _broken(bundle, MalformedError(says))
 
 
 def _broken(bundle: Bundle, error: MalformedError) -> BundleError:

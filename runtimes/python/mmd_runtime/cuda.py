@@ -11,6 +11,10 @@ from mmd_export.errors import MmdExportError, NotAvailableError
 from mmd_export.runtime import Array
 
 INSTALL = "pip install cuda-python"
+# Of cudaError, https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html
+_NO_MEMORY = 2
+_OLD_DRIVER = (35, 36, 803, 804)  # InsufficientDriver, CallRequiresNewerDriver, SystemDriverMismatch, CompatNotSupported
+_NO_DEVICE = 100
 
 
 def installed() -> bool:
@@ -22,7 +26,10 @@ def installed() -> bool:
 
 
 class Cuda:
-    """``cuda.bindings.runtime``, or one that behaves as it does; every failed call raises MmdExportError."""
+    """``cuda.bindings.runtime``, or one that behaves as it does.
+
+    Every failed call raises MmdExportError; NotAvailableError where the driver is too old or sees no GPU.
+    """
 
     def __init__(self, runtime: Any = None) -> None:
         self.runtime = _imported() if runtime is None else runtime
@@ -36,7 +43,7 @@ class Cuda:
         """All that the function gives beside its error code."""
         code, *values = getattr(self.runtime, name)(*arguments)
         if int(code):
-            raise MmdExportError(f"{name} failed: {getattr(code, 'name', code)}; is the GPU's memory full?")
+            raise _failure(name, code)
         return list(values)
 
     def device_seconds(self, stream: Any, work: Callable[[], None]) -> float:
@@ -93,6 +100,16 @@ class Cuda:
         while held:
             name, handle = held.pop()
             getattr(self.runtime, name)(handle)
+
+
+def _failure(name: str, code: Any) -> MmdExportError:
+    """What a failed call means, with the next move where there is one."""
+    failed = f"{name} failed: {getattr(code, 'name', code)}"
+    if int(code) in _OLD_DRIVER:
+        return NotAvailableError(f"{failed}; the driver is too old for this cuda-python: update the driver")
+    if int(code) == _NO_DEVICE:
+        return NotAvailableError(f"{failed}; the driver sees no GPU")
+    return MmdExportError(f"{failed}; is the GPU's memory full?" if int(code) == _NO_MEMORY else failed)
 
 
 def _imported() -> Any:

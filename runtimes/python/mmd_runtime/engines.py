@@ -10,14 +10,15 @@ import importlib
 import threading
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmd_export.bundle import Bundle, TensorSpec
-from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, UsageError
+from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, UsageError, one_line
 from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session
-from mmd_export.trt.device import find_device
+from mmd_export.trt.device import Device, find_device
 from mmd_export.trt.engine import onnx_sha256
 from mmd_export.trt.library import Library
 from mmd_export.trt.lock import LockFacts, require_lock
@@ -58,7 +59,7 @@ class EngineRuntime:
             raise NotAvailableError(f"runtime {self.name}: {found.detail}; {found.install}")
         device = find_device()
         assert device is not None
-        trt = importlib.import_module(self.library.module)
+        trt = _imported(self.library)
         require_lock(bundle.name, facts, self.library, trt.__version__, device)
         return EngineSession(bundle, load_engine(bundle, facts, trt), Cuda())
 
@@ -68,21 +69,49 @@ class EngineRuntime:
         raise NotAvailableError(f"bundle {bundle.name}: {self.unseen}")
 
 
+def _imported(library: Library) -> Any:
+    try:
+        return importlib.import_module(library.module)
+    except (ImportError, OSError) as error:  # a driver or a part of CUDA that it is linked to is too old or not there
+        raise NotAvailableError(f"{library.title} does not load ({one_line(error)}); {library.install}") from error
+
+
 def load_engine(bundle: Bundle, facts: LockFacts, trt: Any) -> Any:
-    """Deserialise the engine; its lock must hold. One without weights gets them from the graph beside it."""
-    artefact, log = bundle.manifest.artefact, trt.Logger(trt.Logger.ERROR)
-    runtime = trt.Runtime(log)
+    """Deserialise the engine; its lock must hold. One without weights gets them from the graph beside it.
+
+    Raises BundleError where graph or engine are not those of the lock, NotAvailableError where the library does not
+    start, as it does not with a driver that is too old for it.
+    """
+    artefact, log, graph = bundle.manifest.artefact, trt.Logger(trt.Logger.ERROR), bundle.folder / GRAPH
+    if graph.exists():
+        require_graph(bundle, facts)
+    try:
+        runtime = trt.Runtime(log)
+    except TypeError as error:  # pybind11's word for a null pointer
+        raise NotAvailableError(
+            f"{trt.__name__} {trt.__version__} does not start with driver {driver_of(find_device())}; update the driver"
+        ) from error
     if facts.version_compat == "yes":  # such an engine carries the part of its library that runs it
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(bundle.artefact_path.read_bytes())
     if engine is None:
         raise BundleError(f"bundle {bundle.name}: {trt.__name__} {trt.__version__} refuses {artefact}; build it again")
-    graph = bundle.folder / GRAPH
-    if graph.exists():
-        require_graph(bundle, facts)
-        if not trt.OnnxParserRefitter(trt.Refitter(engine, log), log).refit_from_file(str(graph)):
-            raise BundleError(f"bundle {bundle.name}: {artefact} does not take the weights of {GRAPH}; build it again")
+    if graph.exists() and not _refitted(trt, engine, graph, log):
+        raise BundleError(f"bundle {bundle.name}: {artefact} does not take the weights of {GRAPH}; build it again")
     return engine
+
+
+def _refitted(trt: Any, engine: Any, graph: Path, log: Any) -> bool:
+    """Whether the engine took every weight of the graph."""
+    refitter = trt.Refitter(engine, log)
+    if not trt.OnnxParserRefitter(refitter, log).refit_from_file(str(graph)):
+        return False
+    return not refitter.get_missing_weights() and bool(refitter.refit_cuda_engine())
+
+
+def driver_of(device: Device | None) -> str:
+    """The driver's release and CUDA, for a message."""
+    return "unknown" if device is None else f"{device.driver} (CUDA {device.cuda})"
 
 
 def require_graph(bundle: Bundle, facts: LockFacts) -> None:
@@ -103,8 +132,8 @@ class EngineSession:
         self._lock = threading.Lock()
         self._contexts: dict[int, _Context] = {}
         _require_tensors(bundle, engine)
-        if bundle.manifest.batch.is_static:
-            self._context(bundle.manifest.batch.smallest)
+        for size in bundle.manifest.batch.sizes or ():
+            self._context(size)
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         """All outputs of one batch, as numpy arrays."""

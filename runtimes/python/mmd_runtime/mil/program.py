@@ -55,10 +55,14 @@ class Op:
 
 @dataclass(frozen=True)
 class Feature:
-    """An input or output of the model: ``fp32``, ``fp16``, ``int32`` arrays, or images, ``rgb`` or ``grayscale``."""
+    """An input or output of the model: ``fp32``, ``fp16``, ``int32`` arrays, or images, ``rgb`` or ``grayscale``.
+
+    ``shape`` is that of an array, or height and width of an image; an output need not declare it.
+    """
 
     name: str
     kind: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -202,11 +206,14 @@ def _feature(message: Message) -> Feature:
     """FeatureDescription: an array or an image."""
     declared = message.message(3) or Message(memoryview(b""))
     image, array = declared.message(4), declared.message(5)
+    shape: tuple[int, ...]
     if image is not None:
         kind = {10: "grayscale", 20: "rgb", 30: "bgr"}.get(image.number(3), "image")
+        shape = (image.number(2), image.number(1))
     elif array is not None:
         kinds = {65552: "fp16", 65568: "fp32", 65600: "fp64", 131104: "int32", 131080: "int8"}
         kind = kinds.get(array.number(2), str(array.number(2)))
+        shape = tuple(array.integers(1))
     else:
-        kind = "unknown"
-    return Feature(message.text(1), kind)
+        kind, shape = "unknown", ()
+    return Feature(message.text(1), kind, shape)
