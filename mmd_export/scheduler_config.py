@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from mmd_export.errors import UsageError
 from mmd_export.plan import PredictionType
-from mmd_export.scheduler_keys import CLASSES, FOREIGN, INERT, KEYS, choices_of
+from mmd_export.scheduler_keys import CLASSES, FIXED_PREDICTION, FOREIGN, INERT, KEYS, choices_of
 
 SPACINGS = ("leading", "trailing", "linspace", "mmd-ddm")
 
@@ -88,6 +88,14 @@ class SchedulerConfig:
         return self.CLASSES[self.class_name]
 
     @property
+    def predicts(self) -> str:
+        """What the class takes the network's output for; EDM's v_prediction is F with its sign turned, not DDIM's v."""
+        fixed = FIXED_PREDICTION.get(self.sampler)
+        if fixed == "edm" and self.prediction_type == "v_prediction":
+            return "edm v_prediction"
+        return fixed or self.prediction_type
+
+    @property
     def custom_timesteps(self) -> tuple[int, ...]:
         """The timesteps that the spacing lists; empty for a spacing with a name."""
         parts = str(self.timestep_spacing).rpartition(":")[2].split(",")
@@ -148,6 +156,8 @@ class SchedulerConfig:
             return replace(self, class_name=class_name)
         shared = {key: self[key] for key in KEYS[class_name] if key in KEYS[self.class_name]}
         kept = {key: value for key, value in shared.items() if _carries_over(class_name, key, value)}
+        if FIXED_PREDICTION.get(self.sampler) != FIXED_PREDICTION.get(CLASSES[class_name]):
+            kept.pop("prediction_type", None)  # EDM's v_prediction is not DDIM's
         return SchedulerConfig.from_dict({"_class_name": class_name, **kept})
 
     def with_spacing(self, spacing: str | None) -> SchedulerConfig:
@@ -186,6 +196,8 @@ def _config(name: str, settings: Mapping[str, Any]) -> SchedulerConfig:
 
 def _carries_over(class_name: str, key: str, value: Any) -> bool:
     """Whether a setting means something to another class: grids and schedules do, names of its variants may not."""
+    if value is None:
+        return KEYS[class_name][key] is None
     if key in ("solver_type", "algorithm_type", "variance_type"):
         return value in (choices_of(class_name, key) or ())
     return key not in ("timestep_spacing",) or value in ("leading", "trailing", "linspace")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmd_export.checkpoints.agreement import require_stated_prediction
 from mmd_export.checkpoints.base import Checkpoint
 from mmd_export.checkpoints.gradient import GradientDenoiser
 from mmd_export.checkpoints.static import first_line, require_static
@@ -134,10 +135,5 @@ def _scheduler(network: nn.Module, where: str) -> tuple[SchedulerConfig, tuple[s
         scheduler = SchedulerConfig.from_dict({"_class_name": "DDIMScheduler", **stated})
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
-    own = getattr(network, "prediction_type", None)
-    if own is not None and own != scheduler.prediction_type:
-        raise UsageError(
-            f"{where}: the module says prediction_type {own!r}, its scheduler_config {scheduler.prediction_type!r}; "
-            "correct the wrong one"
-        )
+    require_stated_prediction(getattr(network, "prediction_type", None), scheduler, where)
     return scheduler, ()

@@ -83,8 +83,7 @@ def resolve(
 ) -> tuple[SchedulerConfig, int]:
     """The config of the sampler's class on the grid that is asked for, and the step count."""
     name = sampler or config.sampler
-    if name not in _CLASS_OF:
-        raise UsageError(f"--sampler {name!r} is unknown; known: {', '.join(sorted(_CLASS_OF))}")
+    chosen = of_sampler(config, name)
     if eta is not None and name not in WITH_ETA:
         raise UsageError(f"--eta {eta} belongs to --sampler ddim or tcd; the sampler is {name}")
     if timesteps is not None:
@@ -93,7 +92,6 @@ def resolve(
         if spacing is not None:
             raise UsageError(f"--timesteps and --spacing {spacing} are both given; choose one")
         spacing = ",".join(map(str, timesteps))
-    chosen = config.as_class(_CLASS_OF[name])
     if timesteps is not None:
         spacing = f"{chosen.named_spacing}:{spacing}"
     _check_spacing(chosen, spacing)
@@ -102,6 +100,13 @@ def resolve(
     if steps is None and not count:
         raise UsageError("--steps is missing; say how many network calls the sampler makes")
     return chosen, count
+
+
+def of_sampler(config: SchedulerConfig, sampler: str) -> SchedulerConfig:
+    """The config of the class that runs ``sampler``, with the settings that both classes have."""
+    if sampler not in _CLASS_OF:
+        raise UsageError(f"--sampler {sampler!r} is unknown; known: {', '.join(sorted(_CLASS_OF))}")
+    return config.as_class(_CLASS_OF[sampler])
 
 
 OWN_GRID = ("pndm", "edm-euler", "edm-dpmsolver", "flow-heun")

@@ -112,6 +112,14 @@ def test_the_float64_copy_leaves_the_original(tiny: Path) -> None:
 # --- plans of a checkpoint and of a run folder
 
 
+def test_a_sampler_that_expects_another_prediction(tiny: Path) -> None:
+    checkpoint = load_checkpoint(tiny)
+    for sampler in ("flow-euler", "edm-euler", "consistency"):
+        with pytest.raises(UsageError, match=f"tiny: the model predicts v_prediction, --sampler {sampler} expects "):
+            checkpoint.plan_for(3, sampler=sampler)
+    assert checkpoint.plan_for(3, sampler="euler").prediction_type == "v_prediction"
+
+
 def test_a_plan_needs_a_step_count(tiny: Path) -> None:
     with pytest.raises(UsageError, match="tiny: --steps is missing"):
         load_checkpoint(tiny).plan_for()

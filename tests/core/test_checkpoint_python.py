@@ -164,7 +164,7 @@ REFUSED = {
     "Shapeless": r"sample_shape is None; \(channels, height, width\) is expected",
     "OddClasses": r"num_classes is 'ten'; a positive whole number",
     "OddScheduler": r"OddScheduler: scheduler: beta_schedule 'quadratic' is not supported",
-    "Disagreeing": r"says prediction_type 'epsilon', its scheduler_config 'v_prediction'",
+    "Disagreeing": r"says prediction_type 'epsilon', the scheduler 'v_prediction'",
     "number": r"is int; an nn.Module or a function",
     "makes_a_number": r"makes int; an nn.Module is expected",
     "needs_arguments": r"calling it without arguments fails: TypeError",

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
+from mmd_export.checkpoints.agreement import require_agreement, require_same_prediction
 from mmd_export.diffusers_loop import scheduler_class
 from mmd_export.errors import UsageError
 from mmd_export.plans import choose_plan, plan_again
 from mmd_export.schedule import SchedulerConfig
-from mmd_export.scheduler_keys import CLASSES, KEYS
+from mmd_export.scheduler_keys import CLASSES, FIXED_PREDICTION, KEYS
 from mmd_export.solvers import SOLVERS, make_plan
 from mmd_export.solvers.beta_quantile import beta_quantile
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 THRESHOLDING = {"thresholding", "dynamic_thresholding_ratio", "sample_max_value"}
 
 
@@ -87,10 +89,58 @@ def test_another_sampler_for_the_same_model(sampler: str) -> None:
     config = config_of("DDIMScheduler", beta_schedule="scaled_linear", prediction_type="v_prediction", beta_end=0.012)
     plan = make_plan(config, 4, sampler=sampler)
     assert plan.solver == sampler
-    if sampler in ("euler", "dpmsolver", "unipc", "lcm", "deis"):
-        assert plan.prediction_type == "v_prediction"
-        assert plan.settings["beta_schedule"] == "scaled_linear"
     assert plan_again(plan, config).digest() == plan.digest()
+    if sampler in FIXED_PREDICTION:
+        with pytest.raises(UsageError, match=f"m: the model predicts v_prediction, --sampler {sampler} expects "):
+            require_same_prediction(config, sampler, "m")
+        return
+    require_same_prediction(config, sampler, "m")
+    assert plan.prediction_type == "v_prediction"
+    assert plan.settings["beta_schedule"] == "scaled_linear"
+
+
+@pytest.mark.parametrize(
+    ("class_name", "settings", "fits", "differs"),
+    [
+        ("DDIMScheduler", {}, ("ddpm", "lcm", "sa-solver"), ("flow-euler", "consistency", "edm-euler", "scm", "ipndm")),
+        ("DDIMScheduler", {"prediction_type": "v_prediction"}, ("euler",), ("edm-euler", "edm-dpmsolver", "flow-heun")),
+        ("FlowMatchEulerDiscreteScheduler", {}, ("flow-heun",), ("ddim", "dpmsolver", "edm-euler")),
+        ("UniPCMultistepScheduler", FLOW, ("flow-euler", "dpmsolver"), ("consistency",)),
+        ("EDMEulerScheduler", {}, ("edm-dpmsolver", "consistency"), ("ddim", "euler", "flow-euler")),
+        ("EDMEulerScheduler", {"prediction_type": "v_prediction"}, ("edm-dpmsolver",), ("consistency", "ddim")),
+        ("SCMScheduler", {}, ("scm",), ("consistency",)),
+    ],
+)  # fmt: skip
+def test_a_sampler_of_another_kind(
+    class_name: str, settings: dict[str, Any], fits: tuple[str, ...], differs: tuple[str, ...]
+) -> None:
+    """Flow, EDM and trigonometric networks say what they predict by the class of their scheduler alone."""
+    config = config_of(class_name, **settings)
+    for sampler in fits:
+        require_same_prediction(config, sampler, "m")
+    for sampler in differs:
+        with pytest.raises(UsageError, match=rf"predicts {config.predicts}, --sampler {sampler} expects [a-z]"):
+            require_same_prediction(config, sampler, "m")
+
+
+@pytest.mark.parametrize(
+    ("class_name", "settings", "stated", "other"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}, ("flow_prediction",), "epsilon"),
+        ("UniPCMultistepScheduler", FLOW, ("flow_prediction",), "epsilon"),
+        ("EDMEulerScheduler", {}, ("epsilon", "edm"), "v_prediction"),
+        ("CMStochasticIterativeScheduler", {}, ("edm",), "sample"),
+        ("DDIMScheduler", {}, ("epsilon",), "v_prediction"),
+    ],
+)
+def test_the_prediction_that_a_network_states(
+    class_name: str, settings: dict[str, Any], stated: tuple[str, ...], other: str
+) -> None:
+    config = config_of(class_name, **settings)
+    for kind in (None, *stated):
+        require_agreement({"prediction_type": kind}, config, "config.json")
+    with pytest.raises(UsageError, match=f"says prediction_type '{other}', the scheduler '{config.predicts}'"):
+        require_agreement({"prediction_type": other}, config, "config.json")
 
 
 @pytest.mark.parametrize(
