@@ -102,6 +102,11 @@ class SchedulerConfig:
         return tuple(map(int, parts)) if all(part.strip().removeprefix("-").isdigit() for part in parts) else ()
 
     @property
+    def is_given_grid(self) -> bool:
+        """Whether the timesteps are listed or MMD-DDM's, not those of the class."""
+        return bool(self.custom_timesteps) or self.timestep_spacing == "mmd-ddm"
+
+    @property
     def named_spacing(self) -> str:
         """The spacing without a list of timesteps: the scale of a starting state may depend on it."""
         return str(self.timestep_spacing).rpartition(":")[0] if self.custom_timesteps else self.timestep_spacing

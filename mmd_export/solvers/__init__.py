@@ -109,7 +109,8 @@ def of_sampler(config: SchedulerConfig, sampler: str) -> SchedulerConfig:
     return config.as_class(_CLASS_OF[sampler])
 
 
-OWN_GRID = ("pndm", "edm-euler", "edm-dpmsolver", "flow-heun")
+OWN_GRID = ("pndm", "edm-euler", "edm-dpmsolver", "flow-heun", "scm")
+LISTED_ONLY = ("flow-euler", "consistency")  # a grid of their own too, but a list may take its place
 
 
 def _check_spacing(config: SchedulerConfig, spacing: str | None) -> None:
@@ -120,6 +121,11 @@ def _check_spacing(config: SchedulerConfig, spacing: str | None) -> None:
     if listed and config.sampler in OWN_GRID:
         raise UsageError(
             f"--timesteps and --spacing mmd-ddm do not fit --sampler {config.sampler}, which has a grid of its own"
+        )
+    if spacing == "mmd-ddm" and config.sampler in LISTED_ONLY:
+        raise UsageError(
+            f"--spacing mmd-ddm does not fit --sampler {config.sampler}, which has a grid of its own; "
+            "leave it out, or list the timesteps: --timesteps"
         )
     named_by_class = "timestep_spacing" in KEYS[config.class_name] and config.sampler not in ("lcm", "tcd")
     if not listed and not named_by_class:
