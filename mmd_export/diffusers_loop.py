@@ -160,7 +160,8 @@ class DiffusersLoop:
             self.scheduler.set_timesteps(steps)
             self._drop_rounding_step(steps)
         elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            self.scheduler.set_timesteps(timesteps=list(timestep_grid(self.config, steps)))
+            given = self.config.custom_timesteps or timestep_grid(self.config, steps)
+            self.scheduler.set_timesteps(timesteps=list(given))
         elif self.config.timestep_spacing == "mmd-ddm" and self.config.sampler == "ddim":
             self.scheduler.set_timesteps(steps)  # its previous timestep is t - T // K, which is MMD-DDM's
             self.scheduler.timesteps = torch.tensor(timestep_grid(self.config, steps))

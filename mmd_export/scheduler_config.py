@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from mmd_export.errors import UsageError
 from mmd_export.plan import PredictionType
 from mmd_export.scheduler_keys import CLASSES, FIXED_PREDICTION, FOREIGN, INERT, KEYS, choices_of
 
+_NUMBER = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
 SPACINGS = ("leading", "trailing", "linspace", "mmd-ddm")
 
 
@@ -69,8 +71,13 @@ class SchedulerConfig:
     def _check_custom_timesteps(self) -> None:
         """Descending, in range, none twice; raises UsageError with the two values that disagree."""
         grid, total = self.custom_timesteps, self.num_train_timesteps
+        flow = FIXED_PREDICTION.get(self.sampler) == "flow_prediction"
         for t in grid:
-            if not 0 <= t < total:
+            if flow and not 0 < t <= total:
+                raise UsageError(f"--timesteps holds {t}; of a flow they are above 0, clean data, up to {total}, noise")
+            if not flow and t != int(t):
+                raise UsageError(f"--timesteps holds {t}, --sampler {self.sampler} takes whole numbers")
+            if not flow and not 0 <= t < total:
                 raise UsageError(f"--timesteps holds {t}, the model was trained with {total}: 0 ... {total - 1}")
         for earlier, later in itertools.pairwise(grid):
             if later == earlier:
@@ -96,10 +103,12 @@ class SchedulerConfig:
         return fixed or self.prediction_type
 
     @property
-    def custom_timesteps(self) -> tuple[int, ...]:
+    def custom_timesteps(self) -> tuple[float, ...]:
         """The timesteps that the spacing lists; empty for a spacing with a name."""
         parts = str(self.timestep_spacing).rpartition(":")[2].split(",")
-        return tuple(map(int, parts)) if all(part.strip().removeprefix("-").isdigit() for part in parts) else ()
+        if not all(_NUMBER.fullmatch(part.strip()) for part in parts):
+            return ()
+        return tuple(float(part) if "." in part or "e" in part else int(part) for part in parts)
 
     @property
     def is_given_grid(self) -> bool:

@@ -74,7 +74,7 @@ class Checkpoint:
         sampler: str | None = None,
         eta: float | None = None,
         spacing: str | None = None,
-        timesteps: Sequence[int] | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> StepPlan:
         """The plan of a run folder, or the one that the options ask for.
 

@@ -51,7 +51,7 @@ def make_plan(
     sampler: str | None = None,
     eta: float | None = None,
     spacing: str | None = None,
-    timesteps: Sequence[int] | None = None,
+    timesteps: Sequence[float] | None = None,
 ) -> StepPlan:
     """The plan of ``steps`` network calls; ``sampler`` None runs the solver of the config's own scheduler class.
 
@@ -79,7 +79,7 @@ def resolve(
     sampler: str | None = None,
     eta: float | None = None,
     spacing: str | None = None,
-    timesteps: Sequence[int] | None = None,
+    timesteps: Sequence[float] | None = None,
 ) -> tuple[SchedulerConfig, int]:
     """The config of the sampler's class on the grid that is asked for, and the step count."""
     name = sampler or config.sampler
@@ -91,7 +91,7 @@ def resolve(
             raise UsageError("--timesteps is empty; list at least one")
         if spacing is not None:
             raise UsageError(f"--timesteps and --spacing {spacing} are both given; choose one")
-        spacing = ",".join(map(str, timesteps))
+        spacing = ",".join(str(int(t) if float(t).is_integer() else t) for t in timesteps)
     if timesteps is not None:
         spacing = f"{chosen.named_spacing}:{spacing}"
     _check_spacing(chosen, spacing)

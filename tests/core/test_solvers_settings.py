@@ -231,6 +231,12 @@ def test_timesteps_that_are_no_grid(sampler: str, timesteps: tuple[int, ...], wo
     refused("DDIMScheduler", {}, *words, steps=None, sampler=sampler, timesteps=timesteps)
 
 
+@pytest.mark.parametrize("timesteps", [(1001, 3), (500, 0), (500, -1.5)])
+def test_timesteps_that_no_flow_visits(timesteps: tuple[float, ...]) -> None:
+    words = f"holds {next(t for t in timesteps if not 0 < t <= 1000)}; ", "up to 1000, noise"
+    refused("FlowMatchEulerDiscreteScheduler", {}, *words, steps=None, timesteps=timesteps)
+
+
 @pytest.mark.parametrize(
     ("class_name", "settings", "options", "words"),
     [
@@ -253,6 +259,8 @@ def test_timesteps_that_are_no_grid(sampler: str, timesteps: tuple[int, ...], wo
         ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"},
          {"steps": None, "timesteps": (9, 3)}, ("--timesteps", "continuous")),
         ("PNDMScheduler", {}, {"steps": None, "timesteps": (9, 3)}, ("pndm", "grid of its own")),
+        ("SCMScheduler", {}, {"steps": None, "timesteps": (2, 1)}, ("scm", "grid of its own")),
+        ("DDIMScheduler", {}, {"steps": None, "timesteps": (9.5, 3)}, ("9.5", "ddim takes whole numbers")),
         ("PNDMScheduler", {}, {"steps": 3}, ("--steps is 3", "4 or more", "skip_prk_steps")),
         ("LCMScheduler", {}, {"steps": 4, "spacing": "trailing"}, ("--spacing trailing", "lcm")),
         ("FlowMatchEulerDiscreteScheduler", {}, {"steps": 4, "spacing": "linspace"}, ("linspace", "flow-euler")),
