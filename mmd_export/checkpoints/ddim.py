@@ -251,7 +251,7 @@ def _size(
         sides = (given, given) if isinstance(given, int) else given
         if any(side < 1 or side % unit for side in sides):
             raise UsageError(
-                f"weights {where}: --sample-size is {given}; {len(layout.channels)} levels need a multiple of {unit}"
+                f"weights {where}: sample_size is {given}; {len(layout.channels)} levels need a multiple of {unit}"
             )
         return given, ()
     if known := KNOWN.get((layout.multipliers, layout.attention)):
@@ -260,9 +260,9 @@ def _size(
         guess = ATTENTION_WIDTH * 2 ** layout.attention[0]
         if guess % unit == 0:
             return guess, (
-                f"image size {guess} is a guess, from attention at {ATTENTION_WIDTH}; or pass --sample-size",
+                f"image size {guess} is a guess, from attention at {ATTENTION_WIDTH}; or say ?sample_size=N",
             )
     raise UsageError(
         f"weights {where}: multipliers {layout.multipliers} with attention at the levels {layout.attention or 'none'} "
-        "do not tell the image size; pass --sample-size"
+        "do not tell the image size; say ?sample_size=N"
     )

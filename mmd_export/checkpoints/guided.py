@@ -92,7 +92,7 @@ def read_guided(
     layout = _read_layout(weights, where)
     size = sample_size or image_size
     if size is None:
-        raise UsageError(f"weights {where}: nothing in them tells the image size; pass --sample-size")
+        raise UsageError(f"weights {where}: nothing in them tells the image size; say ?sample_size=N")
     heads = _head_width(layout, num_heads, num_head_channels, where)
     config, dropped = _config(layout, weights, size, heads, where)
     unet = new_unet(config, where)
@@ -258,7 +258,7 @@ def _config(
     unit = 2 ** (len(layout.channels) - 1)
     if any(side < 1 or side % unit for side in ((size, size) if isinstance(size, int) else size)):
         raise UsageError(
-            f"weights {where}: --sample-size is {size}; {len(layout.channels)} levels need multiples of {unit}"
+            f"weights {where}: sample_size is {size}; {len(layout.channels)} levels need multiples of {unit}"
         )
     kind = "resnet" if "resnet" in layout.resamplers else "conv"
     plain = "ResnetDownsampleBlock2D" if kind == "resnet" else "DownBlock2D"

@@ -161,9 +161,9 @@ def test_the_image_size(tmp_path: Path) -> None:
     assert load(path, sample_size=16).shape == (1, 16, 16)
     assert load(path, sample_size=(16, 24)).shape == (1, 16, 24)
     assert load_checkpoint(f"ddim:{path}?sample_size=16x24").shape == (1, 16, 24)
-    refused(path, "--sample-size is 7", "a multiple of 2", sample_size=7)
+    refused(path, "sample_size is 7", "a multiple of 2", sample_size=7)
     refused(f"{path}?sample_size=large", "sample_size is 'large'", "HEIGHTxWIDTH")
-    refused(save(tmp_path, small()), "do not tell the image size; pass --sample-size", "(1, 2)", "none")
+    refused(save(tmp_path, small()), "do not tell the image size; say ?sample_size=N", "(1, 2)", "none")
 
 
 def test_a_diffusers_folder_can_be_made_of_it(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_what_is_not_known_or_does_not_fit(tmp_path: Path) -> None:
     unet = random_unet()
     refused(tmp_path, unet, "", "nothing in them tells the attention heads")
     refused(tmp_path, unet, "num_heads=1", "nothing in them tells the image size", sample_size=None)
-    refused(tmp_path, unet, "num_heads=1", "--sample-size is 7; 2 levels need multiples of 2", sample_size=7)
+    refused(tmp_path, unet, "num_heads=1", "sample_size is 7; 2 levels need multiples of 2", sample_size=7)
     refused(tmp_path, unet, "num_head_channels=24", "num_head_channels is 24, the widths [64]")
     refused(tmp_path, random_unet(attend=(0, 1)), "num_heads=4", "num_heads is 4 with attention at the widths [32, 64]")
     refused(tmp_path, unet, "num_heads=1&dropout=0", "option dropout=0 has no meaning; guided: takes ema, sample_size")
