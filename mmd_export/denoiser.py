@@ -98,16 +98,16 @@ class _NoNarrowing(TorchFunctionMode):
 
 
 class ModuleDenoiser(nn.Module):
-    """Any module that is called as ``network(x, timestep)`` or ``network(x, timestep, class_labels)``."""
+    """Any module that is called as ``network(x, timestep[, class_labels], **conditions)``."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None, **conditions: Tensor) -> Tensor:
         """What the module returns, (B, C, H, W)."""
         labels = () if class_labels is None else (class_labels,)
-        output: Tensor = self.network(x, timestep, *labels)
+        output: Tensor = self.network(x, timestep, *labels, **conditions)
         return output
 
 
