@@ -157,6 +157,26 @@ class EdmDenoiser(nn.Module):
         return level.c_skip * x + level.c_out * output
 
 
+class EdmRaw(nn.Module):
+    """F of ``EdmPreconditioning`` from a network that is D itself, ``network(x, sigma, ...)``: what EDM's plans call.
+
+    F = (D(x; sigma) - c_skip x) / c_out where the plan hands over c_in x and c_noise = log(sigma) / 4.
+    """
+
+    def __init__(self, network: nn.Module, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.network = network
+        self.sigma_data = sigma_data
+
+    def forward(self, x: Tensor, timestep: Tensor, *labels: Tensor, **conditions: Tensor) -> Tensor:
+        """F(c_in x; c_noise), shapes (B, C, H, W) and (1,); ``network`` gets sigma (1,)."""
+        sigma, data = torch.exp(4.0 * timestep.to(x.dtype)), self.sigma_data
+        root = torch.sqrt(sigma**2 + data**2).reshape(1, 1, 1, 1)
+        state = root * x
+        clean: Tensor = self.network(state, sigma, *labels, **conditions)
+        return (clean - (data / root) ** 2 * state) * (root / (data * sigma.reshape(1, 1, 1, 1)))
+
+
 def timestep_tensor(timestep: float, device: torch.device | None = None) -> Tensor:
     """Shape (1,): int64 for a whole number, as diffusers' schedulers give, else float32."""
     if float(timestep).is_integer():

@@ -96,11 +96,15 @@ class SchedulerConfig:
 
     @property
     def predicts(self) -> str:
-        """What the class takes the network's output for; EDM's v_prediction is F with its sign turned, not DDIM's v."""
+        """What the class takes the network's output for.
+
+        EDM's v_prediction is F with its sign turned, not DDIM's v; a consistency function has other c_skip and c_out
+        than EDM's F and is told 1000 times its c_noise.
+        """
         fixed = FIXED_PREDICTION.get(self.sampler)
         if fixed == "edm" and self.prediction_type == "v_prediction":
             return "edm v_prediction"
-        return fixed or self.prediction_type
+        return "consistency" if self.sampler == "consistency" else fixed or self.prediction_type
 
     @property
     def custom_timesteps(self) -> tuple[float, ...]:

@@ -91,6 +91,31 @@ class ToldEnergy(Told):
             return torch.autograd.grad(energy, at)[0]
 
 
+class EdmRawNet(Plain):
+    """F of an EDM network: it is told log(sigma) / 4."""
+
+    scheduler_config = {"_class_name": "EDMEulerScheduler"}  # noqa: RUF012
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return torch.tanh(super().forward(x, 1000 * timestep))
+
+
+class EdmNet(EdmRawNet):
+    """D around the same F, as Karras et al. 2022 write it; sigma (1,)."""
+
+    preconditioned = True
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        sigma = timestep.to(x.dtype).reshape(-1, 1, 1, 1)
+        total = sigma**2 + 0.25
+        raw = super().forward(x / total.sqrt(), sigma.log().flatten() / 4)
+        return 0.25 / total * x + 0.5 * sigma / total.sqrt() * raw
+
+
+class EdmOfAnother(EdmNet):
+    scheduler_config = VELOCITY
+
+
 class Energy(Plain):
     """E(x, t), summed over the batch; what is sampled with is its gradient."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmd_export.errors import UsageError
 from mmd_export.schedule import SchedulerConfig
-from mmd_export.scheduler_keys import KEYS
+from mmd_export.scheduler_keys import FIXED_PREDICTION, KEYS
 from mmd_export.solvers import of_sampler
 
 _LATENT_SCALE = ("scaling_factor", "latent_scale")
@@ -51,7 +51,7 @@ def require_agreement(
 
 def require_stated_prediction(stated: Any, scheduler: SchedulerConfig, where: str) -> None:
     """The prediction type that the network states, if any, against what the scheduler's class takes its output for."""
-    known = {scheduler.predicts}
+    known = {scheduler.predicts, FIXED_PREDICTION.get(scheduler.sampler)}
     if "prediction_type" in KEYS[scheduler.class_name]:  # EDM's classes have the key, and another name for its default
         known.add(scheduler.prediction_type)
     if stated is not None and stated not in known:

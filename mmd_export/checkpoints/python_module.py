@@ -3,7 +3,8 @@
 The module is called as ``network(x, timestep)``, or ``network(x, timestep, class_labels)`` if it has ``num_classes``:
 x (B, C, H, W), timestep (1,), class_labels int64 (B). It returns the prediction (B, C, H, W). ``sample_shape`` (or
 ``shape``) is (C, H, W); ``scheduler_config`` is what a scheduler_config.json would hold; ``conditions`` names what it
-takes besides, by keyword; ``latent`` says that x is a latent, which is not clamped. Importing runs its code.
+takes besides, by keyword; ``latent`` says that x is a latent, which is not clamped; ``preconditioned`` that it is EDM's
+D, called as ``network(x, sigma)``. Importing runs its code.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from mmd_export.checkpoints.gradient import GradientDenoiser
 from mmd_export.checkpoints.static import Signature, first_line, require_static
 from mmd_export.checkpoints.weights import hash_weights
 from mmd_export.conditions import CLASS_LABELS, Condition, class_condition
-from mmd_export.denoiser import ModuleDenoiser
+from mmd_export.denoiser import EdmRaw, ModuleDenoiser
 from mmd_export.errors import UsageError
 from mmd_export.schedule import SchedulerConfig
 
+TIMESTEP, C_NOISE = 500, 0.25  # where a module is tried out: in the middle, and at sigma = e of an EDM network
 RESERVED = ("x", "timestep", "noise", "step_noise", "sample")  # names of the network's and the graph's own
 
 
@@ -46,10 +48,11 @@ def read_python(place: str, *, sample_size: int | tuple[int, int] | None = None)
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UsageError(f"{where}: {name} holds NaN or infinity")
-    signature = Signature(shape, conditions)
-    denoiser: nn.Module = ModuleDenoiser(network)
-    if require_static(network, signature, where):
-        denoiser = GradientDenoiser(network, signature, where)
+    called, timestep = _called(network, scheduler, where)
+    signature = Signature(shape, conditions, timestep)
+    denoiser: nn.Module = ModuleDenoiser(called)
+    if require_static(called, signature, where):
+        denoiser = GradientDenoiser(called, signature, where)
         denoiser.require_equal()
     file = Path(module.__file__) if module.__file__ else None
     source = hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else ""
@@ -139,6 +142,19 @@ def _flag(network: nn.Module, name: str, where: str) -> bool:
     if not isinstance(flag, bool):
         raise UsageError(f"{where}: {name} is {flag!r}; True or False is expected")
     return flag
+
+
+def _called(network: nn.Module, scheduler: SchedulerConfig, where: str) -> tuple[nn.Module, float]:
+    """What the plan calls, F where the module is EDM's D, and the timestep to try it at."""
+    edm = scheduler.predicts.startswith("edm")
+    if not _flag(network, "preconditioned", where):
+        return network, C_NOISE if edm else TIMESTEP
+    if scheduler.predicts != "edm":
+        raise UsageError(
+            f"{where}: preconditioned is True, {scheduler.class_name} expects {scheduler.predicts}; D(x; sigma) goes "
+            "with EDMEulerScheduler or EDMDPMSolverMultistepScheduler of prediction_type epsilon"
+        )
+    return EdmRaw(network, scheduler["sigma_data"]), C_NOISE
 
 
 def _conditions(network: nn.Module, classes: int | None, where: str) -> tuple[Condition, ...]:

@@ -53,7 +53,7 @@ class Signature:
 
     shape: tuple[int, int, int]
     conditions: tuple[Condition, ...] = ()
-    timestep: float = 500
+    timestep: float = 500.0
 
     def examples(self, batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """Unit normal x from a generator of its own, a timestep (1,), and a value of every condition."""

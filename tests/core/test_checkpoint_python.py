@@ -208,6 +208,7 @@ REFUSED = {
     "Damaged": r"first.weight holds NaN or infinity",
     "Shapeless": r"sample_shape is None; \(channels, height, width\) is expected",
     "OddClasses": r"num_classes is 'ten'; a positive whole number",
+    "EdmOfAnother": r"preconditioned is True, DDIMScheduler expects v_prediction; D\(x; sigma\) goes with EDMEuler",
     "OddLatent": r"latent is 'yes'; True or False",
     "OddCondition": r"conditions\['text'\] is \(3, 'wide'\); a shape without the batch",
     "TakenCondition": r"conditions names 'noise', which is taken",

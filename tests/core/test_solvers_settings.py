@@ -106,7 +106,8 @@ def test_another_sampler_for_the_same_model(sampler: str) -> None:
         ("DDIMScheduler", {"prediction_type": "v_prediction"}, ("euler",), ("edm-euler", "edm-dpmsolver", "flow-heun")),
         ("FlowMatchEulerDiscreteScheduler", {}, ("flow-heun",), ("ddim", "dpmsolver", "edm-euler")),
         ("UniPCMultistepScheduler", FLOW, ("flow-euler", "dpmsolver"), ("consistency",)),
-        ("EDMEulerScheduler", {}, ("edm-dpmsolver", "consistency"), ("ddim", "euler", "flow-euler")),
+        ("EDMEulerScheduler", {}, ("edm-dpmsolver",), ("ddim", "euler", "flow-euler", "consistency")),
+        ("CMStochasticIterativeScheduler", {}, ("consistency",), ("edm-euler", "ddim")),
         ("EDMEulerScheduler", {"prediction_type": "v_prediction"}, ("edm-dpmsolver",), ("consistency", "ddim")),
         ("SCMScheduler", {}, ("scm",), ("consistency",)),
     ],
@@ -129,7 +130,7 @@ def test_a_sampler_of_another_kind(
         ("FlowMatchEulerDiscreteScheduler", {}, ("flow_prediction",), "epsilon"),
         ("UniPCMultistepScheduler", FLOW, ("flow_prediction",), "epsilon"),
         ("EDMEulerScheduler", {}, ("epsilon", "edm"), "v_prediction"),
-        ("CMStochasticIterativeScheduler", {}, ("edm",), "sample"),
+        ("CMStochasticIterativeScheduler", {}, ("edm", "consistency"), "sample"),
         ("DDIMScheduler", {}, ("epsilon",), "v_prediction"),
     ],
 )
