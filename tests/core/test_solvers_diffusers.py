@@ -224,20 +224,35 @@ def test_tcd_with_every_gamma(eta: float) -> None:
 # --- the prober, the second source
 
 
+def each_setting_once(cases: list[Settings]) -> list[Settings]:
+    """The fewest first cases in which every setting of ``cases`` has each of its values."""
+    seen: set[tuple[str, str]] = set()
+    found = []
+    for settings in cases:
+        new = {(key, repr(value)) for key, value in settings.items()} - seen
+        seen |= new
+        found += [settings] if new else []
+    return found
+
+
 @pytest.mark.parametrize("class_name", CASES)
 def test_the_prober_finds_the_same_sampler(class_name: str) -> None:
     """The weights themselves, where no state is a function of others; UniPC's can be written in two ways."""
-    for settings in ({}, CASES[class_name][-1]):
-        config = config_of(class_name, {**settings, "skip_prk_steps": True})
-        for steps in (1, 3, 5):
+    checked = 0
+    for settings in ({}, *each_setting_once(CASES[class_name])):
+        config = config_of(class_name, settings)
+        for steps in (1, 3, 5) if not settings else (5,):
             if (plan := plan_or_none(config, steps)) is None:
                 continue
             eta = plan.settings.get("eta")
             found = probe(config, steps, eta)  # type: ignore[arg-type]
             assert found.settings["source"] == "probed"
-            assert largest_error(found, config, steps, eta) <= 1e-12, (settings, steps)  # type: ignore[arg-type]
+            tolerance = LOOSE.get((class_name, str(settings.get("final_sigmas_type"))), 1e-12)
+            assert largest_error(found, config, steps, eta) <= tolerance, (settings, steps)  # type: ignore[arg-type]
             if plan.solver not in ("unipc",):
                 same_numbers(found, plan)
+            checked += 1
+    assert checked > len(each_setting_once(CASES[class_name]))
 
 
 def same_numbers(found: StepPlan, plan: StepPlan) -> None:
