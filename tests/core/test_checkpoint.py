@@ -186,9 +186,14 @@ def test_weights_that_are_no_numbers(folder: Path, value: float) -> None:
 def test_a_missing_and_an_unexpected_tensor(folder: Path) -> None:
     weights = weights_of(folder)
     write_weights(folder, {name: value for name, value in weights.items() if not name.startswith("conv_out")})
-    refused(folder, "2 tensors are missing, first 'conv_out.bias'")
+    refused(folder, "do not fit the config; missing: conv_out.bias, conv_out.weight")
     write_weights(folder, weights | {"conv_extra.weight": torch.zeros(1)})
-    refused(folder, "1 tensors are unexpected, first 'conv_extra.weight'")
+    refused(folder, "do not fit the config; unexpected: conv_extra.weight")
+    renamed = {name.replace("conv_in", "conv_first"): value for name, value in weights.items()}
+    write_weights(folder, renamed)
+    refused(folder, "missing: conv_in.bias, conv_in.weight; unexpected: conv_first.bias, conv_first.weight")
+    write_weights(folder, {"conv_in.bias": weights["conv_in.bias"]})
+    refused(folder, "missing: conv_in.weight, conv_norm_out.bias, ", f"... ({len(weights) - 1} in all)")
 
 
 def test_a_tensor_of_another_shape(folder: Path) -> None:

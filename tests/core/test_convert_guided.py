@@ -122,7 +122,7 @@ def test_keys_that_do_not_fit(tmp_path: Path) -> None:
     says({"extra.weight": torch.zeros(1)}, "", "no place for extra.weight")
     says({}, "time_embed.0", "not in the guided-diffusion layout: time_embed.0.weight missing")
     says({}, "input_blocks.2", "input_blocks.2 has no weights (conv_resample is off)")
-    says({}, "middle_block.1.qkv", "tensors are missing")
+    says({}, "middle_block.1.qkv", "missing: ")
     says({"out.2.bias": torch.full((3,), torch.nan)}, "", "holds NaN or infinity")
 
 
