@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mmd_export.checkpoint import Checkpoint, load_checkpoint, load_matching
 from mmd_export.denoiser import DiffusersUNet
 from mmd_export.errors import UsageError
 from mmd_export.manifest import CheckpointRef
+from mmd_export.schedule import SchedulerConfig
 from tests.original_unet import OriginalUNet, embedding, random_unet
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -151,6 +153,28 @@ def test_the_published_models(name: str, tmp_path: Path) -> None:
     assert scheduler.variance_type == ("fixed_small" if name == "lsun" else "fixed_large")
     assert any("holds no scheduler; taken as trained by DDPM" in warning for warning in checkpoint.warnings)
     assert not any("is a guess" in warning for warning in checkpoint.warnings)
+
+
+def test_a_scheduler_from_a_file(tmp_path: Path) -> None:
+    """What no option reaches: solver order, Karras sigmas, betas, prediction type; all in the folder that is made."""
+    path, file = save(tmp_path, small()), tmp_path / "scheduler_config.json"
+    settings = {
+        "solver_order": 3,
+        "use_karras_sigmas": True,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction",
+    }
+    file.write_text(json.dumps({"_class_name": "DPMSolverMultistepScheduler", **settings}))
+    checkpoint = load_checkpoint(f"ddim:{path}?sample_size=8&scheduler={file}")
+    assert {key: checkpoint.scheduler[key] for key in settings} == settings
+    assert checkpoint.plan_for(3).settings["solver_order"] == 3
+    assert not any("scheduler" in warning for warning in checkpoint.warnings)
+    assert checkpoint.sha256 != load(path).sha256
+    written = tmp_path / "written.json"
+    written.write_bytes(checkpoint.configs["scheduler/scheduler_config.json"])
+    assert SchedulerConfig.from_file(written) == checkpoint.scheduler
+    file.write_text('{"_class_name": "NoSuchScheduler"}')
+    refused(f"{path}?sample_size=8&scheduler={file}", "'NoSuchScheduler' is not supported")
 
 
 def test_the_image_size(tmp_path: Path) -> None:

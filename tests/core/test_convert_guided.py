@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.errors import UsageError
+from mmd_export.schedule import SchedulerConfig
 from tests.guided_unet import GuidedUNet
 
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
@@ -84,6 +86,28 @@ def test_the_schedule(tmp_path: Path) -> None:
     assert load(tmp_path, unet, "num_heads=1").scheduler.beta_schedule == "linear"
     assert load(tmp_path, unet, "num_heads=1&noise_schedule=cosine").scheduler.beta_schedule == "squaredcos_cap_v2"
     refused(tmp_path, unet, "num_heads=1&noise_schedule=quadratic", "'quadratic'; known: linear, cosine")
+
+
+def test_how_it_was_trained(tmp_path: Path) -> None:
+    """Linear betas scale with the number of timesteps, as the original's get_named_beta_schedule has it."""
+    unet = random_unet()
+    checkpoint = load(tmp_path, unet, "num_heads=1&diffusion_steps=4000&predict_xstart=true")
+    assert checkpoint.scheduler == SchedulerConfig(
+        num_train_timesteps=4000, beta_start=0.000025, beta_end=0.005, prediction_type="sample"
+    )
+    assert any("linear schedule of 4000 timesteps, sample prediction" in text for text in checkpoint.warnings)
+    assert load(tmp_path, unet, "num_heads=1&predict_xstart=false").scheduler == SchedulerConfig()
+    refused(tmp_path, unet, "num_heads=1&diffusion_steps=20", "diffusion_steps is 20; a whole number above 20")
+
+
+def test_a_scheduler_from_a_file(tmp_path: Path) -> None:
+    file, unet = tmp_path / "scheduler_config.json", random_unet()
+    file.write_text(json.dumps({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}))
+    checkpoint = load(tmp_path, unet, f"num_heads=1&scheduler={file}")
+    assert (checkpoint.scheduler.sampler, checkpoint.scheduler["solver_order"]) == ("dpmsolver", 3)
+    assert not any("scheduler" in text for text in checkpoint.warnings)
+    refused(tmp_path, unet, f"num_heads=1&scheduler={file}&noise_schedule=cosine", "noise_schedule=cosine are both")
+    refused(tmp_path, unet, f"num_heads=1&scheduler={tmp_path / 'none.json'}", "none.json does not exist")
 
 
 def test_learned_variance_is_left_out(tmp_path: Path) -> None:
