@@ -104,7 +104,7 @@ class SchedulerConfig:
         fixed = FIXED_PREDICTION.get(self.sampler)
         if fixed == "edm" and self.prediction_type == "v_prediction":
             return "edm v_prediction"
-        return "consistency" if self.sampler == "consistency" else fixed or self.prediction_type
+        return "consistency_function" if self.sampler == "consistency" else fixed or self.prediction_type
 
     @property
     def custom_timesteps(self) -> tuple[float, ...]:

@@ -130,7 +130,7 @@ def test_a_sampler_of_another_kind(
         ("FlowMatchEulerDiscreteScheduler", {}, ("flow_prediction",), "epsilon"),
         ("UniPCMultistepScheduler", FLOW, ("flow_prediction",), "epsilon"),
         ("EDMEulerScheduler", {}, ("epsilon", "edm"), "v_prediction"),
-        ("CMStochasticIterativeScheduler", {}, ("edm", "consistency"), "sample"),
+        ("CMStochasticIterativeScheduler", {}, ("edm", "consistency_function"), "sample"),
         ("DDIMScheduler", {}, ("epsilon",), "v_prediction"),
     ],
 )
