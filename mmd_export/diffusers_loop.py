@@ -166,7 +166,8 @@ class DiffusersLoop:
             self.scheduler.set_timesteps(steps)  # its previous timestep is t - T // K, which is MMD-DDM's
             self.scheduler.timesteps = torch.tensor(timestep_grid(self.config, steps))
         else:
-            raise UsageError(f"--timesteps: diffusers' {self.config.class_name} takes none of its own")
+            option = "--timesteps" if self.config.custom_timesteps else f"--spacing {self.config.timestep_spacing}"
+            raise UsageError(f"{option} lists timesteps; diffusers' {self.config.class_name} takes none of its own")
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)  # a first timestep that comes up twice is the first all the same
 
