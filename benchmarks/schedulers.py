@@ -20,17 +20,11 @@ from mmd_export.plan import StepPlan
 from mmd_export.plans import choose_plan
 from mmd_export.probe import bent, largest_error
 from mmd_export.schedule import SchedulerConfig
-from mmd_export.scheduler_keys import CLASSES, KEYS, choices_of
+from mmd_export.scheduler_keys import CLASSES, FIXED_PREDICTION, KEYS, choices_of
 from mmd_export.solvers import SOLVERS
 from mmd_export.unroll import UnrolledSampler
 
 STEPS = (1, 2, 3, 5, 10, 25)
-NO_CHOICE = {
-    "flow-euler": "flow_prediction",
-    "flow-heun": "flow_prediction",
-    "consistency": "edm",
-    "ipndm": "v_prediction",
-}
 
 
 def main() -> None:
@@ -41,7 +35,7 @@ def main() -> None:
     for class_name, sampler in CLASSES.items():
         kinds = choices_of(class_name, "prediction_type") if "prediction_type" in KEYS[class_name] else None
         errors = {}
-        for kind in kinds or (NO_CHOICE[sampler],):
+        for kind in kinds or (FIXED_PREDICTION[sampler],):
             settings = {"prediction_type": kind} if kinds else {}
             settings |= {"use_flow_sigmas": True} if kind == "flow_prediction" and kinds else {}
             errors[kind] = measured(class_name, settings)

@@ -42,6 +42,9 @@ def pipeline_rows(result: dict[str, Any]) -> Table:
     ]
     fractions = [f"{100 * values['fraction_of_sgemm_roofline']:.0f} %" for values in result["models"].values()]
     rows.append(("*one graph, of the sgemm roofline*", *fractions))
+    counted = [values.get("reorders", {}) for values in result["models"].values()]
+    variants = dict.fromkeys(name for counts in counted for name in counts)
+    rows += [(f"*layout reorders: {name}*", *(f"{counts[name]:,}" for counts in counted)) for name in variants]
     return ("takes, times the one graph", *result["models"]), rows
 
 

@@ -57,11 +57,11 @@ def _read(
     if source.format == "ddim":
         from mmd_export.checkpoints.ddim import read_ddim
 
-        return read_ddim(source.path, **source.require(options, "ema", "sample_size"))
+        return read_ddim(source.path, **source.require(options, "ema", "sample_size", "scheduler"))
     if source.format == "guided":
         from mmd_export.checkpoints.guided import OPTIONS, read_guided
 
-        return read_guided(source.path, **source.require(options, "ema", "sample_size", *OPTIONS))
+        return read_guided(source.path, **source.require(options, "ema", "sample_size", "scheduler", *OPTIONS))
     if source.format == "python":
         from mmd_export.checkpoints.python_module import read_python
 
@@ -135,6 +135,8 @@ def _parse(model: str) -> _Source:
 
 def _value(model: str, name: str, text: str) -> Any:
     """``true`` and ``false``, whole numbers, HxW, else the text itself."""
+    if name == "scheduler":
+        return text
     if name == "ema":
         return _TRUTH.get(text.lower(), text) if text not in ("0", "1") else text
     if name == "sample_size":

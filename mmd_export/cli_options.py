@@ -74,7 +74,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what stand
 SkipVerify = Annotated[bool, typer.Option("--skip-verify", help="write the bundle without measuring parity")]
 
 
-def listed(timesteps: str | None) -> tuple[int, ...] | None:
+def listed(timesteps: str | None) -> tuple[float, ...] | None:
     """``--timesteps``, if it was given."""
     return None if timesteps is None else parse_timesteps(timesteps)
 

@@ -98,16 +98,16 @@ class _NoNarrowing(TorchFunctionMode):
 
 
 class ModuleDenoiser(nn.Module):
-    """Any module that is called as ``network(x, timestep)`` or ``network(x, timestep, class_labels)``."""
+    """Any module that is called as ``network(x, timestep[, class_labels], **conditions)``."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None, **conditions: Tensor) -> Tensor:
         """What the module returns, (B, C, H, W)."""
         labels = () if class_labels is None else (class_labels,)
-        output: Tensor = self.network(x, timestep, *labels)
+        output: Tensor = self.network(x, timestep, *labels, **conditions)
         return output
 
 
@@ -155,6 +155,26 @@ class EdmDenoiser(nn.Module):
         noise = torch.tensor([level.c_noise], dtype=x.dtype, device=x.device)
         output: Tensor = self.network(level.c_in * x, noise, **conditions)
         return level.c_skip * x + level.c_out * output
+
+
+class EdmRaw(nn.Module):
+    """F of ``EdmPreconditioning`` from a network that is D itself, ``network(x, sigma, ...)``: what EDM's plans call.
+
+    F = (D(x; sigma) - c_skip x) / c_out where the plan hands over c_in x and c_noise = log(sigma) / 4.
+    """
+
+    def __init__(self, network: nn.Module, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.network = network
+        self.sigma_data = sigma_data
+
+    def forward(self, x: Tensor, timestep: Tensor, *labels: Tensor, **conditions: Tensor) -> Tensor:
+        """F(c_in x; c_noise), shapes (B, C, H, W) and (1,); ``network`` gets sigma (1,)."""
+        sigma, data = torch.exp(4.0 * timestep.to(x.dtype)), self.sigma_data
+        root = torch.sqrt(sigma**2 + data**2).reshape(1, 1, 1, 1)
+        state = root * x
+        clean: Tensor = self.network(state, sigma, *labels, **conditions)
+        return (clean - (data / root) ** 2 * state) * (root / (data * sigma.reshape(1, 1, 1, 1)))
 
 
 def timestep_tensor(timestep: float, device: torch.device | None = None) -> Tensor:

@@ -131,7 +131,7 @@ class DiffusersLoop:
         self.module = sys.modules[chosen.__module__]
         known = inspect.signature(chosen.__init__).parameters
         settings = {key: _as_diffusers(value) for key, value in config.settings().items()}
-        if config.custom_timesteps or config.timestep_spacing == "mmd-ddm":
+        if config.is_given_grid:
             settings["timestep_spacing"] = config.named_spacing.replace("mmd-ddm", "leading") or "leading"
         if config.sampler == "ddim" and config.beta_schedule == "sigmoid":  # DDPMScheduler's alone in diffusers
             settings |= {"beta_schedule": "linear", "trained_betas": betas(config)}
@@ -153,19 +153,21 @@ class DiffusersLoop:
 
     def _set_timesteps(self, steps: int) -> None:
         """A grid of diffusers, or the listed one where its class takes a list."""
-        listed = bool(self.config.custom_timesteps) or self.config.timestep_spacing == "mmd-ddm"
+        listed = self.config.is_given_grid
         if self.config.sampler == "scm" and steps != 2:
             self.scheduler.set_timesteps(steps, intermediate_timesteps=None)  # its default belongs to 2 steps
         elif not listed:
             self.scheduler.set_timesteps(steps)
             self._drop_rounding_step(steps)
         elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            self.scheduler.set_timesteps(timesteps=list(timestep_grid(self.config, steps)))
+            given = self.config.custom_timesteps or timestep_grid(self.config, steps)
+            self.scheduler.set_timesteps(timesteps=list(given))
         elif self.config.timestep_spacing == "mmd-ddm" and self.config.sampler == "ddim":
             self.scheduler.set_timesteps(steps)  # its previous timestep is t - T // K, which is MMD-DDM's
             self.scheduler.timesteps = torch.tensor(timestep_grid(self.config, steps))
         else:
-            raise UsageError(f"--timesteps: diffusers' {self.config.class_name} takes none of its own")
+            option = "--timesteps" if self.config.custom_timesteps else f"--spacing {self.config.timestep_spacing}"
+            raise UsageError(f"{option} lists timesteps; diffusers' {self.config.class_name} takes none of its own")
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)  # a first timestep that comes up twice is the first all the same
 

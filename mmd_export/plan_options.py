@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,7 +17,7 @@ class PlanOptions:
     sampler: str | None = None
     eta: float | None = None
     spacing: str | None = None
-    timesteps: tuple[int, ...] | None = None
+    timesteps: tuple[float, ...] | None = None
 
     @property
     def wanted(self) -> dict[str, Any]:
@@ -34,16 +35,19 @@ class PlanOptions:
                 )
 
 
-def parse_timesteps(text: str) -> tuple[int, ...]:
+def parse_timesteps(text: str) -> tuple[float, ...]:
     """``999,749,499,249`` as numbers; order and range are checked with the schedule, by ``SchedulerConfig``."""
-    numbers = []
+    numbers: list[float] = []
     for part in text.split(","):
         try:
-            numbers.append(int(part))
+            number = float(part)
         except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
             raise UsageError(
-                f"--timesteps is {text!r}, of which {part.strip()!r} is no whole number; write it like 999,749,499,249"
-            ) from None
+                f"--timesteps is {text!r}, of which {part.strip()!r} is no number; write it like 999,749,499,249"
+            )
+        numbers.append(int(number) if number.is_integer() else number)
     return tuple(numbers)
 
 

@@ -16,7 +16,7 @@ def choose_plan(
     sampler: str | None = None,
     eta: float | None = None,
     spacing: str | None = None,
-    timesteps: Sequence[int] | None = None,
+    timesteps: Sequence[float] | None = None,
 ) -> StepPlan:
     """``mmd_export.solvers.make_plan`` for every sampler that has a table; the prober for the others."""
     chosen, count = resolve(config, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
@@ -35,7 +35,7 @@ def plan_again(
     sampler: str | None = None,
     eta: float | None = None,
     spacing: str | None = None,
-    timesteps: Sequence[int] | None = None,
+    timesteps: Sequence[float] | None = None,
 ) -> StepPlan:
     """The plan that ``plan`` was, but for the options that are given: equal digests mean that nothing was changed."""
     settings = plan.settings

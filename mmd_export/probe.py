@@ -20,6 +20,7 @@ from mmd_export.diffusers_loop import DiffusersLoop, chain
 from mmd_export.errors import UsageError
 from mmd_export.plan import PredictionType, Scalar, Source, Step, StepPlan, Term
 from mmd_export.schedule import SchedulerConfig
+from mmd_export.scheduler_keys import FIXED_PREDICTION
 from mmd_export.unroll import UnrolledSampler
 
 VERIFIED = 1e-9  # relative; affine schedulers come out below 1e-12
@@ -34,9 +35,6 @@ NOT_AFFINE = {
     "clamp_max", "reciprocal", "round", "floor", "relu", "heaviside", "nonzero", "eq", "__eq__", "gt", "__gt__", "lt",
     "__lt__", "ge", "le",
 }  # fmt: skip
-FIXED_PREDICTION: dict[str, PredictionType] = {
-    "ipndm": "v_prediction"
-}  # has no setting for it: eps = sigma x + alpha v
 _SOURCES: tuple[Source, ...] = ("state", "output", "clean", "noise")
 
 

@@ -74,7 +74,7 @@ def timestep_grid(config: SchedulerConfig, steps: int) -> tuple[int, ...]:
     total = config.num_train_timesteps
     check_steps(config, steps)
     if config.custom_timesteps:
-        return config.custom_timesteps
+        return tuple(map(int, config.custom_timesteps))
     if config.timestep_spacing == "mmd-ddm":
         grid = [*range(0, total, total // steps)][::-1]
     elif config.timestep_spacing == "leading":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any, ClassVar
 
 from mmd_export.errors import UsageError
 from mmd_export.plan import PredictionType
-from mmd_export.scheduler_keys import CLASSES, FOREIGN, INERT, KEYS, choices_of
+from mmd_export.scheduler_keys import CLASSES, FIXED_PREDICTION, FOREIGN, INERT, KEYS, choices_of
 
+_NUMBER = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
 SPACINGS = ("leading", "trailing", "linspace", "mmd-ddm")
 
 
@@ -69,8 +71,13 @@ class SchedulerConfig:
     def _check_custom_timesteps(self) -> None:
         """Descending, in range, none twice; raises UsageError with the two values that disagree."""
         grid, total = self.custom_timesteps, self.num_train_timesteps
+        flow = FIXED_PREDICTION.get(self.sampler) == "flow_prediction"
         for t in grid:
-            if not 0 <= t < total:
+            if flow and not 0 < t <= total:
+                raise UsageError(f"--timesteps holds {t}; of a flow they are above 0, clean data, up to {total}, noise")
+            if not flow and t != int(t):
+                raise UsageError(f"--timesteps holds {t}, --sampler {self.sampler} takes whole numbers")
+            if not flow and not 0 <= t < total:
                 raise UsageError(f"--timesteps holds {t}, the model was trained with {total}: 0 ... {total - 1}")
         for earlier, later in itertools.pairwise(grid):
             if later == earlier:
@@ -88,10 +95,29 @@ class SchedulerConfig:
         return self.CLASSES[self.class_name]
 
     @property
-    def custom_timesteps(self) -> tuple[int, ...]:
+    def predicts(self) -> str:
+        """What the class takes the network's output for.
+
+        EDM's v_prediction is F with its sign turned, not DDIM's v; a consistency function has other c_skip and c_out
+        than EDM's F and is told 1000 times its c_noise.
+        """
+        fixed = FIXED_PREDICTION.get(self.sampler)
+        if fixed == "edm" and self.prediction_type == "v_prediction":
+            return "edm v_prediction"
+        return "consistency_function" if self.sampler == "consistency" else fixed or self.prediction_type
+
+    @property
+    def custom_timesteps(self) -> tuple[float, ...]:
         """The timesteps that the spacing lists; empty for a spacing with a name."""
         parts = str(self.timestep_spacing).rpartition(":")[2].split(",")
-        return tuple(map(int, parts)) if all(part.strip().removeprefix("-").isdigit() for part in parts) else ()
+        if not all(_NUMBER.fullmatch(part.strip()) for part in parts):
+            return ()
+        return tuple(float(part) if "." in part or "e" in part else int(part) for part in parts)
+
+    @property
+    def is_given_grid(self) -> bool:
+        """Whether the timesteps are listed or MMD-DDM's, not those of the class."""
+        return bool(self.custom_timesteps) or self.timestep_spacing == "mmd-ddm"
 
     @property
     def named_spacing(self) -> str:
@@ -148,6 +174,8 @@ class SchedulerConfig:
             return replace(self, class_name=class_name)
         shared = {key: self[key] for key in KEYS[class_name] if key in KEYS[self.class_name]}
         kept = {key: value for key, value in shared.items() if _carries_over(class_name, key, value)}
+        if FIXED_PREDICTION.get(self.sampler) != FIXED_PREDICTION.get(CLASSES[class_name]):
+            kept.pop("prediction_type", None)  # EDM's v_prediction is not DDIM's
         return SchedulerConfig.from_dict({"_class_name": class_name, **kept})
 
     def with_spacing(self, spacing: str | None) -> SchedulerConfig:
@@ -186,6 +214,8 @@ def _config(name: str, settings: Mapping[str, Any]) -> SchedulerConfig:
 
 def _carries_over(class_name: str, key: str, value: Any) -> bool:
     """Whether a setting means something to another class: grids and schedules do, names of its variants may not."""
+    if value is None:
+        return KEYS[class_name][key] is None
     if key in ("solver_type", "algorithm_type", "variance_type"):
         return value in (choices_of(class_name, key) or ())
     return key not in ("timestep_spacing",) or value in ("leading", "trailing", "linspace")

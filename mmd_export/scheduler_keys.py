@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mmd_export.plan import PredictionType
+
 _BETAS: dict[str, Any] = {
     "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
     "trained_betas": None, "prediction_type": "epsilon",
@@ -122,6 +124,16 @@ CLASSES: dict[str, str] = {
     "IPNDMScheduler": "ipndm",
     "SASolverScheduler": "sa-solver",
     "SCMScheduler": "scm",
+}
+# What a solver takes the network's output for, where its class has no prediction_type that says so.
+FIXED_PREDICTION: dict[str, PredictionType] = {
+    "edm-euler": "edm",
+    "edm-dpmsolver": "edm",
+    "flow-euler": "flow_prediction",
+    "flow-heun": "flow_prediction",
+    "consistency": "edm",
+    "ipndm": "v_prediction",  # eps = sigma x + alpha v
+    "scm": "trigflow",
 }
 # Let through at any value by a class that does not read them: every Stable Diffusion config carries them along.
 INERT = frozenset(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VELOCITY = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+VELOCITY: dict[str, Any] = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
 
 
 class Plain(nn.Module):
@@ -47,6 +49,71 @@ class Labelled(Plain):
     def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:  # type: ignore[override]
         row: Tensor = self.label(class_labels).reshape(-1, 1, 1, 1)
         return super().forward(x, timestep) + row
+
+
+class Told(Labelled):
+    """Moved by a text behind a mask too, on latents, which are not clamped."""
+
+    sample_shape = (4, 8, 8)
+    scheduler_config = {**VELOCITY, "clip_sample": False}  # noqa: RUF012 - plain dicts are what users write
+    latent = True
+    conditions = {  # noqa: RUF012
+        "encoder_hidden_states": (3, 6),
+        "encoder_attention_mask": {"dtype": "int64", "shape": (3,), "below": 2},
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(14)
+            self.first, self.last = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+            self.text = nn.Linear(6, 4)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor,
+        encoder_attention_mask: Tensor,
+        encoder_hidden_states: Tensor,
+    ) -> Tensor:
+        words: Tensor = self.text(encoder_hidden_states) * encoder_attention_mask.to(x.dtype).unsqueeze(-1)
+        return super().forward(x, timestep, class_labels) + words.sum(1).reshape(-1, 4, 1, 1)
+
+
+class ToldEnergy(Told):
+    """Its gradient step."""
+
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor, **text: Tensor) -> Tensor:  # type: ignore[override]
+        with torch.enable_grad():
+            at = x.detach().requires_grad_(True)
+            energy = (Told.forward(self, at, timestep, class_labels, **text) ** 2).sum()
+            return torch.autograd.grad(energy, at)[0]
+
+
+class EdmRawNet(Plain):
+    """F of an EDM network: it is told log(sigma) / 4."""
+
+    scheduler_config = {"_class_name": "EDMEulerScheduler"}  # noqa: RUF012
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return torch.tanh(super().forward(x, 1000 * timestep))
+
+
+class EdmNet(EdmRawNet):
+    """D around the same F, as Karras et al. 2022 write it; sigma (1,)."""
+
+    preconditioned = True
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        sigma = timestep.to(x.dtype).reshape(-1, 1, 1, 1)
+        total = sigma**2 + 0.25
+        raw = super().forward(x / total.sqrt(), sigma.log().flatten() / 4)
+        return 0.25 / total * x + 0.5 * sigma / total.sqrt() * raw
+
+
+class EdmOfAnother(EdmNet):
+    scheduler_config = VELOCITY
 
 
 class Energy(Plain):
@@ -186,6 +253,22 @@ class Shapeless(Plain):
 
 class OddClasses(Plain):
     num_classes = "ten"
+
+
+class OddLatent(Plain):
+    latent = "yes"
+
+
+class OddCondition(Plain):
+    conditions = {"text": (3, "wide")}  # noqa: RUF012
+
+
+class TakenCondition(Plain):
+    conditions = {"noise": (3,)}  # noqa: RUF012
+
+
+class UnusedCondition(Plain):
+    conditions = {"text": (3, 6)}  # noqa: RUF012
 
 
 class Disagreeing(Plain):

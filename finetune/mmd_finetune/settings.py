@@ -67,7 +67,7 @@ class FinetuneSettings(BaseModel):
     sampler: str | None = None
     eta: float | None = Field(default=None, ge=0.0)
     spacing: str | None = None
-    timesteps: tuple[int, ...] | None = None
+    timesteps: tuple[int | float, ...] | None = None
     data: str = "digits"
     resize: Literal["crop", "stretch"] | None = None
     crop: tuple[int, int, int, int] | None = None

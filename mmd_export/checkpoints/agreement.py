@@ -7,8 +7,9 @@ from typing import Any
 
 from mmd_export.errors import UsageError
 from mmd_export.schedule import SchedulerConfig
+from mmd_export.scheduler_keys import FIXED_PREDICTION, KEYS
+from mmd_export.solvers import of_sampler
 
-_SHARED = ("prediction_type", "num_train_timesteps")  # what a network's config and a scheduler's may both say
 _LATENT_SCALE = ("scaling_factor", "latent_scale")
 
 
@@ -34,18 +35,40 @@ def require_agreement(
 
     ``prediction``: what the network predicts, where its class fixes it.
     """
-    expected = "flow_prediction" if scheduler.sampler.startswith("flow-") else scheduler.prediction_type
+    expected = scheduler.predicts
     if prediction not in (None, expected):
         raise UsageError(
             f"{where}: the model predicts {prediction!r}, {scheduler.class_name} expects {expected!r}; "
             "a flow-matching model goes with FlowMatchEulerDiscreteScheduler or with prediction_type flow_prediction"
         )
-    for setting in _SHARED:
-        own, other = config.get(setting), getattr(scheduler, setting, None)
-        if own is not None and other is not None and own != other:
-            raise UsageError(
-                f"{where}: the model says {setting} {own!r}, the scheduler {other!r}; correct the wrong config"
-            )
+    own, total = config.get("num_train_timesteps"), scheduler.num_train_timesteps
+    if own is not None and own != total:
+        raise UsageError(
+            f"{where}: the model says num_train_timesteps {own!r}, the scheduler {total!r}; correct the wrong config"
+        )
+    require_stated_prediction(config.get("prediction_type"), scheduler, where)
+
+
+def require_stated_prediction(stated: Any, scheduler: SchedulerConfig, where: str) -> None:
+    """The prediction type that the network states, if any, against what the scheduler's class takes its output for."""
+    known = {scheduler.predicts, FIXED_PREDICTION.get(scheduler.sampler)}
+    if "prediction_type" in KEYS[scheduler.class_name]:  # EDM's classes have the key, and another name for its default
+        known.add(scheduler.prediction_type)
+    if stated is not None and stated not in known:
+        raise UsageError(
+            f"{where}: the model says prediction_type {stated!r}, the scheduler {scheduler.predicts!r}; "
+            "correct the wrong config"
+        )
+
+
+def require_same_prediction(scheduler: SchedulerConfig, sampler: str, where: str) -> None:
+    """``--sampler`` of another class than the model's must take the network's output for the same."""
+    expected = of_sampler(scheduler, sampler).predicts
+    if expected != scheduler.predicts:
+        raise UsageError(
+            f"{where}: the model predicts {scheduler.predicts}, --sampler {sampler} expects {expected}; "
+            f"leave --sampler out, or correct prediction_type in its scheduler config ({scheduler.class_name})"
+        )
 
 
 def require_latents(config: Mapping[str, Any], autoencoder: Mapping[str, Any], where: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from mmd_export.checkpoints.agreement import require_same_prediction
 from mmd_export.conditions import CLASS_LABELS, Condition
 from mmd_export.denoiser import InDouble
 from mmd_export.errors import UsageError
@@ -73,12 +74,14 @@ class Checkpoint:
         sampler: str | None = None,
         eta: float | None = None,
         spacing: str | None = None,
-        timesteps: Sequence[int] | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> StepPlan:
         """The plan of a run folder, or the one that the options ask for.
 
         Raises UsageError if no step count is known, or if a run folder was tuned for another plan.
         """
+        if sampler is not None:
+            require_same_prediction(self.scheduler, sampler, self.name)
         if self.plan is None:
             if steps is None and timesteps is None:
                 raise UsageError(f"{self.name}: --steps is missing; say how many network calls the sampler makes")

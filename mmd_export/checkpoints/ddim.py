@@ -122,9 +122,16 @@ def _attention(old: str, new: str) -> Iterator[tuple[str, str]]:
 
 
 def read_ddim(
-    path: Path, *, ema: bool | str | None = None, sample_size: int | tuple[int, int] | None = None
+    path: Path,
+    *,
+    ema: bool | str | None = None,
+    sample_size: int | tuple[int, int] | None = None,
+    scheduler: str | None = None,
 ) -> Checkpoint:
-    """The network in ``path``; raises UsageError that names the keys or shapes that do not fit."""
+    """The network in ``path``; raises UsageError that names the keys or shapes that do not fit.
+
+    ``scheduler``: a scheduler_config.json instead of what the published models were trained with.
+    """
     entries, warnings = read_entries(path)
     entry = choose_entry(entries, ema, path)
     if len(entries) > 1:
@@ -139,23 +146,31 @@ def read_ddim(
     unet = new_unet(config, str(path))
     weights = convert(original, layout, unet.state_dict(), str(path))
     load_strictly(unet, weights, str(path))
+    chosen, assumed = _scheduler(scheduler, layout, path)
+    height, width = (size, size) if isinstance(size, int) else size
+    return Checkpoint(
+        name=path.stem,
+        folder=path.parent,
+        denoiser=DiffusersUNet(unet.eval()).requires_grad_(False),
+        scheduler=chosen,
+        shape=(layout.in_channels, height, width),
+        sha256=hash_weights(weights, config, chosen),
+        warnings=(*warnings, *precision, *guessed, *assumed),
+        configs=diffusers_configs(config, chosen),
+    )
+
+
+def _scheduler(file: str | None, layout: Layout, path: Path) -> tuple[SchedulerConfig, tuple[str, ...]]:
+    """Of a scheduler_config.json, or what the published models were trained with, said aloud."""
+    if file is not None:
+        return SchedulerConfig.from_file(Path(file)), ()
     scheduler = scheduler_of(layout)
     assumed = (
         f"{path.name} holds no scheduler; taken as trained by DDPM: {scheduler.beta_schedule} betas "
         f"{scheduler.beta_start:g} to {scheduler.beta_end:g}, {scheduler.num_train_timesteps} timesteps, "
         "epsilon prediction, and sampled as by DDIM, without clamping the clean guess"
     )
-    height, width = (size, size) if isinstance(size, int) else size
-    return Checkpoint(
-        name=path.stem,
-        folder=path.parent,
-        denoiser=DiffusersUNet(unet.eval()).requires_grad_(False),
-        scheduler=scheduler,
-        shape=(layout.in_channels, height, width),
-        sha256=hash_weights(weights, config, scheduler),
-        warnings=(*warnings, *precision, *guessed, assumed),
-        configs=diffusers_configs(config, scheduler),
-    )
+    return scheduler, (assumed,)
 
 
 def scheduler_of(layout: Layout) -> SchedulerConfig:
@@ -251,7 +266,7 @@ def _size(
         sides = (given, given) if isinstance(given, int) else given
         if any(side < 1 or side % unit for side in sides):
             raise UsageError(
-                f"weights {where}: --sample-size is {given}; {len(layout.channels)} levels need a multiple of {unit}"
+                f"weights {where}: sample_size is {given}; {len(layout.channels)} levels need a multiple of {unit}"
             )
         return given, ()
     if known := KNOWN.get((layout.multipliers, layout.attention)):
@@ -260,9 +275,9 @@ def _size(
         guess = ATTENTION_WIDTH * 2 ** layout.attention[0]
         if guess % unit == 0:
             return guess, (
-                f"image size {guess} is a guess, from attention at {ATTENTION_WIDTH}; or pass --sample-size",
+                f"image size {guess} is a guess, from attention at {ATTENTION_WIDTH}; or say ?sample_size=N",
             )
     raise UsageError(
         f"weights {where}: multipliers {layout.multipliers} with attention at the levels {layout.attention or 'none'} "
-        "do not tell the image size; pass --sample-size"
+        "do not tell the image size; say ?sample_size=N"
     )

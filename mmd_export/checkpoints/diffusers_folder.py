@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import nn
 
 from mmd_export.checkpoints.agreement import require_agreement, require_channels
+from mmd_export.checkpoints.autoencoder import FOLDERS as AUTOENCODERS
 from mmd_export.checkpoints.autoencoder import read_autoencoder
 from mmd_export.checkpoints.base import Checkpoint
 from mmd_export.checkpoints.families import (
@@ -41,13 +42,15 @@ from mmd_export.tuned_precision import QUANTISATION_FILE, TunedPrecision
 
 PLAN_FILE = "plan.json"
 PICTURES = (1, 3)  # channels
+NETWORKS = ("unet", "transformer")  # where a pipeline holds its network
 _SHARDS = "diffusion_pytorch_model-?????-of-?????.safetensors"
+_HALF_SHARDS = "diffusion_pytorch_model.fp16-?????-of-?????.safetensors"
 LCM_SCALE = 8.5  # default of diffusers' LatentConsistencyModelPipeline
 
 
 def read_folder(folder: Path, name: str, licence: str | None = None, options: NetworkOptions = AS_IT_IS) -> Checkpoint:
     """The network in ``folder``, its ``unet/`` or ``transformer/``; raises UsageError that names the file at fault."""
-    place = next((folder / part for part in ("unet", "transformer") if (folder / part).is_dir()), folder)
+    place = next((folder / part for part in NETWORKS if (folder / part).is_dir()), folder)
     scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     config_file, scheduler_file = place / "config.json", scheduler_folder / "scheduler_config.json"
     config, where = read_json(config_file), str(config_file)
@@ -155,18 +158,32 @@ def _whole_config(network: Any) -> dict[str, Any]:
 
 
 def download(hub_id: str) -> Path:
-    """Fetch a diffusers repository, safetensors and configs only: whole weights, else shards, else the fp16 variant."""
+    """Fetch a diffusers repository, safetensors and configs only: whole weights, else shards, else the fp16 variant.
+
+    Each part by itself: a whole autoencoder may stand beside a transformer in shards.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        for weights in (SAFETENSORS, _SHARDS, HALF):
-            folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", f"*{weights}"]))
-            if any(folder.rglob("*.safetensors")):
+        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", f"*{SAFETENSORS}"]))
+        for weights in (_SHARDS, HALF, _HALF_SHARDS):
+            if not (parts := _without_weights(folder)):
                 break
+            wanted = [str(PurePosixPath(part) / weights) for part in parts]
+            folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", *wanted]))
     except Exception as error:  # the hub client raises many unrelated types; each becomes one line
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotAvailableError(f"model {hub_id} is no local folder and could not be downloaded: {reason}") from error
     return folder
+
+
+def _without_weights(folder: Path) -> list[str]:
+    """The parts of a pipeline, or the bare model, of which there is a config and no weights."""
+    return [
+        part
+        for part in (".", *NETWORKS, *AUTOENCODERS)
+        if (folder / part / "config.json").is_file() and not any((folder / part).glob("*.safetensors"))
+    ]
 
 
 def new_unet(config: dict[str, Any], where: str) -> nn.Module:

@@ -18,7 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmd_export.checkpoints.static import call, example_inputs, first_line, gradients_possible
+from mmd_export.checkpoints.static import Signature, call, first_line, gradients_possible
+from mmd_export.conditions import CLASS_LABELS, names_of
 from mmd_export.errors import UsageError
 
 aten = torch.ops.aten
@@ -29,18 +30,20 @@ BATCHES = (1, 3)  # other than the 2 of the trace
 class GradientDenoiser(nn.Module):
     """``network``, flattened. The weights stay in ``network``: the graph takes them as inputs."""
 
-    def __init__(self, network: nn.Module, shape: tuple[int, int, int], classes: int | None, where: str) -> None:
+    def __init__(self, network: nn.Module, signature: Signature, where: str) -> None:
         super().__init__()
         self.network = network
-        self.shape, self.classes, self.where = shape, classes, where
+        self.signature, self.where = signature, where
         self._graphs: dict[tuple[torch.dtype, torch.dtype], fx.GraphModule] = {}
         for timestep in (torch.int64, torch.float32):  # before any export, which must not trace inside
             self._graph(torch.float32, timestep)
 
-    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None, **conditions: Tensor) -> Tensor:
         """What ``network`` returns, for any batch."""
-        labels = () if class_labels is None else (class_labels,)
-        output: Tensor = self._graph(x.dtype, timestep.dtype)(self._values(), x, timestep, *labels)
+        if class_labels is not None:
+            conditions[CLASS_LABELS] = class_labels
+        told = (conditions[name] for name in names_of(self.signature.conditions))
+        output: Tensor = self._graph(x.dtype, timestep.dtype)(self._values(), x, timestep, *told)
         return output
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,12 +63,14 @@ class GradientDenoiser(nn.Module):
         names = [*dict(self.network.named_parameters()), *dict(self.network.named_buffers())]
 
         def run(values: list[Tensor], *inputs: Tensor) -> Any:
-            return torch.func.functional_call(self.network, dict(zip(names, values, strict=True)), inputs)
+            labels, others = self.signature.named(inputs[2:])
+            weights = dict(zip(names, values, strict=True))
+            return torch.func.functional_call(self.network, weights, (*inputs[:2], *labels), others)
 
         fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         with gradients_possible():
-            x, t, *labels = example_inputs(self.shape, 2, self.classes, dtype)
-            inputs = [_free_batch(fake, x), fake.from_tensor(t.to(timestep)), *(_free_batch(fake, y) for y in labels)]
+            x, t, *told = self.signature.examples(2, dtype)
+            inputs = [_free_batch(fake, x), fake.from_tensor(t.to(timestep)), *(_free_batch(fake, y) for y in told)]
             values = [fake.from_tensor(value) for value in self._values()]
             try:
                 with fake, sdpa_kernel(SDPBackend.MATH):
@@ -78,9 +83,9 @@ class GradientDenoiser(nn.Module):
     def require_equal(self) -> None:
         """Hold the graph against the module itself, on batches it was not traced with."""
         for batch in BATCHES:
-            inputs = example_inputs(self.shape, batch, self.classes)
-            expected = call(self.network, inputs, self.where)
-            found = call(self, inputs, self.where)
+            inputs = self.signature.examples(batch)
+            expected = call(self.network, self.signature, inputs, self.where)
+            found = call(self, self.signature, inputs, self.where)
             error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
             if not error <= SAME:
                 raise UsageError(

@@ -32,7 +32,11 @@ from mmd_export.denoiser import DiffusersUNet
 from mmd_export.errors import UsageError
 from mmd_export.schedule import SchedulerConfig
 
-OPTIONS = ("num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule", "image_size")
+OPTIONS = (
+    "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule", "image_size", "diffusion_steps",
+    "predict_xstart",
+)  # fmt: skip
+FIRST_BETA, LAST_BETA, BETAS_OF = 0.0001, 0.02, 1000  # of the linear schedule; other lengths are scaled
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 _ENDS = {
     "time_embed.0": "time_embedding.linear_1",
@@ -78,9 +82,13 @@ def read_guided(
     num_heads: int | None = None,
     num_head_channels: int | None = None,
     use_new_attention_order: bool = False,
-    noise_schedule: str | None = None,
+    scheduler: str | None = None,
+    **trained: Any,
 ) -> Checkpoint:
-    """The network in ``path``; raises UsageError that names keys or shapes that do not fit, or what is not known."""
+    """The network in ``path``; raises UsageError that names keys or shapes that do not fit, or what is not known.
+
+    ``scheduler``: a scheduler_config.json, instead of ``trained``: noise_schedule, diffusion_steps, predict_xstart.
+    """
     where = str(path)
     entries, warnings = read_entries(path)
     weights, precision = as_float32(choose_entry(entries, ema, path).weights)
@@ -92,31 +100,53 @@ def read_guided(
     layout = _read_layout(weights, where)
     size = sample_size or image_size
     if size is None:
-        raise UsageError(f"weights {where}: nothing in them tells the image size; pass --sample-size")
+        raise UsageError(f"weights {where}: nothing in them tells the image size; say ?sample_size=N")
     heads = _head_width(layout, num_heads, num_head_channels, where)
     config, dropped = _config(layout, weights, size, heads, where)
     unet = new_unet(config, where)
     converted = _convert(weights, layout, unet.state_dict(), heads, bool(use_new_attention_order), where)
     load_strictly(unet, converted, where)
-    scheduler = _scheduler(noise_schedule, where)
-    assumed = f"{path.name} holds no scheduler; taken as trained with the {noise_schedule or 'linear'} schedule of 1000"
+    chosen, assumed = _scheduler(scheduler, trained, path)
     return Checkpoint(
         name=path.stem,
         folder=path.parent,
         denoiser=DiffusersUNet(unet.eval()).requires_grad_(False),
-        scheduler=scheduler,
+        scheduler=chosen,
         shape=sample_shape(config, where),
-        sha256=hash_weights(converted, config, scheduler),
+        sha256=hash_weights(converted, config, chosen),
         conditions=class_condition(config.get("num_class_embeds")),
-        warnings=(*warnings, *precision, *dropped, f"{assumed} timesteps, epsilon prediction"),
-        configs=diffusers_configs(config, scheduler),
+        warnings=(*warnings, *precision, *dropped, *assumed),
+        configs=diffusers_configs(config, chosen),
     )
 
 
-def _scheduler(noise_schedule: str | None, where: str) -> SchedulerConfig:
-    if (name := noise_schedule or "linear") not in SCHEDULES:
-        raise UsageError(f"weights {where}: noise_schedule is {name!r}; known: {', '.join(SCHEDULES)}")
-    return SchedulerConfig(beta_schedule=SCHEDULES[name])
+def _scheduler(file: str | None, trained: Mapping[str, Any], path: Path) -> tuple[SchedulerConfig, tuple[str, ...]]:
+    """Of a scheduler_config.json, or of the options that the model was trained with, what is assumed said aloud.
+
+    Linear betas go from 0.1 / T to 20 / T, as in the original's get_named_beta_schedule.
+    """
+    if file is not None:
+        if trained:
+            name, value = next(iter(trained.items()))
+            raise UsageError(f"weights {path}: scheduler={file} and {name}={value} are both given; choose one")
+        return SchedulerConfig.from_file(Path(file)), ()
+    name, total = trained.get("noise_schedule", "linear"), trained.get("diffusion_steps", BETAS_OF)
+    if name not in SCHEDULES:
+        raise UsageError(f"weights {path}: noise_schedule is {name!r}; known: {', '.join(SCHEDULES)}")
+    if not isinstance(total, int) or total <= LAST_BETA * BETAS_OF:
+        raise UsageError(f"weights {path}: diffusion_steps is {total!r}; a whole number above 20 is expected")
+    scheduler = SchedulerConfig(
+        num_train_timesteps=total,
+        beta_start=FIRST_BETA * BETAS_OF / total,
+        beta_end=LAST_BETA * BETAS_OF / total,
+        beta_schedule=SCHEDULES[name],
+        prediction_type="sample" if trained.get("predict_xstart") else "epsilon",
+    )
+    assumed = (
+        f"{path.name} holds no scheduler; taken as trained with the {name} schedule of {total} timesteps, "
+        f"{scheduler.prediction_type} prediction"
+    )
+    return scheduler, (assumed,)
 
 
 def _read_layout(weights: Mapping[str, Tensor], where: str) -> Layout:
@@ -258,7 +288,7 @@ def _config(
     unit = 2 ** (len(layout.channels) - 1)
     if any(side < 1 or side % unit for side in ((size, size) if isinstance(size, int) else size)):
         raise UsageError(
-            f"weights {where}: --sample-size is {size}; {len(layout.channels)} levels need multiples of {unit}"
+            f"weights {where}: sample_size is {size}; {len(layout.channels)} levels need multiples of {unit}"
         )
     kind = "resnet" if "resnet" in layout.resamplers else "conv"
     plain = "ResnetDownsampleBlock2D" if kind == "resnet" else "DownBlock2D"

@@ -6,8 +6,9 @@ import copy
 import inspect
 import random
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.overrides import TorchFunctionMode
 
+from mmd_export.conditions import CLASS_LABELS, Condition, names_of
+from mmd_export.denoiser import timestep_tensor
 from mmd_export.errors import UsageError
 
 SAME = 1e-4  # float32 rounding in other orders of summation stays far below, a dependence on the batch far above
 _TORCH = Path(inspect.getfile(torch)).parent
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).parent.parent
 
 
 class _GradientWatch(TorchFunctionMode):
@@ -41,49 +44,72 @@ class _GradientWatch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def example_inputs(
-    shape: tuple[int, int, int], batch: int, classes: int | None, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, ...]:
-    """Unit normal ``x`` from a generator of its own, a timestep (1,), and class labels for a model that takes them."""
-    x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
-    labels = () if classes is None else (torch.arange(batch) % classes,)
-    return x, torch.tensor([500]), *labels
+@dataclass(frozen=True)
+class Signature:
+    """What a foreign network takes: ``network(x, timestep[, class_labels], **others)``; ``shape`` is (C, H, W) of x.
+
+    ``timestep``: the one that it is tried at.
+    """
+
+    shape: tuple[int, int, int]
+    conditions: tuple[Condition, ...] = ()
+    timestep: float = 500.0
+
+    def examples(self, batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """Unit normal x from a generator of its own, a timestep (1,), and a value of every condition."""
+        x = torch.randn(batch, *self.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+        told = [torch.from_numpy(each.examples(i, batch)) for i, each in enumerate(self.conditions, start=1)]
+        return x, timestep_tensor(self.timestep), *(y.to(dtype) if y.is_floating_point() else y for y in told)
+
+    def named(self, told: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Values of the conditions as arguments: class labels by place, all others by name."""
+        values = dict(zip(names_of(self.conditions), told, strict=True))
+        labels = [values.pop(CLASS_LABELS)] if CLASS_LABELS in values else []
+        return labels, values
+
+    def call(self, network: nn.Module, inputs: Sequence[Tensor]) -> Any:
+        """What ``network`` returns for inputs in the order of ``examples``."""
+        labels, others = self.named(inputs[2:])
+        return network(*inputs[:2], *labels, **others)
+
+    def __str__(self) -> str:
+        return ", ".join(("x", "timestep", *names_of(self.conditions)))
 
 
-def require_static(network: nn.Module, shape: tuple[int, int, int], classes: int | None, where: str) -> bool:
+def require_static(network: nn.Module, signature: Signature, where: str) -> bool:
     """Check that ``network`` is a pure function of its inputs that keeps samples apart; whether it takes a gradient.
 
     Raises UsageError with what it does instead, and the line of its code where that is known.
     """
-    takes_gradient = _shapes_alone_decide(network, shape, classes, where)
-    inputs = example_inputs(shape, 2, classes)
+    takes_gradient = _shapes_alone_decide(network, signature, where)
+    inputs = signature.examples(2)
     before = _random_states()
-    first = call(network, inputs, where)
+    first = call(network, signature, inputs, where)
     if before != _random_states():
         raise UsageError(f"{where} draws random numbers; only noise inputs may be random")
-    _require_image(first, inputs[0], where)
-    again = float((call(network, inputs, where) - first).abs().max())
+    _require_image(first, inputs[0], signature.timestep, where)
+    again = float((call(network, signature, inputs, where) - first).abs().max())
     if again > 0.0:
         raise UsageError(f"{where} draws noise or keeps state: two calls with the same input differ by {again:.2g}")
-    alone = call(network, (inputs[0][:1], inputs[1], *(label[:1] for label in inputs[2:])), where)
+    alone = call(network, signature, (inputs[0][:1], inputs[1], *(value[:1] for value in inputs[2:])), where)
     mixed = float((alone - first[:1]).abs().max() / first.abs().max().clamp(min=1e-6))
     if mixed > SAME:
         raise UsageError(
             f"{where} mixes the samples of a batch: one sample alone differs by {mixed:.2g} of the largest output from "
             "the same one in a batch of two; sum over the batch, do not average"
         )
-    _require_double(network, shape, classes, where)
+    _require_double(network, signature, where)
     return takes_gradient
 
 
-def _shapes_alone_decide(network: nn.Module, shape: tuple[int, int, int], classes: int | None, where: str) -> bool:
+def _shapes_alone_decide(network: nn.Module, signature: Signature, where: str) -> bool:
     """Run it on tensors without data: whatever asks for a value, and so could branch on it, raises."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    inputs = [fake.from_tensor(value) for value in example_inputs(shape, 2, classes)]
+    inputs = [fake.from_tensor(value) for value in signature.examples(2)]
     watch = _GradientWatch()
     try:
         with fake, watch, torch.enable_grad():
-            network(*inputs)
+            signature.call(network, inputs)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UsageError(
             f"{where} branches on data{_place(error)}: it reads a tensor's value; a static graph cannot, "
@@ -94,38 +120,38 @@ def _shapes_alone_decide(network: nn.Module, shape: tuple[int, int, int], classe
     except Exception as error:  # the module's own code may raise anything
         if ".numpy()" in str(error):
             raise UsageError(f"{where} leaves torch{_place(error)}: numpy code cannot be captured") from error
-        raise UsageError(_failed(where, inputs, error)) from error
+        raise UsageError(_failed(where, signature, inputs, error)) from error
     return watch.seen
 
 
-def call(network: nn.Module, inputs: tuple[Tensor, ...], where: str) -> Tensor:
+def call(network: nn.Module, signature: Signature, inputs: tuple[Tensor, ...], where: str) -> Tensor:
     """One call with gradients possible inside; any error in one line."""
     try:
         with torch.enable_grad():
-            output = network(*inputs)
+            output = signature.call(network, inputs)
     except Exception as error:  # the module's own code may raise anything
-        raise UsageError(_failed(where, inputs, error)) from error
+        raise UsageError(_failed(where, signature, inputs, error)) from error
     if not isinstance(output, Tensor):
         raise UsageError(f"{where} returns {type(output).__name__}, not a tensor; return the prediction itself")
     return output.detach()
 
 
-def _require_image(output: Tensor, x: Tensor, where: str) -> None:
+def _require_image(output: Tensor, x: Tensor, timestep: float, where: str) -> None:
     if output.shape != x.shape or output.dtype != x.dtype:
         found, wanted = f"{tuple(output.shape)} {output.dtype}", f"{tuple(x.shape)} {x.dtype}"
         raise UsageError(f"{where} returns {found} for x {wanted}; the same shape and type are expected")
     if not bool(torch.isfinite(output).all()):
-        raise UsageError(f"{where} returns NaN or infinity for unit normal noise at timestep 500")
+        raise UsageError(f"{where} returns NaN or infinity for unit normal noise at timestep {timestep:g}")
 
 
-def _require_double(network: nn.Module, shape: tuple[int, int, int], classes: int | None, where: str) -> None:
+def _require_double(network: nn.Module, signature: Signature, where: str) -> None:
     """The reference of every parity check is the network in float64."""
-    inputs = example_inputs(shape, 1, classes, torch.float64)
+    inputs = signature.examples(1, torch.float64)
     try:
-        output = call(copy.deepcopy(network).double(), inputs, where)
+        output = call(copy.deepcopy(network).double(), signature, inputs, where)
     except UsageError as error:
         raise UsageError(f"{error}; the reference runs in float64, so cast to x.dtype, not to float32") from error
-    _require_image(output, inputs[0], where)
+    _require_image(output, inputs[0], signature.timestep, where)
 
 
 def _random_states() -> tuple[bytes, str, int]:
@@ -133,9 +159,9 @@ def _random_states() -> tuple[bytes, str, int]:
     return torch.get_rng_state().numpy().tobytes(), str(np.random.get_state()), hash(random.getstate())  # noqa: NPY002 - the state of the old generator is what a module may draw from
 
 
-def _failed(where: str, inputs: Any, error: Exception) -> str:
+def _failed(where: str, signature: Signature, inputs: Sequence[Tensor], error: Exception) -> str:
     shapes = ", ".join(f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for value in inputs)
-    return f"{where} fails{_place(error)} on (x, timestep[, class_labels]) of {shapes}: {first_line(error)}"
+    return f"{where} fails{_place(error)} on ({signature}) of {shapes}: {first_line(error)}"
 
 
 def first_line(error: BaseException) -> str:

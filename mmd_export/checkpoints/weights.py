@@ -206,9 +206,11 @@ def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], where: str)
     expected = network.state_dict()
     weights = _with_new_names(weights, expected)
     if missing := sorted(set(expected) - set(weights)):
-        raise UsageError(f"weights in {where}: {len(missing)} tensors are missing, first {missing[0]!r}")
+        strays = sorted(set(weights) - set(expected))
+        other = f"; unexpected: {listed(strays)}" if strays else ""
+        raise UsageError(f"weights in {where} do not fit the config; missing: {listed(missing)}{other}")
     if unexpected := sorted(set(weights) - set(expected)):
-        raise UsageError(f"weights in {where}: {len(unexpected)} tensors are unexpected, first {unexpected[0]!r}")
+        raise UsageError(f"weights in {where} do not fit the config; unexpected: {listed(unexpected)}")
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             raise UsageError(

@@ -51,7 +51,7 @@ def make_plan(
     sampler: str | None = None,
     eta: float | None = None,
     spacing: str | None = None,
-    timesteps: Sequence[int] | None = None,
+    timesteps: Sequence[float] | None = None,
 ) -> StepPlan:
     """The plan of ``steps`` network calls; ``sampler`` None runs the solver of the config's own scheduler class.
 
@@ -79,12 +79,11 @@ def resolve(
     sampler: str | None = None,
     eta: float | None = None,
     spacing: str | None = None,
-    timesteps: Sequence[int] | None = None,
+    timesteps: Sequence[float] | None = None,
 ) -> tuple[SchedulerConfig, int]:
     """The config of the sampler's class on the grid that is asked for, and the step count."""
     name = sampler or config.sampler
-    if name not in _CLASS_OF:
-        raise UsageError(f"--sampler {name!r} is unknown; known: {', '.join(sorted(_CLASS_OF))}")
+    chosen = of_sampler(config, name)
     if eta is not None and name not in WITH_ETA:
         raise UsageError(f"--eta {eta} belongs to --sampler ddim or tcd; the sampler is {name}")
     if timesteps is not None:
@@ -92,8 +91,7 @@ def resolve(
             raise UsageError("--timesteps is empty; list at least one")
         if spacing is not None:
             raise UsageError(f"--timesteps and --spacing {spacing} are both given; choose one")
-        spacing = ",".join(map(str, timesteps))
-    chosen = config.as_class(_CLASS_OF[name])
+        spacing = ",".join(str(int(t) if float(t).is_integer() else t) for t in timesteps)
     if timesteps is not None:
         spacing = f"{chosen.named_spacing}:{spacing}"
     _check_spacing(chosen, spacing)
@@ -104,7 +102,15 @@ def resolve(
     return chosen, count
 
 
-OWN_GRID = ("pndm", "edm-euler", "edm-dpmsolver", "flow-heun")
+def of_sampler(config: SchedulerConfig, sampler: str) -> SchedulerConfig:
+    """The config of the class that runs ``sampler``, with the settings that both classes have."""
+    if sampler not in _CLASS_OF:
+        raise UsageError(f"--sampler {sampler!r} is unknown; known: {', '.join(sorted(_CLASS_OF))}")
+    return config.as_class(_CLASS_OF[sampler])
+
+
+OWN_GRID = ("pndm", "edm-euler", "edm-dpmsolver", "flow-heun", "scm")
+LISTED_ONLY = ("flow-euler", "consistency")  # a grid of their own too, but a list may take its place
 
 
 def _check_spacing(config: SchedulerConfig, spacing: str | None) -> None:
@@ -115,6 +121,11 @@ def _check_spacing(config: SchedulerConfig, spacing: str | None) -> None:
     if listed and config.sampler in OWN_GRID:
         raise UsageError(
             f"--timesteps and --spacing mmd-ddm do not fit --sampler {config.sampler}, which has a grid of its own"
+        )
+    if spacing == "mmd-ddm" and config.sampler in LISTED_ONLY:
+        raise UsageError(
+            f"--spacing mmd-ddm does not fit --sampler {config.sampler}, which has a grid of its own; "
+            "leave it out, or list the timesteps: --timesteps"
         )
     named_by_class = "timestep_spacing" in KEYS[config.class_name] and config.sampler not in ("lcm", "tcd")
     if not listed and not named_by_class:

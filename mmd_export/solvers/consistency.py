@@ -17,7 +17,7 @@ LCM_SIGMA_DATA = 0.5
 def _distilled_grid(config: SchedulerConfig, steps: int) -> list[int]:
     """``steps`` of the ``original_inference_steps`` of the distillation, evenly picked from the noisy end."""
     check_steps(config, steps)
-    if config.custom_timesteps or config.timestep_spacing == "mmd-ddm":
+    if config.is_given_grid:
         return list(timestep_grid(config, steps))
     total, original = config.num_train_timesteps, config["original_inference_steps"]
     if not steps <= original <= total:

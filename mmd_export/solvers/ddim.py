@@ -63,7 +63,7 @@ def ddim(config: SchedulerConfig, steps: int, eta: float = 0.0) -> StepPlan:
 
 def _earlier(config: SchedulerConfig, grid: tuple[int, ...], steps: int) -> list[int]:
     """The timestep that each step goes to; negative for clean data."""
-    if config.custom_timesteps or config.timestep_spacing == "mmd-ddm":
+    if config.is_given_grid:
         return [*grid[1:], -1]
     return [timestep - config.num_train_timesteps // steps for timestep in grid]
 

@@ -15,6 +15,7 @@ from mmd_export.schedule import SchedulerConfig, linspace
 from mmd_export.solvers.grids import (
     exponential,
     interpolate,
+    require_free_sigmas,
     require_one_spacing,
     shifted,
     sigma_spacing,
@@ -164,6 +165,7 @@ def _grid(config: SchedulerConfig, steps: int) -> tuple[list[int], list[float]]:
         )
     grid = vp_grid(config, steps)
     if config.settings().get("use_lu_lambdas"):
+        require_free_sigmas(config, "use_lu_lambdas")
         sigmas = exponential(table[-1], table[0], steps)
         times = [sigma_to_t(sigma, logs) for sigma in sigmas]
         return truncated(times if config.beta_schedule == "squaredcos_cap_v2" else map_round(times)), [*sigmas, last]

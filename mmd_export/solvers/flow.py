@@ -24,7 +24,7 @@ def flow_euler(config: SchedulerConfig, steps: int) -> StepPlan:
     sigmas = stretched(_sigmas(config, steps), config["shift_terminal"])
     if (spacing := sigma_spacing(config)) is not None:
         sigmas = spacing(sigmas[0], sigmas[-1], len(sigmas))
-    times = [float(t) for t in config.custom_timesteps] or [sigma * total for sigma in sigmas]
+    times = list(config.custom_timesteps) or [sigma * total for sigma in sigmas]
     if config["invert_sigmas"]:
         sigmas = [1.0 - sigma for sigma in sigmas]
         times = [sigma * total for sigma in sigmas]

@@ -78,13 +78,19 @@ _SPACED: dict[str, Callable[[float, float, int], list[float]]] = {
 
 
 def sigma_spacing(config: SchedulerConfig) -> Callable[[float, float, int], list[float]] | None:
-    """The spacing of sigmas that the config switches on; refused together with listed timesteps."""
+    """The spacing of sigmas that the config switches on; refused together with a grid of timesteps that is given."""
     for key, spacing in _SPACED.items():
         if config[key]:
-            if config.custom_timesteps:
-                raise UsageError(f"--timesteps is given and {key} is on; the sigmas then decide, so choose one")
+            require_free_sigmas(config, key)
             return spacing
     return None
+
+
+def require_free_sigmas(config: SchedulerConfig, key: str) -> None:
+    """Raises UsageError if timesteps are given although ``key``, which is on, makes the sigmas decide."""
+    if config.is_given_grid:
+        option = "--timesteps" if config.custom_timesteps else f"--spacing {config.timestep_spacing}"
+        raise UsageError(f"{option} is given and {key} is on; the sigmas then decide, so choose one")
 
 
 def sigma_grid(config: SchedulerConfig, steps: int, *, bounds: bool = False) -> tuple[list[float], list[float]]:
@@ -119,7 +125,7 @@ def vp_grid(config: SchedulerConfig, steps: int) -> list[int]:
     check_steps(config, steps)
     settings, total = config.settings(), config.num_train_timesteps
     spacing = config.timestep_spacing if "timestep_spacing" in settings else config.named_spacing or "linspace"
-    if config.custom_timesteps or config.timestep_spacing == "mmd-ddm":
+    if config.is_given_grid:
         return list(timestep_grid(config, steps))
     last = total - _clipped(config, settings.get("lambda_min_clipped", -math.inf))
     if spacing == "leading" and "timestep_spacing" in settings:
@@ -164,5 +170,5 @@ def require_one_spacing(config: SchedulerConfig, *, karras_too: bool = False) ->
     for key in _SPACED:
         if config["use_flow_sigmas"] and config[key] and not (karras_too and key == "use_karras_sigmas"):
             raise UsageError(f"scheduler: use_flow_sigmas and {key} are both on; choose one")
-    if config["use_flow_sigmas"] and config.custom_timesteps:
-        raise UsageError("--timesteps is given and use_flow_sigmas is on; the sigmas then decide, so choose one")
+    if config["use_flow_sigmas"]:
+        require_free_sigmas(config, "use_flow_sigmas")

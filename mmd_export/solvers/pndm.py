@@ -25,7 +25,7 @@ def pndm(config: SchedulerConfig, steps: int) -> StepPlan:
 
 class _Pndm:
     def __init__(self, config: SchedulerConfig, steps: int) -> None:
-        if config.custom_timesteps or config.timestep_spacing == "mmd-ddm":
+        if config.is_given_grid:
             raise UsageError(
                 "--timesteps and --spacing mmd-ddm: PNDM's multistep formula needs diffusers' own even grid"
             )

@@ -6,7 +6,7 @@ import math
 
 from mmd_export.plan import Scalar, StepPlan
 from mmd_export.schedule import SchedulerConfig, linspace
-from mmd_export.solvers.grids import initial_sigma, sigma_grid, sigma_table, sigma_to_t
+from mmd_export.solvers.grids import initial_sigma, require_free_sigmas, sigma_grid, sigma_table, sigma_to_t
 from mmd_export.solvers.table import Form, Table
 
 
@@ -30,9 +30,11 @@ def euler(config: SchedulerConfig, steps: int) -> StepPlan:
     times, sigmas = sigma_grid(config, steps, bounds=True)
     reverse = sigma_table(config)
     if config["interpolation_type"] == "log_linear" and not _spaced(config):
+        require_free_sigmas(config, "interpolation_type log_linear")
         sigmas = [math.exp(x) for x in linspace(math.log(reverse[-1]), math.log(reverse[0]), len(times) + 1)]
     sigmas = [*sigmas, reverse[0] if config["final_sigmas_type"] == "sigma_min" else 0.0]
     if config["timestep_type"] == "continuous" and config.prediction_type == "v_prediction":
+        require_free_sigmas(config, "timestep_type continuous")
         times = [0.25 * math.log(sigma) for sigma in sigmas[: len(times)]]
     table = Table()
     for k, (timestep, sigma) in enumerate(zip(times, sigmas, strict=False)):

@@ -45,8 +45,8 @@ def test_sample_and_evaluate_take_the_list(command: Command, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("999,x", "'999,x', of which 'x' is no whole number"),
-        ("", "'', of which '' is no whole number"),
+        ("999,x", "'999,x', of which 'x' is no number"),
+        ("", "'', of which '' is no number"),
         ("999,499,499", "holds 499 twice"),
         ("249,999", "from 249 up to 999"),
         ("1000,5", "holds 1000, the model was trained with 1000"),
@@ -206,6 +206,7 @@ def test_ema_behind_other_options(model: str, expected: str) -> None:
 
 def test_parsing_and_asking() -> None:
     assert parse_timesteps(" 9, 5,1") == (9, 5, 1)
+    assert [*map(repr, parse_timesteps("1000,62.5"))] == ["1000", "62.5"]
     with pytest.raises(UsageError, match="--timesteps is 9,5; leave it out"):
         PlanOptions(timesteps=(9, 5)).require_bundle("b", 2)
     PlanOptions(steps=2).require_bundle("b", 2)

@@ -7,13 +7,15 @@ import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 import torch
 
 from mmd_export.checkpoint import BUILT_IN, PICKLE, SAFETENSORS, load_checkpoint, load_matching
+from mmd_export.checkpoints.diffusers_folder import download
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.manifest import CheckpointRef
 from tests.models import save_model, weights_of, write_weights
@@ -112,6 +114,14 @@ def test_the_float64_copy_leaves_the_original(tiny: Path) -> None:
 # --- plans of a checkpoint and of a run folder
 
 
+def test_a_sampler_that_expects_another_prediction(tiny: Path) -> None:
+    checkpoint = load_checkpoint(tiny)
+    for sampler in ("flow-euler", "edm-euler", "consistency"):
+        with pytest.raises(UsageError, match=f"tiny: the model predicts v_prediction, --sampler {sampler} expects "):
+            checkpoint.plan_for(3, sampler=sampler)
+    assert checkpoint.plan_for(3, sampler="euler").prediction_type == "v_prediction"
+
+
 def test_a_plan_needs_a_step_count(tiny: Path) -> None:
     with pytest.raises(UsageError, match="tiny: --steps is missing"):
         load_checkpoint(tiny).plan_for()
@@ -176,9 +186,14 @@ def test_weights_that_are_no_numbers(folder: Path, value: float) -> None:
 def test_a_missing_and_an_unexpected_tensor(folder: Path) -> None:
     weights = weights_of(folder)
     write_weights(folder, {name: value for name, value in weights.items() if not name.startswith("conv_out")})
-    refused(folder, "2 tensors are missing, first 'conv_out.bias'")
+    refused(folder, "do not fit the config; missing: conv_out.bias, conv_out.weight")
     write_weights(folder, weights | {"conv_extra.weight": torch.zeros(1)})
-    refused(folder, "1 tensors are unexpected, first 'conv_extra.weight'")
+    refused(folder, "do not fit the config; unexpected: conv_extra.weight")
+    renamed = {name.replace("conv_in", "conv_first"): value for name, value in weights.items()}
+    write_weights(folder, renamed)
+    refused(folder, "missing: conv_in.bias, conv_in.weight; unexpected: conv_first.bias, conv_first.weight")
+    write_weights(folder, {"conv_in.bias": weights["conv_in.bias"]})
+    refused(folder, "missing: conv_in.weight, conv_norm_out.bias, ", f"... ({len(weights) - 1} in all)")
 
 
 def test_a_tensor_of_another_shape(folder: Path) -> None:
@@ -325,3 +340,39 @@ def test_a_hub_id_without_a_network(error: Exception, words: str, monkeypatch: p
 def test_a_hub_id_that_is_there(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tiny))
     assert load_checkpoint("owner/tiny").sha256 == load_checkpoint(tiny).sha256
+
+
+WHOLE, SHARD = SAFETENSORS, "diffusion_pytorch_model-00001-of-00002.safetensors"
+HALF, HALF_SHARD = (name.replace("_model", "_model.fp16") for name in (WHOLE, SHARD))
+
+
+@pytest.mark.parametrize(
+    ("held", "fetched"),
+    [
+        ({"unet": [WHOLE, HALF], "vae": [WHOLE]}, {"unet": [WHOLE], "vae": [WHOLE]}),
+        ({"transformer": [SHARD, HALF_SHARD], "vae": [WHOLE]}, {"transformer": [SHARD], "vae": [WHOLE]}),
+        ({"unet": [HALF], "vqvae": [WHOLE, HALF]}, {"unet": [HALF], "vqvae": [WHOLE]}),
+        ({"transformer": [HALF_SHARD], "vae": [HALF]}, {"transformer": [HALF_SHARD], "vae": [HALF]}),
+        ({".": [SHARD]}, {".": [SHARD]}),
+        ({"unet": [WHOLE], "controlnet": [SHARD]}, {"unet": [WHOLE], "controlnet": []}),
+        ({"unet": [PICKLE]}, {"unet": []}),
+    ],
+)
+def test_every_part_of_a_hub_id_is_fetched(
+    held: dict[str, list[str]], fetched: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole weights, else shards, else fp16, for each part by itself; a pickle or a part of no use never."""
+
+    def snapshot(_hub_id: str, allow_patterns: list[str]) -> str:
+        for part, names in held.items():
+            for name in (CONFIG, *names):
+                path = PurePosixPath(part) / name
+                if any(fnmatch(str(path), pattern) for pattern in allow_patterns):
+                    (tmp_path / path).parent.mkdir(exist_ok=True)
+                    (tmp_path / path).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert download("owner/name") == tmp_path
+    for part, names in fetched.items():
+        assert sorted(path.name for path in (tmp_path / part).iterdir()) == sorted([CONFIG, *names])

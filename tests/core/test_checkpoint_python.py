@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from mmd_export.build import BuildOptions, build
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.checkpoints.gradient import GradientDenoiser
 from mmd_export.errors import UsageError
+from mmd_export.network_options import NetworkOptions
 from mmd_export.program import export_program
 from mmd_export.reference import run_chain, sampler_of
 from tests import foreign_nets
@@ -70,6 +72,49 @@ def test_the_hash_follows_the_weights() -> None:
             assert load_checkpoint(f"{NETS}:network").sha256 != first
         finally:
             foreign_nets.network.last.weight[0, 0, 0, 0] -= 1
+
+
+# --- latents and what else a network is told
+
+
+def test_a_latent_that_is_told_a_text(tmp_path: Path) -> None:
+    """Conditions go by name, labels by place; the state leaves the graph as it is, beyond 1 too."""
+    checkpoint = load_checkpoint(f"{NETS}:Told")
+    assert [(each.name, each.dtype, each.shape, each.below) for each in checkpoint.conditions] == [
+        ("class_labels", "int64", (), 4),
+        ("encoder_hidden_states", "float32", (3, 6), None),
+        ("encoder_attention_mask", "int64", (3,), 2),
+    ]
+    assert (checkpoint.latent, checkpoint.warnings) == (True, ())
+    bundle = build(BuildOptions(f"{NETS}:Told", "onnx", tmp_path / "b", steps=2))
+    assert bundle.manifest.parity is not None
+    assert max(bundle.manifest.parity.values()) <= 1e-5
+    assert bundle.manifest.plan["clamp_output"] is False
+    golden = bundle.golden()
+    np.testing.assert_array_equal(golden.sample, golden.states[-1])
+    assert np.abs(golden.sample).max() > 1
+
+
+def test_guidance_away_from_a_text() -> None:
+    options = NetworkOptions(guidance_scale=2.0, null_label=0)
+    names = [each.name for each in load_checkpoint(f"{NETS}:Told", network=options).conditions]
+    assert names[3:] == ["negative_prompt_embeds", "negative_prompt_attention_mask"]
+
+
+def test_a_gradient_that_is_told_a_text() -> None:
+    checkpoint = load_checkpoint(f"{NETS}:ToldEnergy")
+    assert isinstance(checkpoint.denoiser, GradientDenoiser)
+    x, t = inputs(replace(checkpoint, conditions=()))
+    told = {each.name: torch.from_numpy(each.examples(5, len(x))) for each in checkpoint.conditions}
+    expected = foreign_nets.ToldEnergy()(x, t, **told).detach()
+    with torch.inference_mode():
+        assert torch.allclose(checkpoint.denoiser(x, t, **told), expected, atol=1e-5)
+
+
+def test_channels_that_are_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(foreign_nets.Told, "latent")
+    (warning,) = load_checkpoint(f"{NETS}:Told").warnings
+    assert "has 4 channels: taken for pixels in [-1, 1] and clamped; or say latent = True" in warning
 
 
 # --- gradients of energies
@@ -163,8 +208,13 @@ REFUSED = {
     "Damaged": r"first.weight holds NaN or infinity",
     "Shapeless": r"sample_shape is None; \(channels, height, width\) is expected",
     "OddClasses": r"num_classes is 'ten'; a positive whole number",
+    "EdmOfAnother": r"preconditioned is True, DDIMScheduler expects v_prediction; D\(x; sigma\) goes with EDMEuler",
+    "OddLatent": r"latent is 'yes'; True or False",
+    "OddCondition": r"conditions\['text'\] is \(3, 'wide'\); a shape without the batch",
+    "TakenCondition": r"conditions names 'noise', which is taken",
+    "UnusedCondition": r"fails on \(x, timestep, text\) of .*: TypeError",
     "OddScheduler": r"OddScheduler: scheduler: beta_schedule 'quadratic' is not supported",
-    "Disagreeing": r"says prediction_type 'epsilon', its scheduler_config 'v_prediction'",
+    "Disagreeing": r"says prediction_type 'epsilon', the scheduler 'v_prediction'",
     "number": r"is int; an nn.Module or a function",
     "makes_a_number": r"makes int; an nn.Module is expected",
     "needs_arguments": r"calling it without arguments fails: TypeError",

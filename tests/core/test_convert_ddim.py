@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mmd_export.checkpoint import Checkpoint, load_checkpoint, load_matching
 from mmd_export.denoiser import DiffusersUNet
 from mmd_export.errors import UsageError
 from mmd_export.manifest import CheckpointRef
+from mmd_export.schedule import SchedulerConfig
 from tests.original_unet import OriginalUNet, embedding, random_unet
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -153,6 +155,28 @@ def test_the_published_models(name: str, tmp_path: Path) -> None:
     assert not any("is a guess" in warning for warning in checkpoint.warnings)
 
 
+def test_a_scheduler_from_a_file(tmp_path: Path) -> None:
+    """What no option reaches: solver order, Karras sigmas, betas, prediction type; all in the folder that is made."""
+    path, file = save(tmp_path, small()), tmp_path / "scheduler_config.json"
+    settings = {
+        "solver_order": 3,
+        "use_karras_sigmas": True,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction",
+    }
+    file.write_text(json.dumps({"_class_name": "DPMSolverMultistepScheduler", **settings}))
+    checkpoint = load_checkpoint(f"ddim:{path}?sample_size=8&scheduler={file}")
+    assert {key: checkpoint.scheduler[key] for key in settings} == settings
+    assert checkpoint.plan_for(3).settings["solver_order"] == 3
+    assert not any("scheduler" in warning for warning in checkpoint.warnings)
+    assert checkpoint.sha256 != load(path).sha256
+    written = tmp_path / "written.json"
+    written.write_bytes(checkpoint.configs["scheduler/scheduler_config.json"])
+    assert SchedulerConfig.from_file(written) == checkpoint.scheduler
+    file.write_text('{"_class_name": "NoSuchScheduler"}')
+    refused(f"{path}?sample_size=8&scheduler={file}", "'NoSuchScheduler' is not supported")
+
+
 def test_the_image_size(tmp_path: Path) -> None:
     path = save(tmp_path, small(attend=(1,)))
     guessed = load_checkpoint(f"ddim:{path}")
@@ -161,9 +185,9 @@ def test_the_image_size(tmp_path: Path) -> None:
     assert load(path, sample_size=16).shape == (1, 16, 16)
     assert load(path, sample_size=(16, 24)).shape == (1, 16, 24)
     assert load_checkpoint(f"ddim:{path}?sample_size=16x24").shape == (1, 16, 24)
-    refused(path, "--sample-size is 7", "a multiple of 2", sample_size=7)
+    refused(path, "sample_size is 7", "a multiple of 2", sample_size=7)
     refused(f"{path}?sample_size=large", "sample_size is 'large'", "HEIGHTxWIDTH")
-    refused(save(tmp_path, small()), "do not tell the image size; pass --sample-size", "(1, 2)", "none")
+    refused(save(tmp_path, small()), "do not tell the image size; say ?sample_size=N", "(1, 2)", "none")
 
 
 def test_a_diffusers_folder_can_be_made_of_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.errors import UsageError
+from mmd_export.schedule import SchedulerConfig
 from tests.guided_unet import GuidedUNet
 
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
@@ -86,6 +88,28 @@ def test_the_schedule(tmp_path: Path) -> None:
     refused(tmp_path, unet, "num_heads=1&noise_schedule=quadratic", "'quadratic'; known: linear, cosine")
 
 
+def test_how_it_was_trained(tmp_path: Path) -> None:
+    """Linear betas scale with the number of timesteps, as the original's get_named_beta_schedule has it."""
+    unet = random_unet()
+    checkpoint = load(tmp_path, unet, "num_heads=1&diffusion_steps=4000&predict_xstart=true")
+    assert checkpoint.scheduler == SchedulerConfig(
+        num_train_timesteps=4000, beta_start=0.000025, beta_end=0.005, prediction_type="sample"
+    )
+    assert any("linear schedule of 4000 timesteps, sample prediction" in text for text in checkpoint.warnings)
+    assert load(tmp_path, unet, "num_heads=1&predict_xstart=false").scheduler == SchedulerConfig()
+    refused(tmp_path, unet, "num_heads=1&diffusion_steps=20", "diffusion_steps is 20; a whole number above 20")
+
+
+def test_a_scheduler_from_a_file(tmp_path: Path) -> None:
+    file, unet = tmp_path / "scheduler_config.json", random_unet()
+    file.write_text(json.dumps({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}))
+    checkpoint = load(tmp_path, unet, f"num_heads=1&scheduler={file}")
+    assert (checkpoint.scheduler.sampler, checkpoint.scheduler["solver_order"]) == ("dpmsolver", 3)
+    assert not any("scheduler" in text for text in checkpoint.warnings)
+    refused(tmp_path, unet, f"num_heads=1&scheduler={file}&noise_schedule=cosine", "noise_schedule=cosine are both")
+    refused(tmp_path, unet, f"num_heads=1&scheduler={tmp_path / 'none.json'}", "none.json does not exist")
+
+
 def test_learned_variance_is_left_out(tmp_path: Path) -> None:
     unet = random_unet(given=6)
     checkpoint = load(tmp_path, unet, "num_heads=1")
@@ -102,7 +126,7 @@ def test_what_is_not_known_or_does_not_fit(tmp_path: Path) -> None:
     unet = random_unet()
     refused(tmp_path, unet, "", "nothing in them tells the attention heads")
     refused(tmp_path, unet, "num_heads=1", "nothing in them tells the image size", sample_size=None)
-    refused(tmp_path, unet, "num_heads=1", "--sample-size is 7; 2 levels need multiples of 2", sample_size=7)
+    refused(tmp_path, unet, "num_heads=1", "sample_size is 7; 2 levels need multiples of 2", sample_size=7)
     refused(tmp_path, unet, "num_head_channels=24", "num_head_channels is 24, the widths [64]")
     refused(tmp_path, random_unet(attend=(0, 1)), "num_heads=4", "num_heads is 4 with attention at the widths [32, 64]")
     refused(tmp_path, unet, "num_heads=1&dropout=0", "option dropout=0 has no meaning; guided: takes ema, sample_size")
@@ -122,7 +146,7 @@ def test_keys_that_do_not_fit(tmp_path: Path) -> None:
     says({"extra.weight": torch.zeros(1)}, "", "no place for extra.weight")
     says({}, "time_embed.0", "not in the guided-diffusion layout: time_embed.0.weight missing")
     says({}, "input_blocks.2", "input_blocks.2 has no weights (conv_resample is off)")
-    says({}, "middle_block.1.qkv", "tensors are missing")
+    says({}, "middle_block.1.qkv", "missing: ")
     says({"out.2.bias": torch.full((3,), torch.nan)}, "", "holds NaN or infinity")
 
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mmd_export.build import BuildOptions, build
+from mmd_export.checkpoint import load_checkpoint
 from mmd_export.denoiser import AtTimesteps, EdmDenoiser, EdmPreconditioning
 from mmd_export.errors import UsageError
 from mmd_export.plan import Step, StepPlan, Term
+from mmd_export.schedule import SchedulerConfig
+from mmd_export.solvers.edm import edm_sigmas
 from mmd_export.unroll import UnrolledSampler
+from tests import foreign_nets
+from tests.models import save_model
 
 SIGMAS = (80.0, 12.0, 1.5, 0.2, 0.0)
 DATA = 0.5
@@ -88,3 +95,43 @@ def test_exact_properties(sigma: float) -> None:
 def test_levels_that_have_no_numbers(sigma: float, data: float) -> None:
     with pytest.raises(UsageError, match="both must be positive"):
         EdmPreconditioning.at(sigma, data)
+
+
+NETS = "python:tests.foreign_nets"
+
+
+def test_a_network_that_is_d_itself() -> None:
+    """F recovered from D is the F inside it, at every noise level of a plan; the state has all digits that D has."""
+    inner, outer = (load_checkpoint(f"{NETS}:{name}").as_double() for name in ("EdmRawNet", "EdmNet"))
+    plan = outer.plan_for(4)
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for step in plan.steps:
+        timestep = torch.tensor([step.timestep], dtype=torch.float64)
+        raw = inner.denoiser(x, timestep)
+        assert float((outer.denoiser(x, timestep) - raw).abs().max()) <= 1e-11
+
+
+def test_a_preconditioned_module_ships(tmp_path: Path) -> None:
+    """Checkpoint to verified ONNX; the sample is that of Euler's loop in x and D."""
+    bundle = build(BuildOptions(f"{NETS}:EdmNet", "onnx", tmp_path / "b", steps=3))
+    assert bundle.manifest.parity is not None
+    assert max(bundle.manifest.parity.values()) <= 1e-5
+    golden, network = bundle.golden(), foreign_nets.EdmNet().double()
+    sigmas = [*edm_sigmas(SchedulerConfig.from_dict({"_class_name": "EDMEulerScheduler"}), 3), 0.0]
+    x = torch.from_numpy(golden.noise).double() * math.sqrt(80.0**2 + 1)
+    with torch.no_grad():
+        for sigma, after in pairwise(sigmas):
+            clean = network(x, torch.tensor([sigma], dtype=torch.float64))
+            x = x + (after - sigma) * (x - clean) / sigma
+    assert float((x.clamp(-1, 1) - torch.from_numpy(golden.sample)).abs().max()) <= 1e-6
+
+
+def test_a_folder_with_an_edm_scheduler_ships(tmp_path: Path) -> None:
+    """UNet2DModel as F."""
+    settings = {"class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}
+    save_model(tmp_path / "edm", settings, block_out_channels=(4,), down_block_types=("DownBlock2D",),
+               up_block_types=("UpBlock2D",))  # fmt: skip
+    bundle = build(BuildOptions(str(tmp_path / "edm"), "onnx", tmp_path / "b", steps=2))
+    assert bundle.manifest.parity is not None
+    assert max(bundle.manifest.parity.values()) <= 1e-5
+    assert bundle.manifest.plan["prediction_type"] == "edm"

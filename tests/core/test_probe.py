@@ -253,3 +253,5 @@ def test_nothing_stays_patched() -> None:
 def test_timesteps_that_the_class_cannot_take() -> None:
     with pytest.raises(UsageError, match="diffusers' LMSDiscreteScheduler takes none of its own"):
         choose_plan(config_of("LMSDiscreteScheduler"), None, timesteps=(900, 100))
+    with pytest.raises(UsageError, match=r"--spacing mmd-ddm lists timesteps; .* LMSDiscreteScheduler takes none"):
+        choose_plan(config_of("LMSDiscreteScheduler"), 5, spacing="mmd-ddm")

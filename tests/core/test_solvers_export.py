@@ -2,27 +2,73 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
+import torch
+from torch import Tensor, nn
 
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
 from mmd_export.commands.inspect import inspect, plan_rows, plot_plan
+from mmd_export.denoiser import AtTimesteps
 from mmd_export.errors import UsageError
+from mmd_export.noise import sampler_noise
 from mmd_export.parity import artefact_rung
 from mmd_export.plan import StepPlan
 from mmd_export.plan_options import PlanOptions
 from mmd_export.plan_picture import weight_series
+from mmd_export.program import export_program
 from mmd_export.runtime import RunOptions
 from mmd_export.schedule import SchedulerConfig
 from mmd_export.solvers import make_plan
+from mmd_export.targets import CompileOptions, get_target
+from mmd_export.unroll import UnrolledSampler
 from mmd_runtime.registry import get_runtime
 
 SAMPLERS = ("heun", "dpmsolver", "dpmsolver-sde")
 STEPS = 3
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "TCDScheduler": {},
+    "DEISMultistepScheduler": {"solver_order": 3},
+    "DPMSolverSinglestepScheduler": {},
+    "EDMEulerScheduler": {},
+    "EDMDPMSolverMultistepScheduler": {"algorithm_type": "sde-dpmsolver++"},
+    "FlowMatchHeunDiscreteScheduler": {"shift": 3.0},
+    "CMStochasticIterativeScheduler": {},
+}
+
+
+class Wave(nn.Module):
+    """The smallest network: nonlinear, different at every timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return torch.tanh(self.slope * x + torch.sin(timestep.to(x.dtype)).reshape(1, 1, 1, 1)) + 0.1 * x
+
+
+@pytest.mark.parametrize("class_name", OTHERS)
+def test_the_graph_is_the_unrolled_sampler(class_name: str, tmp_path: Path) -> None:
+    config = SchedulerConfig.from_dict({"_class_name": class_name, **OTHERS[class_name]})
+    plan = replace(make_plan(config, 4), clamp_output=False)
+    network, shape = Wave().eval().requires_grad_(False), (1, 4, 4)
+    get_target("onnx").compile(export_program(network, plan, shape, 2), tmp_path, CompileOptions())
+    inputs = sampler_noise(5, 2, shape, plan.noisy_steps)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert {value.name for value in session.get_inputs()} == set(inputs)
+    (found,) = session.run(["sample"], inputs)
+    sampler = UnrolledSampler(AtTimesteps(network, plan.timesteps), plan)
+    expected = sampler(**{name: torch.from_numpy(array) for name, array in inputs.items()}).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * max(1.0, float(np.abs(expected).max())))
 
 
 @pytest.fixture(scope="module", params=SAMPLERS)

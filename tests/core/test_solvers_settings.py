@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
+from mmd_export.checkpoints.agreement import require_agreement, require_same_prediction
 from mmd_export.diffusers_loop import scheduler_class
 from mmd_export.errors import UsageError
 from mmd_export.plans import choose_plan, plan_again
 from mmd_export.schedule import SchedulerConfig
-from mmd_export.scheduler_keys import CLASSES, KEYS
+from mmd_export.scheduler_keys import CLASSES, FIXED_PREDICTION, KEYS
 from mmd_export.solvers import SOLVERS, make_plan
 from mmd_export.solvers.beta_quantile import beta_quantile
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 THRESHOLDING = {"thresholding", "dynamic_thresholding_ratio", "sample_max_value"}
 
 
@@ -87,10 +89,59 @@ def test_another_sampler_for_the_same_model(sampler: str) -> None:
     config = config_of("DDIMScheduler", beta_schedule="scaled_linear", prediction_type="v_prediction", beta_end=0.012)
     plan = make_plan(config, 4, sampler=sampler)
     assert plan.solver == sampler
-    if sampler in ("euler", "dpmsolver", "unipc", "lcm", "deis"):
-        assert plan.prediction_type == "v_prediction"
-        assert plan.settings["beta_schedule"] == "scaled_linear"
     assert plan_again(plan, config).digest() == plan.digest()
+    if sampler in FIXED_PREDICTION:
+        with pytest.raises(UsageError, match=f"m: the model predicts v_prediction, --sampler {sampler} expects "):
+            require_same_prediction(config, sampler, "m")
+        return
+    require_same_prediction(config, sampler, "m")
+    assert plan.prediction_type == "v_prediction"
+    assert plan.settings["beta_schedule"] == "scaled_linear"
+
+
+@pytest.mark.parametrize(
+    ("class_name", "settings", "fits", "differs"),
+    [
+        ("DDIMScheduler", {}, ("ddpm", "lcm", "sa-solver"), ("flow-euler", "consistency", "edm-euler", "scm", "ipndm")),
+        ("DDIMScheduler", {"prediction_type": "v_prediction"}, ("euler",), ("edm-euler", "edm-dpmsolver", "flow-heun")),
+        ("FlowMatchEulerDiscreteScheduler", {}, ("flow-heun",), ("ddim", "dpmsolver", "edm-euler")),
+        ("UniPCMultistepScheduler", FLOW, ("flow-euler", "dpmsolver"), ("consistency",)),
+        ("EDMEulerScheduler", {}, ("edm-dpmsolver",), ("ddim", "euler", "flow-euler", "consistency")),
+        ("CMStochasticIterativeScheduler", {}, ("consistency",), ("edm-euler", "ddim")),
+        ("EDMEulerScheduler", {"prediction_type": "v_prediction"}, ("edm-dpmsolver",), ("consistency", "ddim")),
+        ("SCMScheduler", {}, ("scm",), ("consistency",)),
+    ],
+)  # fmt: skip
+def test_a_sampler_of_another_kind(
+    class_name: str, settings: dict[str, Any], fits: tuple[str, ...], differs: tuple[str, ...]
+) -> None:
+    """Flow, EDM and trigonometric networks say what they predict by the class of their scheduler alone."""
+    config = config_of(class_name, **settings)
+    for sampler in fits:
+        require_same_prediction(config, sampler, "m")
+    for sampler in differs:
+        with pytest.raises(UsageError, match=rf"predicts {config.predicts}, --sampler {sampler} expects [a-z]"):
+            require_same_prediction(config, sampler, "m")
+
+
+@pytest.mark.parametrize(
+    ("class_name", "settings", "stated", "other"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}, ("flow_prediction",), "epsilon"),
+        ("UniPCMultistepScheduler", FLOW, ("flow_prediction",), "epsilon"),
+        ("EDMEulerScheduler", {}, ("epsilon", "edm"), "v_prediction"),
+        ("CMStochasticIterativeScheduler", {}, ("edm", "consistency_function"), "sample"),
+        ("DDIMScheduler", {}, ("epsilon",), "v_prediction"),
+    ],
+)
+def test_the_prediction_that_a_network_states(
+    class_name: str, settings: dict[str, Any], stated: tuple[str, ...], other: str
+) -> None:
+    config = config_of(class_name, **settings)
+    for kind in (None, *stated):
+        require_agreement({"prediction_type": kind}, config, "config.json")
+    with pytest.raises(UsageError, match=f"says prediction_type '{other}', the scheduler '{config.predicts}'"):
+        require_agreement({"prediction_type": other}, config, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -181,6 +232,12 @@ def test_timesteps_that_are_no_grid(sampler: str, timesteps: tuple[int, ...], wo
     refused("DDIMScheduler", {}, *words, steps=None, sampler=sampler, timesteps=timesteps)
 
 
+@pytest.mark.parametrize("timesteps", [(1001, 3), (500, 0), (500, -1.5)])
+def test_timesteps_that_no_flow_visits(timesteps: tuple[float, ...]) -> None:
+    words = f"holds {next(t for t in timesteps if not 0 < t <= 1000)}; ", "up to 1000, noise"
+    refused("FlowMatchEulerDiscreteScheduler", {}, *words, steps=None, timesteps=timesteps)
+
+
 @pytest.mark.parametrize(
     ("class_name", "settings", "options", "words"),
     [
@@ -188,7 +245,23 @@ def test_timesteps_that_are_no_grid(sampler: str, timesteps: tuple[int, ...], wo
         ("DDIMScheduler", {}, {"steps": None}, ("--steps is missing",)),
         ("DDIMScheduler", {}, {"steps": None, "timesteps": (9,), "spacing": "trailing"}, ("trailing", "choose")),
         ("DDIMScheduler", {}, {"steps": 5, "sampler": "edm-euler", "spacing": "mmd-ddm"}, ("grid of its own",)),
+        ("FlowMatchEulerDiscreteScheduler", {}, {"steps": 5, "spacing": "mmd-ddm"}, ("mmd-ddm", "flow-euler", "list")),
+        ("CMStochasticIterativeScheduler", {}, {"steps": 5, "spacing": "mmd-ddm"}, ("mmd-ddm", "consistency", "list")),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, {"steps": 5, "spacing": "mmd-ddm"},
+         ("--spacing mmd-ddm", "use_karras_sigmas")),
+        ("UniPCMultistepScheduler", FLOW, {"steps": 5, "spacing": "mmd-ddm"},
+         ("--spacing mmd-ddm", "use_flow_sigmas")),
+        ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, {"steps": None, "timesteps": (9, 3)},
+         ("--timesteps", "use_lu_lambdas")),
+        ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, {"steps": 5, "spacing": "mmd-ddm"},
+         ("--spacing mmd-ddm", "use_lu_lambdas")),
+        ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, {"steps": None, "timesteps": (9, 3)},
+         ("--timesteps", "log_linear")),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"},
+         {"steps": None, "timesteps": (9, 3)}, ("--timesteps", "continuous")),
         ("PNDMScheduler", {}, {"steps": None, "timesteps": (9, 3)}, ("pndm", "grid of its own")),
+        ("SCMScheduler", {}, {"steps": None, "timesteps": (2, 1)}, ("scm", "grid of its own")),
+        ("DDIMScheduler", {}, {"steps": None, "timesteps": (9.5, 3)}, ("9.5", "ddim takes whole numbers")),
         ("PNDMScheduler", {}, {"steps": 3}, ("--steps is 3", "4 or more", "skip_prk_steps")),
         ("LCMScheduler", {}, {"steps": 4, "spacing": "trailing"}, ("--spacing trailing", "lcm")),
         ("FlowMatchEulerDiscreteScheduler", {}, {"steps": 4, "spacing": "linspace"}, ("linspace", "flow-euler")),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmd_export.checkpoint import load_checkpoint
 from mmd_export.checkpoints.gradient import GradientDenoiser
+from mmd_export.checkpoints.static import Signature
 from mmd_export.conditions import class_condition
 from mmd_export.denoiser import AtTimesteps, DiffusersUNet
 from mmd_export.errors import UsageError
@@ -99,7 +100,7 @@ class Stepwise(nn.Module):
 @pytest.mark.parametrize("timesteps", [(7.0, 2.5), (2.5, 7.0), (7.0, 2.0)])
 def test_whole_and_fractional_timesteps_in_one_plan(timesteps: tuple[float, ...]) -> None:
     x, _ = example("plain", 2)
-    traced = GradientDenoiser(Stepwise(), (1, 8, 8), None, "stepwise")
+    traced = GradientDenoiser(Stepwise(), Signature((1, 8, 8)), "stepwise")
     plain, folded = AtTimesteps(Stepwise(), timesteps), specialise(traced, timesteps, x, dynamic_batch=True)
     for k in range(len(timesteps)):
         assert torch.equal(folded(x, k), plain(x, k))

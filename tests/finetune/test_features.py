@@ -126,7 +126,7 @@ def damaged(tmp_path: Path, kind: str) -> None:
     ("kind", "said"),
     [
         ("nan", "head.bias holds NaN"),
-        ("missing", "1 tensors are missing, first 'head.bias'"),
+        ("missing", "do not fit the config; missing: head.bias"),
         ("shape", r"head.bias is \(11,\), the config says \(10,\)"),
         ("truncated", "cannot be read"),
     ],

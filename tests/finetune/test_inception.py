@@ -181,8 +181,8 @@ def damage(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("missing", "1 tensors are missing, first 'Mixed_6c.branch1x1.bn.bias'"),
-        ("more", "1 tensors are unexpected, first 'AuxLogits.fc.weight'"),
+        ("missing", "missing: Mixed_6c.branch1x1.bn.bias"),
+        ("more", "unexpected: AuxLogits.fc.weight"),
         ("shape", r"fc\.weight is \(1000, 2048\), the config says \(1008, 2048\)"),
         ("nan", "Mixed_7c.branch_pool.bn.weight holds NaN"),
     ],
