@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from mmd_export.errors import MmdExportError, UsageError
 from mmd_export.unroll import UnrolledSampler
 from mmd_finetune.files import clear_write_errors
-from mmd_finetune.interrupts import Interrupts
+from mmd_finetune.interrupts import Interrupts, StoppedError
 from mmd_finetune.noise_ahead import NoiseAhead
 from mmd_finetune.objective import add_gradient, blamed, require_same_gradient
 from mmd_finetune.run_folder import RunFolder, RunResult, differences
@@ -40,17 +41,25 @@ class Report:
 Observer = Callable[[Report], None]
 
 
-def tune(settings: FinetuneSettings, *, resume: bool = False, observer: Observer | None = None) -> RunResult:
+class NotFiniteError(MmdExportError):
+    """A loss, a gradient or a distance is NaN or infinite."""
+
+
+def tune(
+    settings: FinetuneSettings, *, resume: bool = False, finish: bool = False, observer: Observer | None = None
+) -> RunResult:
     """Tune ``settings.model`` for one step budget and leave a run folder.
 
     With ``resume`` a run that was killed continues to the same weights, a finished one returns its result, and one that
-    never began begins. Ctrl-C and SIGTERM save first, then raise KeyboardInterrupt. Of several processes (torchrun)
-    each does its share of every batch; the first one writes and calls ``observer``.
+    never began begins; with ``finish`` too it is not tuned on: the best average so far becomes its result. Ctrl-C and
+    SIGTERM save first, then raise KeyboardInterrupt. Of several processes (torchrun) each does its share of every
+    batch; the first one writes and calls ``observer``.
     Raises UsageError for what cannot be run, and MmdExportError if the loss stops being finite or the disk is full.
     """
-    with open_world(settings.device) as world:
-        folder = RunFolder(settings.out)
-        world.first_does(lambda: folder.require_usable(resume=resume))
+    if finish and not resume:
+        raise UsageError("--finish ends a run that was stopped; give --resume with it")
+    with open_world(settings.device) as world, closing(RunFolder(settings.out)) as folder:
+        world.first_does(lambda: folder.require_usable(settings, resume=resume, finish=finish))
         task = world.together(lambda: prepare(settings, world))
         _require_same(task)
         with clear_write_errors(settings.out, "the last saved state is kept"):
@@ -63,9 +72,10 @@ def tune(settings: FinetuneSettings, *, resume: bool = False, observer: Observer
             state.share(world)
             if world.first_does(folder.state_file.is_file):
                 state.load(folder.state_file, world)
-            devices = [task.device] if task.device.type == "cuda" else []
-            with Interrupts(patient=world.size > 1) as interrupts, torch.random.fork_rng(devices):
-                _run(Run(task, state, sampler, folder, observer or (lambda _: None)), interrupts)
+            if not finish:
+                devices = [task.device] if task.device.type == "cuda" else []
+                with Interrupts(patient=world.size > 1) as interrupts, torch.random.fork_rng(devices):
+                    _run(Run(task, state, sampler, folder, observer or (lambda _: None)), interrupts)
             return _finish(folder, task, state)
 
 
@@ -82,6 +92,15 @@ class Run:
     def save(self) -> None:
         """In the first process; all learn if it failed."""
         self.task.world.first_does(lambda: self.state.save(self.folder.state_file))
+
+    def save_stopped(self) -> None:
+        """The state of the iterations that are done, if it is good, and their curve, where a run ends early."""
+        self.task.world.first_does(self._save_good)
+
+    def _save_good(self) -> None:
+        if self.state.is_finite:
+            self.state.save(self.folder.state_file)
+        self.folder.draw_curve()
 
     def log(self, **values: Any) -> None:
         """One line, in the first process; all learn if it failed."""
@@ -135,7 +154,7 @@ def _run(run: Run, interrupts: Interrupts) -> None:
     with NoiseAhead(task.noise_of, settings.iterations) as noise_of:
         while not _is_done(settings, state.progress) and not task.world.any(interrupts.pending):
             iteration = state.progress.iteration
-            losses, norm = iterate(task, state, run.sampler, iteration, noise_of(iteration))
+            losses, norm = _step(run, iteration, noise_of(iteration), interrupts)
             seconds = time.perf_counter() - started
             progress = state.progress = replace(state.progress, iteration=iteration + 1, seconds=seconds)
             due = progress.iteration % settings.evaluate_every == 0 or progress.iteration == settings.iterations
@@ -145,8 +164,17 @@ def _run(run: Run, interrupts: Interrupts) -> None:
             if due:
                 run.save()
     if task.world.any(interrupts.pending):
-        run.save()
+        run.save_stopped()
         raise KeyboardInterrupt
+
+
+def _step(run: Run, iteration: int, noise: dict[str, Tensor], interrupts: Interrupts) -> tuple[dict[str, float], float]:
+    """``iterate``; where it ends before the optimiser's step, the iterations before it are saved."""
+    try:
+        return iterate(run.task, run.state, run.sampler, iteration, noise, give_way=interrupts.give_way)
+    except (NotFiniteError, StoppedError):
+        run.save_stopped()
+        raise
 
 
 def _finish(folder: RunFolder, task: Task, state: TuningState) -> RunResult:
@@ -170,12 +198,21 @@ def _first(task: Task, state: TuningState) -> tuple[Progress, dict[str, Any]]:
 
 
 def iterate(
-    task: Task, state: TuningState, sampler: UnrolledSampler, iteration: int, noise: dict[str, Tensor] | None = None
+    task: Task,
+    state: TuningState,
+    sampler: UnrolledSampler,
+    iteration: int,
+    noise: dict[str, Tensor] | None = None,
+    *,
+    give_way: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], float]:
-    """One Adam step; the MMD^2 by encoder, and the norm of the gradient before it was clipped."""
+    """One Adam step; the MMD^2 by encoder, and the norm of the gradient before it was clipped.
+
+    ``give_way`` is called before every micro-batch; what it or this function raises leaves ``state`` as it was.
+    """
     settings, noise = task.settings, noise or task.noise_of(iteration)
     state.optimiser.zero_grad()
-    losses = add_gradient(task, sampler, noise, iteration)
+    losses = add_gradient(task, sampler, noise, iteration, give_way=give_way)
     values = {name: float(loss) for name, loss in losses.items()}
     _require_finite("loss", values, iteration)
     task.world.sum_gradients(state.parameters.values())
@@ -219,7 +256,8 @@ def _measure(task: Task, denoiser: nn.Module, iteration: int) -> dict[str, Any]:
 def _require_finite(what: str, by_encoder: dict[str, float], iteration: int) -> None:
     bad = [name for name, value in by_encoder.items() if not math.isfinite(value)]
     if bad:
-        raise MmdExportError(
-            f"iteration {iteration}: the {what} is {by_encoder[bad[0]]} (encoder {', '.join(bad)}); the last saved "
-            "state is kept; start again into another --out with a lower --lr"
+        raise NotFiniteError(
+            f"iteration {iteration}: the {what} is {by_encoder[bad[0]]} (encoder {', '.join(bad)}); the last good "
+            "state is kept: --resume --finish ends with the best weights so far, or start again into another --out "
+            "with a lower --lr"
         )

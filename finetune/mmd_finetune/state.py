@@ -62,6 +62,11 @@ class TuningState:
         """A copy of the average's weights."""
         return {name: tensor.detach().clone() for name, tensor in self.average.state_dict().items()}
 
+    @property
+    def is_finite(self) -> bool:
+        """No weight, average or moment is NaN or infinite."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self._tensors().values())
+
     def save(self, path: Path) -> None:
         """Write everything into one file, whole or not at all; raises OSError."""
         assert self.progress is not None, "a run is saved after its first evaluation"
