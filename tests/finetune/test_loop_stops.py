@@ -28,6 +28,7 @@ from mmd_finetune.run_folder import RunFolder
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import Task
+from mmd_finetune.world import World
 from tests.finetune.runs import changed, log_of, same_weights, weights_of, without_seconds
 
 
@@ -174,7 +175,12 @@ def test_weights_that_are_not_finite_are_not_saved(
 
     states: list[TuningState] = []
     share = TuningState.share
-    monkeypatch.setattr(TuningState, "share", lambda self, world: (states.append(self), share(self, world))[1])
+
+    def remember(self: TuningState, world: World) -> None:
+        states.append(self)
+        share(self, world)
+
+    monkeypatch.setattr(TuningState, "share", remember)
     with pytest.raises(MmdExportError, match="iteration 5"):
         tune(tiny_settings, observer=break_weights)
     assert saved_iteration(tiny_settings) == 4
