@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmd_export.errors import MmdExportError, UsageError
 from mmd_export.unroll import UnrolledSampler
+from mmd_finetune.compute import full_float32
 from mmd_finetune.files import clear_write_errors
 from mmd_finetune.interrupts import Interrupts, StoppedError
 from mmd_finetune.noise_ahead import NoiseAhead
@@ -58,7 +59,7 @@ def tune(
     """
     if finish and not resume:
         raise UsageError("--finish ends a run that was stopped; give --resume with it")
-    with open_world(settings.device) as world, closing(RunFolder(settings.out)) as folder:
+    with open_world(settings.device) as world, closing(RunFolder(settings.out)) as folder, full_float32():
         world.first_does(lambda: folder.require_usable(settings, resume=resume, finish=finish))
         task = world.together(lambda: prepare(settings, world))
         _require_same(task)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmd_export.commands.sample import SampleOptions, draw
 from mmd_export.errors import UsageError
+from mmd_finetune.compute import full_float32
 from mmd_finetune.data import DIGITS, load_images
 from mmd_finetune.digits import load_digits_split
 from mmd_finetune.features import Encoder, load_encoder, require_fit, require_names
@@ -64,6 +65,7 @@ class RealImages:
     held_out: Tensor | None
 
 
+@full_float32()
 def evaluate(
     options: SampleOptions, scoring: Scoring, observe: Observer = lambda _what, _done, _of: None
 ) -> dict[str, Any]:
