@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from mmd_export.errors import UsageError
 from mmd_finetune.array_files import ARRAYS, Pixels, as_bytes, as_floats, from_array, is_idx, read_array, read_idx
@@ -28,13 +29,13 @@ class DataOptions:
             keeps the middle, stretch all of it. None refuses images of another size.
         crop: (left, top, width, height) cut out of every image first.
         flip: also take the mirror image of every image, which doubles their number.
-        holdout_fraction: share of the images that only scores.
+        holdout_fraction: share of the images that only scores, 0 to below 1.
     """
 
     resize: Literal["crop", "stretch"] | None = None
     crop: tuple[int, int, int, int] | None = None
     flip: bool = False
-    holdout_fraction: float = 0.0
+    holdout_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
 
 AS_THEY_ARE = DataOptions()
