@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from mmd_finetune.task import Task
 from mmd_finetune.trainable import Trainable
 
 SHEET_IMAGES = 100
+RESAMPLES = 200
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class RunResult:
     """What a run reached: held-out Frechet distances on noise that was used for neither tuning nor choosing.
 
     ``held_out_before`` and ``held_out_after`` are those of the encoder that decided; ``held_out`` has all of them, by
-    encoder, as (before, after).
+    encoder, as (before, after). ``metrics`` are the further ones of the settings on the same samples: encoder -> name
+    -> ``before`` and ``after``, each with ``value``, ``low`` and ``high``.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class RunResult:
     held_out_after: float
     held_out: dict[str, tuple[float, float]]
     seconds: float
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -190,6 +193,7 @@ class RunFolder:
             held_out_after=last[task.holdout.name],
             held_out={name: (first[name], last[name]) for name in first},
             seconds=round(progress.seconds, 3),
+            metrics=_metrics(task, before, after),
         )
         shutil.rmtree(self._final, ignore_errors=True)
         self._final.mkdir()
@@ -221,6 +225,19 @@ class RunFolder:
         """Remove what only an unfinished run needs."""
         shutil.rmtree(self._final, ignore_errors=True)
         self.state_file.unlink(missing_ok=True)
+
+
+def _metrics(task: Task, before: Tensor, after: Tensor) -> dict[str, dict[str, Any]]:
+    """By encoder and name, where both sides could be measured."""
+    first, last = (task.metrics_with_intervals(images, RESAMPLES) for images in (before, after))
+    return {
+        encoder: {
+            name: {"before": first[encoder][name].to_dict(), "after": found.to_dict()}
+            for name, found in by_name.items()
+            if name in first[encoder]
+        }
+        for encoder, by_name in last.items()
+    }
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

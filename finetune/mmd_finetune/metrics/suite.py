@@ -104,10 +104,17 @@ def parse_metrics(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def require_while_tuning(names: Sequence[str]) -> None:
-    """Raise ValueError unless the metrics can be measured during a run, which sees training images only."""
-    able = [name for name, metric in METRICS.items() if not metric.needs_split]
+def needs_split(names: Sequence[str]) -> bool:
+    """Whether one of the metrics compares with training and with held-out images."""
+    return any(METRICS[name].needs_split for name in names)
+
+
+def require_while_tuning(names: Sequence[str], *, split: bool = False) -> None:
+    """Raise ValueError unless a run can measure the metrics; some only where it holds images out (``split``)."""
+    able = [name for name, metric in METRICS.items() if split or not metric.needs_split]
     for name in names:
+        if name in METRICS and name not in able:
+            raise ValueError(f"{name!r} is not one of {', '.join(able)}; with a holdout_fraction it can be measured")
         if name not in able or list(names).count(name) > 1:
             raise ValueError(f"{name!r} is not one of {', '.join(able)}, or is named twice")
 
