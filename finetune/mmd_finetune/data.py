@@ -124,14 +124,18 @@ def _load(spec: str, options: DataOptions, shape: tuple[int, int, int] | None) -
     return fit.array(from_array(read_array(path), spec), spec)
 
 
-def require_images(images: Pixels, spec: str, shape: tuple[int, int, int], batch: int) -> None:
-    """Raise UsageError unless the images are (C, H, W) as the model makes them, and at least ``batch`` many."""
+def require_images(
+    images: Pixels, spec: str, shape: tuple[int, int, int], batch: int, *, mirrored: bool = False
+) -> None:
+    """Raise UsageError unless the images are (C, H, W) as the model makes them, and at least ``batch`` many.
+
+    ``mirrored``: half of them are mirror images, which do not count.
+    """
     if images.shape[1:] != shape:
         raise UsageError(
             f"--data {spec}: images are {tuple(images.shape[1:])}, the model makes {shape} (channels, height, width)"
             + ("; pass --resize crop or stretch" if images.shape[1] == shape[0] else "")
         )
-    if len(images) < batch:
-        raise UsageError(
-            f"--data {spec}: {len(images)} images for a batch of {batch}; bring more or lower --batch-size"
-        )
+    count = len(images) // 2 if mirrored else len(images)
+    if count < batch:
+        raise UsageError(f"--data {spec}: {count} images for a batch of {batch}; bring more or lower --batch-size")

@@ -173,7 +173,7 @@ class Task:
         return {holdout.encoder.name: _distance(holdout, images) for holdout in self.holdouts}
 
     def further_metrics(self, images: Tensor) -> dict[str, Any]:
-        """``metrics_by_encoder``, encoder -> name -> value, and ``metrics``, those of the one that decides, for the log.
+        """For the log ``metrics_by_encoder``, encoder -> name -> value, and ``metrics``, those of the one that decides.
 
         Empty if the settings name none.
         """
@@ -250,7 +250,7 @@ def prepare(settings: FinetuneSettings, world: World | None = None) -> Task:
     holdouts = load_encoders(settings.holdout, base.shape, device, gradient=False)
     require_names((*encoders, *holdouts))
     images = load_real(settings.data, settings.data_options(), base.shape)
-    require_images(images.train, settings.data, base.shape, settings.batch_size)
+    require_images(images.train, settings.data, base.shape, settings.batch_size, mirrored=settings.flip)
     _require_measurable(settings, images)
     base.denoiser.to(device)
     if settings.learn == "plan":
