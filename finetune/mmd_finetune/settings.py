@@ -23,7 +23,8 @@ class FinetuneSettings(BaseModel):
 
     Attributes:
         model: what ``load_checkpoint`` takes.
-        steps: K, the network calls of the sampler that is tuned; ``timesteps`` lists them instead, descending.
+        steps: K, the network calls of the sampler that is tuned; ``timesteps`` lists them instead, descending. A run
+            folder knows its own plan and needs neither.
         out: the run folder.
         sampler: a solver's name; None runs the one of the model's scheduler. ``eta`` and ``spacing`` go with it.
         data: what ``load_images`` takes; ``resize``, ``crop`` and ``flip`` as in ``DataOptions``.
@@ -137,8 +138,6 @@ class FinetuneSettings(BaseModel):
 
     @model_validator(mode="after")
     def _separate(self) -> Self:
-        if self.steps is None and self.timesteps is None:
-            raise ValueError("steps is missing; say how many network calls the sampler makes, or list timesteps")
         for key in ("features", "holdout"):
             names = getattr(self, key)
             if len(set(names)) != len(names):

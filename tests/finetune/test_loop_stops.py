@@ -86,6 +86,7 @@ def test_resume_with_other_settings_is_refused(
         ({"holdout": "vgg"}, "encoder 'vgg' is unknown"),
         ({"sampler": "magic"}, "magic"),
         ({"steps": 1001}, "1 to 1000"),
+        ({"steps": None}, "tiny: --steps is missing"),
         ({"batch_size": 2000}, "1437 images for a batch of 2000"),
     ],
 )
@@ -230,7 +231,7 @@ def test_a_run_folder_is_not_tuned_on_for_another_plan(tiny_settings: FinetuneSe
     with pytest.raises(UsageError, match=r"run: tuned for .*2 steps.*, asked for .*3 steps"):
         tune(changed(tiny_settings, model=str(run), steps=3, out=tmp_path / "more"))
     assert not (tmp_path / "more").exists()
-    again = tune(changed(tiny_settings, model=str(run), iterations=1, out=tmp_path / "same"))
+    again = tune(changed(tiny_settings, model=str(run), steps=None, iterations=1, out=tmp_path / "same"))
     assert again.held_out_before == tune(changed(tiny_settings, iterations=1), resume=True).held_out_after
 
 
