@@ -139,7 +139,9 @@ def finetune(
     ema: Ema = None,
     metrics: Annotated[
         str | None,
-        typer.Option(help="further held-out metrics for the log, as recall,kid; comma-separated", show_default=False),
+        typer.Option(
+            help="further held-out metrics for log and result, as recall,kid; comma-separated", show_default=False
+        ),
     ] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="also write TensorBoard events into the run folder")

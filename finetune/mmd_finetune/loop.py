@@ -41,6 +41,12 @@ class Report:
 
 Observer = Callable[[Report], None]
 
+GO_ON = (
+    "the last good state is kept: --resume --finish ends with the best weights so far, or start again into another "
+    "--out with a lower --lr"
+)
+UNTUNED = "the model gives it before any tuning; choose another --holdout, --steps or --sampler"
+
 
 class NotFiniteError(MmdExportError):
     """A loss, a gradient or a distance is NaN or infinite."""
@@ -249,16 +255,14 @@ def _measure(task: Task, denoiser: nn.Module, iteration: int) -> dict[str, Any]:
     """``held_out``, the distance that decides, that of every held-out encoder, and ``metrics``, on the same samples."""
     images = task.samples(denoiser, SELECTION_SEED)
     distances = task.world.first_does(lambda: task.held_out_distances(images))
-    _require_finite("held-out distance", distances, iteration)
+    _require_finite("held-out distance", distances, iteration, GO_ON if iteration else UNTUNED)
     further = task.world.first_does(lambda: task.further_metrics(images))
     return {"held_out": distances[task.holdout.name], "held_out_by_encoder": distances, **further}
 
 
-def _require_finite(what: str, by_encoder: dict[str, float], iteration: int) -> None:
+def _require_finite(what: str, by_encoder: dict[str, float], iteration: int, next_move: str = GO_ON) -> None:
     bad = [name for name, value in by_encoder.items() if not math.isfinite(value)]
     if bad:
         raise NotFiniteError(
-            f"iteration {iteration}: the {what} is {by_encoder[bad[0]]} (encoder {', '.join(bad)}); the last good "
-            "state is kept: --resume --finish ends with the best weights so far, or start again into another --out "
-            "with a lower --lr"
+            f"iteration {iteration}: the {what} is {by_encoder[bad[0]]} (encoder {', '.join(bad)}); {next_move}"
         )

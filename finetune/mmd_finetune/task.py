@@ -193,7 +193,8 @@ class Task:
         found: dict[str, dict[str, Measured]] = {}
         for holdout in self.holdouts if self.settings.metrics else ():
             features = encode_in_batches(holdout.encoder, images)
-            found[holdout.encoder.name] = by_name = {}
+            by_name: dict[str, Measured] = {}
+            found[holdout.encoder.name] = by_name
             split = holdout.training, None if holdout.training is None else holdout.features
             sets = Features(
                 holdout.encoder.name, holdout.features, features, MetricOptions(resamples=resamples), *split
