@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM wait until the iteration, or of a lone process the micro-batch, is done, and the state saved."""
+"""Ctrl-C and SIGTERM wait until the iteration, or of a lone process the batch in work, is done, and the state saved."""
 
 from __future__ import annotations
 

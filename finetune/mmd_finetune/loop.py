@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -152,7 +152,7 @@ def _run(run: Run, interrupts: Interrupts) -> None:
     """Iterate until the end, the loss of patience, or an interrupt; save after every evaluation."""
     task, state, settings = run.task, run.state, run.task.settings
     if state.progress is None:
-        state.progress, found = _first(task, state)
+        state.progress, found = _first(task, state, interrupts.give_way)
         run.log(**found, loss_weights=dict(task.loss_weights))
         run.save()
     begun = state.progress
@@ -160,14 +160,25 @@ def _run(run: Run, interrupts: Interrupts) -> None:
     held_out = task.world.first_does(lambda: run.folder.continue_log(begun.iteration))
     with NoiseAhead(task.noise_of, settings.iterations) as noise_of:
         while not _is_done(settings, state.progress) and not task.world.any(interrupts.pending):
-            iteration = state.progress.iteration
-            losses, norm = _step(run, iteration, noise_of(iteration), interrupts)
-            seconds = time.perf_counter() - started
-            progress = state.progress = replace(state.progress, iteration=iteration + 1, seconds=seconds)
-            due = progress.iteration % settings.evaluate_every == 0 or progress.iteration == settings.iterations
-            found = _evaluate(task, state) if due else {}
+            with _saving_where_it_ends(run):
+                if state.progress.unmeasured is None:
+                    iteration = state.progress.iteration
+                    losses, norm = iterate(
+                        task, state, run.sampler, iteration, noise_of(iteration), give_way=interrupts.give_way
+                    )
+                    seconds = time.perf_counter() - started
+                    state.progress = replace(
+                        state.progress,
+                        iteration=iteration + 1,
+                        seconds=seconds,
+                        unmeasured={"losses": losses, "gradient": norm},
+                    )
+                done, told = state.progress.iteration, state.progress.unmeasured or {}
+                due = done % settings.evaluate_every == 0 or done == settings.iterations
+                found = _evaluate(task, state, interrupts.give_way) if due else {}
+            state.progress = replace(state.progress, unmeasured=None)
             held_out = found.get("held_out", held_out)
-            run.tell(losses, norm, held_out, found)
+            run.tell(told["losses"], told["gradient"], held_out, found)
             if due:
                 run.save()
     if task.world.any(interrupts.pending):
@@ -175,10 +186,11 @@ def _run(run: Run, interrupts: Interrupts) -> None:
         raise KeyboardInterrupt
 
 
-def _step(run: Run, iteration: int, noise: dict[str, Tensor], interrupts: Interrupts) -> tuple[dict[str, float], float]:
-    """``iterate``; where it ends before the optimiser's step, the iterations before it are saved."""
+@contextmanager
+def _saving_where_it_ends(run: Run) -> Iterator[None]:
+    """Save what is whole if a number is not finite or a signal is heeded: iterations, but for an evaluation due."""
     try:
-        return iterate(run.task, run.state, run.sampler, iteration, noise, give_way=interrupts.give_way)
+        yield
     except (NotFiniteError, StoppedError):
         run.save_stopped()
         raise
@@ -193,14 +205,16 @@ def _finish(folder: RunFolder, task: Task, state: TuningState) -> RunResult:
 
 
 def _is_done(settings: FinetuneSettings, progress: Progress) -> bool:
+    if progress.unmeasured is not None:
+        return False
     idle = (progress.iteration - progress.best_iteration) // settings.evaluate_every
     return progress.iteration >= settings.iterations or (settings.patience is not None and idle >= settings.patience)
 
 
-def _first(task: Task, state: TuningState) -> tuple[Progress, dict[str, Any]]:
+def _first(task: Task, state: TuningState, give_way: Callable[[], None]) -> tuple[Progress, dict[str, Any]]:
     """The untuned sampler's held-out distance, what tuning starts from; and the log's part."""
     started = time.perf_counter()
-    found = _measure(task, state.average, 0)
+    found = _measure(task, state.average, 0, give_way)
     return Progress(0, found["held_out"], found["held_out"], 0, time.perf_counter() - started), found
 
 
@@ -240,20 +254,20 @@ def learning_rate(settings: FinetuneSettings, iteration: int) -> float:
     return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * iteration / settings.iterations))
 
 
-def _evaluate(task: Task, state: TuningState) -> dict[str, Any]:
+def _evaluate(task: Task, state: TuningState, give_way: Callable[[], None]) -> dict[str, Any]:
     """The average on the fixed noise, for the log; keeps its weights if its held-out distance is the best so far."""
     progress = state.progress
     assert progress is not None
-    found = _measure(task, state.average, progress.iteration)
+    found = _measure(task, state.average, progress.iteration, give_way)
     if found["held_out"] < progress.best_distance:
         state.best = state.snapshot()
         state.progress = replace(progress, best_distance=found["held_out"], best_iteration=progress.iteration)
     return found
 
 
-def _measure(task: Task, denoiser: nn.Module, iteration: int) -> dict[str, Any]:
+def _measure(task: Task, denoiser: nn.Module, iteration: int, give_way: Callable[[], None]) -> dict[str, Any]:
     """``held_out``, the distance that decides, that of every held-out encoder, and ``metrics``, on the same samples."""
-    images = task.samples(denoiser, SELECTION_SEED)
+    images = task.samples(denoiser, SELECTION_SEED, give_way=give_way)
     distances = task.world.first_does(lambda: task.held_out_distances(images))
     _require_finite("held-out distance", distances, iteration, GO_ON if iteration else UNTUNED)
     further = task.world.first_does(lambda: task.further_metrics(images))

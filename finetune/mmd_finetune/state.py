@@ -23,13 +23,17 @@ from mmd_finetune.world import World
 
 @dataclass(frozen=True)
 class Progress:
-    """Counters and distances, JSON-ready: ``iteration`` are done; distances are held-out ones of the average."""
+    """Counters and distances, JSON-ready: ``iteration`` are done; distances are held-out ones of the average.
+
+    ``unmeasured``: what the last iteration adds to the log, if its evaluation is still due.
+    """
 
     iteration: int
     first_distance: float
     best_distance: float
     best_iteration: int
     seconds: float
+    unmeasured: dict[str, Any] | None = None
 
 
 class TuningState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -146,10 +146,12 @@ class Task:
         drawn = f"{self.settings.seed} {iteration} {self.world.rank} {part}".encode()
         return int.from_bytes(hashlib.sha256(drawn).digest()[:7], "big")
 
-    def samples(self, denoiser: nn.Module, seed: int, count: int | None = None) -> Tensor:
+    def samples(
+        self, denoiser: nn.Module, seed: int, count: int | None = None, *, give_way: Callable[[], None] = lambda: None
+    ) -> Tensor:
         """Samples (N, C, H, W) of the images 0 ... N - 1 of ``seed``; by default ``evaluate_count`` of them.
 
-        Each process draws its share, all receive all.
+        Each process draws its share, all receive all. ``give_way`` is called before every batch.
         """
         settings = self.settings
         share = self.world.share(count or settings.evaluate_count)
@@ -161,6 +163,7 @@ class Task:
             batch=settings.micro_batch_size or settings.batch_size,
             device=self.device,
             first=share.start,
+            give_way=give_way,
         )
         return self.world.gather(own)[0]
 

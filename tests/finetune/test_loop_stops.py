@@ -24,6 +24,7 @@ from mmd_finetune import features, loop, objective
 from mmd_finetune.features import Encoder, load_encoder
 from mmd_finetune.files import write_json
 from mmd_finetune.loop import Report, tune
+from mmd_finetune.metrics import sampling
 from mmd_finetune.run_folder import RunFolder
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
@@ -307,6 +308,28 @@ def test_a_signal_between_micro_batches_saves_the_iterations_before(
     assert saved_iteration(settings) == 3
     tune(settings, resume=True)
     assert same_weights(settings.out, tune(changed(settings, out=tmp_path / "whole")).folder)
+
+
+def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(
+    tiny_settings: FinetuneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = sampling.sampler_inputs, iter(range(100))
+
+    def inputs(*arguments: Any) -> dict[str, Tensor]:
+        if next(calls) == 4:  # of 16 samples in batches of 8: the untuned ones, iterations 2 and 4
+            deliver(signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(sampling, "sampler_inputs", inputs)
+    with pytest.raises(KeyboardInterrupt):
+        tune(tiny_settings)
+    assert next(calls) == 5  # the second batch was not begun
+    assert saved_iteration(tiny_settings) == 4
+    assert log_of(tiny_settings.out)[-1]["iteration"] == 3
+    tune(tiny_settings, resume=True)
+    whole = tune(changed(tiny_settings, out=tmp_path / "whole"))
+    assert same_weights(tiny_settings.out, whole.folder)
+    assert without_seconds(log_of(tiny_settings.out)) == without_seconds(log_of(whole.folder))
 
 
 def test_the_second_signal_stops_at_once(tiny_settings: FinetuneSettings) -> None:
