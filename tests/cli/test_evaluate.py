@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmd_export.commands import evaluate as commands
 from mmd_export.commands.evaluate import Scoring, evaluate
 from mmd_export.commands.sample import SampleOptions
+from mmd_export.errors import UsageError
 from mmd_finetune.data import DataOptions, load_real
 from mmd_finetune.metrics.suite import METRICS
 from tests.cli.conftest import Command
@@ -172,6 +173,20 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(
     code, _, err = command("evaluate", "digits", "--steps", 1, "--count", 16, *places)
     assert code == 2
     assert told in err
+
+
+def test_no_tf32_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def refuse(_: SampleOptions) -> None:
+        seen.extend((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(commands, "draw", refuse)
+    with pytest.raises(UsageError, match="far enough"):
+        evaluate(SampleOptions("digits", steps=1), Scoring())
+    assert seen == [False, False]
+    assert torch.backends.cudnn.allow_tf32  # torch's default
 
 
 def test_an_encoder_that_does_not_fit_is_refused_before_anything_is_drawn(
