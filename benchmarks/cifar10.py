@@ -31,6 +31,7 @@ from benchmarks.budgets import PAPER, Recipe, Ruler, arguments_of, study  # noqa
 from benchmarks.cells import CellFile  # noqa: E402
 from benchmarks.cifar10_encoders import ENCODERS, load  # noqa: E402
 from benchmarks.common import RESULTS  # noqa: E402
+from mmd_finetune.compute import full_float32  # noqa: E402
 from mmd_finetune.features import load_encoder  # noqa: E402
 from recipes.training import Training, save_script, train_denoiser  # noqa: E402
 
@@ -128,7 +129,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train, tune and measure what is missing in ``arguments.out``; the facts and all cells."""
     gpu = arguments.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     folder = prepare(arguments.runs, arguments.data, device, smoke=arguments.smoke)
     training, held_out = (torch.from_numpy(np.load(folder / f"{name}.npz")["images"]) for name in ("train", "test"))
     training, held_out = (part.float() / 127.5 - 1.0 for part in (training, held_out))
@@ -140,7 +140,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     facts = {"base": {name: trained[name] for name in ("parameters", "seconds")} | trained["curve"][-1],
              "samples": count, "smoke": arguments.smoke}  # fmt: skip
     file = CellFile(arguments.out, "benchmarks/cifar10.py", facts)
-    study(file, ruler, made, arguments, () if arguments.smoke else (50,))
+    with full_float32():  # scores as `evaluate` gives them
+        study(file, ruler, made, arguments, () if arguments.smoke else (50,))
     return {**facts, "cells": file.cells, "tuned_5_at_least_untuned_20": reaches(file.cells, 5, 20)}
 
 

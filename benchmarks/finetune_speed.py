@@ -28,10 +28,12 @@ from torch import nn
 from benchmarks.common import CIFAR10_UNET, RESULTS, ROOT, environment, save_cifar10, save_small, write_result
 from benchmarks.finetune_plain import PlainLoop
 from mmd_export.latency import LatencyReport
+from mmd_finetune.compute import full_float32
 from mmd_finetune.data import load_images
 from mmd_finetune.features import Encoder
 from mmd_finetune.loop import iterate
 from mmd_finetune.noise_ahead import NoiseAhead
+from mmd_finetune.objective import require_same_gradient
 from mmd_finetune.reference import make_reference
 from mmd_finetune.settings import make_settings
 from mmd_finetune.state import TuningState
@@ -101,7 +103,11 @@ def our_step(task: Task) -> Callable[[], float]:
     """One iteration of ``mmd-export finetune``, with everything that belongs to it; gives its loss."""
     state, done = TuningState(task.base.denoiser, task.settings.learning_rate), iter(range(10**9))
     sampler, noise_of = task.tuning_sampler(state.denoiser), NoiseAhead(task.noise_of, 10**9)
+    if task.settings.compile:
+        with full_float32():
+            require_same_gradient(task, state.denoiser, sampler)
 
+    @full_float32()
     def step() -> float:
         iteration = next(done)
         losses, _ = iterate(task, state, sampler, iteration, noise_of(iteration))

@@ -1,4 +1,4 @@
-"""Everything that wants an NVIDIA GPU, in one command: ``make gpu OUT=folder [PART=latency|parity|tune|cifar10]``.
+"""Everything that wants an NVIDIA GPU: ``make gpu OUT=folder [PART=latency|parity|tune|finetune|cifar10]``.
 
 Each part writes ``gpu_<part>.json`` to the folder and is skipped if that file is there, so a broken run goes on where
 it was. Needs torch with CUDA and diffusers; runs from the source tree without an installation. ``--device cpu --smoke``
@@ -9,6 +9,9 @@ tries the code out where there is no GPU and marks its result so. Part ``cifar10
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -259,6 +262,19 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"steps": STEPS, "run": facts}
 
 
+def finetune(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Speed and memory of tuning against the plain loop: ``finetune_speed.py``, in a process of its own."""
+    folder = arguments.out.resolve()
+    out, work = folder / "finetune_speed_cuda.json", folder / "finetune_speed"
+    options = ["--device", arguments.device, "--out", str(out), "--work", str(work)]
+    short = ["--models", "digits", "--rounds", "2"] if arguments.smoke else []
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path[:3])}
+    command = [sys.executable, "-m", "benchmarks.finetune_speed", *options, *short]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    values: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return {"models": values["models"]}
+
+
 def cifar10_budgets(arguments: argparse.Namespace) -> dict[str, Any]:
     """A base model trained and tuned on CIFAR-10, by step budget."""
     from benchmarks import cifar10 as budgets
@@ -283,6 +299,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "parity": parity,
     "latency": latency,
     "tune": tune,
+    "finetune": finetune,
     "cifar10": cifar10_budgets,
 }
 

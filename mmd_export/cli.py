@@ -139,12 +139,17 @@ def finetune(
     ema: Ema = None,
     metrics: Annotated[
         str | None,
-        typer.Option(help="further held-out metrics for the log, as recall,kid; comma-separated", show_default=False),
+        typer.Option(
+            help="further held-out metrics for log and result, as recall,kid; comma-separated", show_default=False
+        ),
     ] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="also write TensorBoard events into the run folder")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="with --resume: end it now, with the best weights so far")
+    ] = False,
     tune_weights: Tune = None,
     lora_rank: LoraRank = None,
     lora_alpha: LoraAlpha = None,
@@ -177,7 +182,7 @@ def finetune(
     settings = make_settings(given, config)
     recorded = tensorboard and is_first_process()
     with ProgressBar() as bar, TensorBoard(settings.out, bar) if recorded else nullcontext(bar) as observer:
-        result = tune(settings, resume=resume, observer=observer)
+        result = tune(settings, resume=resume, finish=finish, observer=observer)
     if not is_first_process():
         return
     at = "" if settings.precision == "fp32" else f" --precision {settings.precision}"
@@ -307,7 +312,7 @@ def run(entry: Callable[..., Any], arguments: list[str] | None = None) -> int:
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         if code == INTERRUPTED:  # typer's answer to KeyboardInterrupt
-            say("interrupted; nothing half-written was left, saved states are kept (finetune --resume)")
+            say("interrupted; nothing half-written was left, saved states are kept (finetune --resume [--finish])")
         return code
     except MmdExportError as error:
         say(f"error: {' '.join(str(error).split())}")

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from mmd_export.cli_data import Crop, FeatureCacheSwitch, Flip, HoldoutFraction, Resize
 from mmd_export.cli_network import Conditions, GuidanceForm, GuidanceScale, NullLabel, TextLength
 from mmd_export.cli_options import (
     CheckpointOption,
@@ -34,7 +35,17 @@ EVALUATE_EXAMPLE = "Example: mmd-export evaluate runs/digits-5 --data digits --m
 
 def evaluate(
     source: Source,
-    data: Annotated[str, typer.Option(help="digits, a .npz or .npy file, or a folder of images")] = "digits",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits, a .npz, .npy or IDX file, a folder of pictures, or hf:ID_OR_FOLDER?split=NAME of datasets"
+        ),
+    ] = "digits",
+    resize: Resize = None,
+    crop: Crop = None,
+    flip: Flip = None,
+    holdout_fraction: HoldoutFraction = None,
+    feature_cache: FeatureCacheSwitch = None,
     features: Annotated[str, typer.Option(help="encoders, comma-separated")] = "digits-conv,digits-mlp",
     metrics: Annotated[
         str,
@@ -48,10 +59,15 @@ def evaluate(
         int | None, typer.Option(help="real images to compare with; default: all", show_default=False)
     ] = None,
     held_out_data: Annotated[
-        str | None, typer.Option(help="images outside the training set, for memorisation, copying", show_default=False)
+        str | None,
+        typer.Option(
+            help="images outside the training set, for memorisation, copying; or --holdout-fraction", show_default=False
+        ),
     ] = None,
     neighbours: Annotated[int, typer.Option(help="k of precision, recall, density, coverage")] = 5,
-    bootstrap: Annotated[int, typer.Option(help="draws behind each 95 % interval; 0: no intervals")] = 200,
+    bootstrap: Annotated[
+        int, typer.Option(help="draws behind each 95 % interval, of frechet each as long as the value; 0: none")
+    ] = 200,
     plot: Annotated[Path | None, typer.Option(help="draw the values as a PNG", show_default=False)] = None,
     runtime: RuntimeName = None,
     checkpoint: CheckpointOption = None,
@@ -80,7 +96,10 @@ def evaluate(
         with_ema(source, ema), seed, count, runtime, checkpoint, None, network, tuple(condition or ()),
         steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps),
     )  # fmt: skip
-    scoring = command.Scoring(data, _names(features), _names(metrics), neighbours, bootstrap, real_count, held_out_data)
+    scoring = command.Scoring(
+        data, _names(features), _names(metrics), neighbours, bootstrap, real_count, held_out_data,
+        command.preparation(resize, crop, flip=flip, holdout_fraction=holdout_fraction), feature_cache is not False,
+    )  # fmt: skip
     with _bar() as observe:
         result = command.evaluate(options, scoring, observe)
     heads = ("encoder", "metric", "value", "95 % interval", "perfect")

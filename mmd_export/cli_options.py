@@ -21,7 +21,8 @@ Model = Annotated[str, typer.Argument(help=_MODEL, show_default=False)]
 TunedModel = Annotated[
     str | None,
     typer.Argument(
-        help="digits, a diffusers folder, a hub id owner/name, ddim:FILE or guided:FILE", show_default=False
+        help="digits, a diffusers folder, a run folder, a hub id owner/name, ddim:FILE or guided:FILE",
+        show_default=False,
     ),
 ]
 Source = Annotated[str, typer.Argument(help=f"a bundle, or a model: {_MODEL}", show_default=False)]

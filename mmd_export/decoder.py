@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 
@@ -41,3 +42,11 @@ class LatentDecoder(nn.Module):
         z = z if self.shift == 0.0 else z + self.shift
         image: Tensor = self.autoencoder.decode(z, return_dict=False)[0]  # type: ignore[operator]
         return image
+
+
+def decoded_shape(decoder: LatentDecoder, latent: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(C, H, W) of the image of a latent (C, H, W); one is decoded for it."""
+    like = next(decoder.parameters())
+    with torch.inference_mode():
+        image = decoder(torch.zeros(1, *latent, dtype=like.dtype, device=like.device))
+    return (int(image.shape[1]), int(image.shape[2]), int(image.shape[3]))

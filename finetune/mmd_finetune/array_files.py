@@ -87,8 +87,11 @@ def from_array(array: NDArray[np.generic], name: str) -> Pixels:
     if not np.issubdtype(array.dtype, np.floating):
         raise UsageError(f"--data {name}: the array is {array.dtype}; uint8 or floats in [-1, 1] are expected")
     images = np.ascontiguousarray(array.astype(np.float32))
-    if bad := int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum()):
-        raise UsageError(f"--data {name}: {bad} of {len(images)} images hold NaN or infinity")
+    if len(bad := np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))):
+        raise UsageError(
+            f"--data {name}: {len(bad)} of {len(images)} images hold NaN or infinity, the first is number {bad[0]} "
+            "counted from 0"
+        )
     if images.size and (images.min() < -1.0 or images.max() > 1.0):
         raise UsageError(f"--data {name}: values run from {images.min():g} to {images.max():g}; [-1, 1] is expected")
     return images

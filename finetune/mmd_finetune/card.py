@@ -22,7 +22,7 @@ the weights are not what was measured here.
 | held-out Frechet distance, {count} samples | before | after |
 |---|---|---|
 {distances}
-
+{metrics}
 The loss never sees these encoders. The best average weights (iteration {best} of {iterations}) were chosen by the
 distance in `{holdout}` on other noise; the numbers above are on noise that was used for nothing else. `before.png` and
 `after.png` show the same noise. Tuning took {seconds:.0f} s.
@@ -56,12 +56,30 @@ def model_card(record: Mapping[str, Any], base: Checkpoint, plan: StepPlan, resu
         distances="\n".join(
             f"| `{name}` | {before:.2f} | {after:.2f} |" for name, (before, after) in result["held_out"].items()
         ),
+        metrics=_metrics(result["metrics"]),
         best=result["best_iteration"],
         iterations=result["iterations"],
         seconds=result["seconds"],
         settings="\n".join(f"| {key} | {_shown(value)} |" for key, value in settings.items()),
         **{key: record[key] for key in ("base_sha256", "data_sha256", "plan_sha256")},
     )
+
+
+def _metrics(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table of the further metrics with their 95 % intervals, if there are any."""
+    lines = [
+        f"| {name}, `{encoder}` | {_with_interval(sides['before'])} | {_with_interval(sides['after'])} |"
+        for encoder, by_name in found.items()
+        for name, sides in by_name.items()
+    ]
+    return "\n".join(
+        ["", "| same samples (95 % interval) | before | after |", "|---|---|---|", *lines, ""] if lines else []
+    )
+
+
+def _with_interval(measured: Mapping[str, float | None]) -> str:
+    interval = "" if measured["low"] is None else f" ({measured['low']:.4g} to {measured['high']:.4g})"
+    return f"{measured['value']:.4g}{interval}"
 
 
 def _shown(value: Any) -> str:

@@ -11,10 +11,12 @@ TITLES = {"loss": "MMD² (loss)", "held_out": "held-out Fréchet distance"}
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of one line of the log by name: those of ``SCALARS``, and GROUP/NAME for each of a group."""
+    """The numbers of one line of the log by name: those of ``SCALARS``, GROUP/NAME for each of a group."""
     flat: dict[str, float] = {key: float(line[key]) for key in SCALARS if key in line}
     for group in ("losses", "held_out_by_encoder", "metrics"):
         flat |= {f"{group}/{name}": float(value) for name, value in line.get(group, {}).items()}
+    for encoder, values in line.get("metrics_by_encoder", {}).items():
+        flat |= {f"metrics_by_encoder/{encoder}/{name}": float(value) for name, value in values.items()}
     return flat
 
 

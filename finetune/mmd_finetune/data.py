@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from mmd_export.errors import UsageError
 from mmd_finetune.array_files import ARRAYS, Pixels, as_bytes, as_floats, from_array, is_idx, read_array, read_idx
@@ -28,13 +29,13 @@ class DataOptions:
             keeps the middle, stretch all of it. None refuses images of another size.
         crop: (left, top, width, height) cut out of every image first.
         flip: also take the mirror image of every image, which doubles their number.
-        holdout_fraction: share of the images that only scores.
+        holdout_fraction: share of the images that only scores, 0 to below 1.
     """
 
     resize: Literal["crop", "stretch"] | None = None
     crop: tuple[int, int, int, int] | None = None
     flip: bool = False
-    holdout_fraction: float = 0.0
+    holdout_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
 
 AS_THEY_ARE = DataOptions()
@@ -123,14 +124,18 @@ def _load(spec: str, options: DataOptions, shape: tuple[int, int, int] | None) -
     return fit.array(from_array(read_array(path), spec), spec)
 
 
-def require_images(images: Pixels, spec: str, shape: tuple[int, int, int], batch: int) -> None:
-    """Raise UsageError unless the images are (C, H, W) as the model makes them, and at least ``batch`` many."""
+def require_images(
+    images: Pixels, spec: str, shape: tuple[int, int, int], batch: int, *, mirrored: bool = False
+) -> None:
+    """Raise UsageError unless the images are (C, H, W) as the model makes them, and at least ``batch`` many.
+
+    ``mirrored``: half of them are mirror images, which do not count.
+    """
     if images.shape[1:] != shape:
         raise UsageError(
             f"--data {spec}: images are {tuple(images.shape[1:])}, the model makes {shape} (channels, height, width)"
             + ("; pass --resize crop or stretch" if images.shape[1] == shape[0] else "")
         )
-    if len(images) < batch:
-        raise UsageError(
-            f"--data {spec}: {len(images)} images for a batch of {batch}; bring more or lower --batch-size"
-        )
+    count = len(images) // 2 if mirrored else len(images)
+    if count < batch:
+        raise UsageError(f"--data {spec}: {count} images for a batch of {batch}; bring more or lower --batch-size")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM wait until the iteration is done and saved."""
+"""Ctrl-C and SIGTERM wait until the iteration, or of a lone process the batch in work, is done, and the state saved."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+
+class StoppedError(KeyboardInterrupt):
+    """A signal was seen at a place where the state is that of whole iterations."""
 
 
 class Interrupts:
@@ -18,6 +22,11 @@ class Interrupts:
         self.pending = False
         self._patient = patient
         self._before: dict[signal.Signals, Any] = {}
+
+    def give_way(self) -> None:
+        """Raise StoppedError if a signal has come; not if ``patient``: other processes would wait for this one."""
+        if self.pending and not self._patient:
+            raise StoppedError
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():

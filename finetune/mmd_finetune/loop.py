@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from mmd_export.errors import MmdExportError, UsageError
 from mmd_export.unroll import UnrolledSampler
+from mmd_finetune.compute import full_float32
 from mmd_finetune.files import clear_write_errors
-from mmd_finetune.interrupts import Interrupts
+from mmd_finetune.interrupts import Interrupts, StoppedError
 from mmd_finetune.noise_ahead import NoiseAhead
 from mmd_finetune.objective import add_gradient, blamed, require_same_gradient
 from mmd_finetune.run_folder import RunFolder, RunResult, differences
@@ -39,18 +41,32 @@ class Report:
 
 Observer = Callable[[Report], None]
 
+GO_ON = (
+    "the last good state is kept: --resume --finish ends with the best weights so far, or start again into another "
+    "--out with a lower --lr"
+)
+UNTUNED = "the model gives it before any tuning; choose another --holdout, --steps or --sampler"
 
-def tune(settings: FinetuneSettings, *, resume: bool = False, observer: Observer | None = None) -> RunResult:
+
+class NotFiniteError(MmdExportError):
+    """A loss, a gradient or a distance is NaN or infinite."""
+
+
+def tune(
+    settings: FinetuneSettings, *, resume: bool = False, finish: bool = False, observer: Observer | None = None
+) -> RunResult:
     """Tune ``settings.model`` for one step budget and leave a run folder.
 
     With ``resume`` a run that was killed continues to the same weights, a finished one returns its result, and one that
-    never began begins. Ctrl-C and SIGTERM save first, then raise KeyboardInterrupt. Of several processes (torchrun)
-    each does its share of every batch; the first one writes and calls ``observer``.
+    never began begins; with ``finish`` too it is not tuned on: the best average so far becomes its result. Ctrl-C and
+    SIGTERM save first, then raise KeyboardInterrupt. Of several processes (torchrun) each does its share of every
+    batch; the first one writes and calls ``observer``.
     Raises UsageError for what cannot be run, and MmdExportError if the loss stops being finite or the disk is full.
     """
-    with open_world(settings.device) as world:
-        folder = RunFolder(settings.out)
-        world.first_does(lambda: folder.require_usable(resume=resume))
+    if finish and not resume:
+        raise UsageError("--finish ends a run that was stopped; give --resume with it")
+    with open_world(settings.device) as world, closing(RunFolder(settings.out)) as folder, full_float32():
+        world.first_does(lambda: folder.require_usable(settings, resume=resume, finish=finish))
         task = world.together(lambda: prepare(settings, world))
         _require_same(task)
         with clear_write_errors(settings.out, "the last saved state is kept"):
@@ -63,9 +79,10 @@ def tune(settings: FinetuneSettings, *, resume: bool = False, observer: Observer
             state.share(world)
             if world.first_does(folder.state_file.is_file):
                 state.load(folder.state_file, world)
-            devices = [task.device] if task.device.type == "cuda" else []
-            with Interrupts(patient=world.size > 1) as interrupts, torch.random.fork_rng(devices):
-                _run(Run(task, state, sampler, folder, observer or (lambda _: None)), interrupts)
+            if not finish:
+                devices = [task.device] if task.device.type == "cuda" else []
+                with Interrupts(patient=world.size > 1) as interrupts, torch.random.fork_rng(devices):
+                    _run(Run(task, state, sampler, folder, observer or (lambda _: None)), interrupts)
             return _finish(folder, task, state)
 
 
@@ -82,6 +99,15 @@ class Run:
     def save(self) -> None:
         """In the first process; all learn if it failed."""
         self.task.world.first_does(lambda: self.state.save(self.folder.state_file))
+
+    def save_stopped(self) -> None:
+        """The state of the iterations that are done, if it is good, and their curve, where a run ends early."""
+        self.task.world.first_does(self._save_good)
+
+    def _save_good(self) -> None:
+        if self.state.is_finite:
+            self.state.save(self.folder.state_file)
+        self.folder.draw_curve()
 
     def log(self, **values: Any) -> None:
         """One line, in the first process; all learn if it failed."""
@@ -126,7 +152,7 @@ def _run(run: Run, interrupts: Interrupts) -> None:
     """Iterate until the end, the loss of patience, or an interrupt; save after every evaluation."""
     task, state, settings = run.task, run.state, run.task.settings
     if state.progress is None:
-        state.progress, found = _first(task, state)
+        state.progress, found = _first(task, state, interrupts.give_way)
         run.log(**found, loss_weights=dict(task.loss_weights))
         run.save()
     begun = state.progress
@@ -134,19 +160,40 @@ def _run(run: Run, interrupts: Interrupts) -> None:
     held_out = task.world.first_does(lambda: run.folder.continue_log(begun.iteration))
     with NoiseAhead(task.noise_of, settings.iterations) as noise_of:
         while not _is_done(settings, state.progress) and not task.world.any(interrupts.pending):
-            iteration = state.progress.iteration
-            losses, norm = iterate(task, state, run.sampler, iteration, noise_of(iteration))
-            seconds = time.perf_counter() - started
-            progress = state.progress = replace(state.progress, iteration=iteration + 1, seconds=seconds)
-            due = progress.iteration % settings.evaluate_every == 0 or progress.iteration == settings.iterations
-            found = _evaluate(task, state) if due else {}
+            with _saving_where_it_ends(run):
+                if state.progress.unmeasured is None:
+                    iteration = state.progress.iteration
+                    losses, norm = iterate(
+                        task, state, run.sampler, iteration, noise_of(iteration), give_way=interrupts.give_way
+                    )
+                    seconds = time.perf_counter() - started
+                    state.progress = replace(
+                        state.progress,
+                        iteration=iteration + 1,
+                        seconds=seconds,
+                        unmeasured={"losses": losses, "gradient": norm},
+                    )
+                done, told = state.progress.iteration, state.progress.unmeasured or {}
+                due = done % settings.evaluate_every == 0 or done == settings.iterations
+                found = _evaluate(task, state, interrupts.give_way) if due else {}
+            state.progress = replace(state.progress, unmeasured=None)
             held_out = found.get("held_out", held_out)
-            run.tell(losses, norm, held_out, found)
+            run.tell(told["losses"], told["gradient"], held_out, found)
             if due:
                 run.save()
     if task.world.any(interrupts.pending):
-        run.save()
+        run.save_stopped()
         raise KeyboardInterrupt
+
+
+@contextmanager
+def _saving_where_it_ends(run: Run) -> Iterator[None]:
+    """Save what is whole if a number is not finite or a signal is heeded: iterations, but for an evaluation due."""
+    try:
+        yield
+    except (NotFiniteError, StoppedError):
+        run.save_stopped()
+        raise
 
 
 def _finish(folder: RunFolder, task: Task, state: TuningState) -> RunResult:
@@ -158,24 +205,35 @@ def _finish(folder: RunFolder, task: Task, state: TuningState) -> RunResult:
 
 
 def _is_done(settings: FinetuneSettings, progress: Progress) -> bool:
+    if progress.unmeasured is not None:
+        return False
     idle = (progress.iteration - progress.best_iteration) // settings.evaluate_every
     return progress.iteration >= settings.iterations or (settings.patience is not None and idle >= settings.patience)
 
 
-def _first(task: Task, state: TuningState) -> tuple[Progress, dict[str, Any]]:
+def _first(task: Task, state: TuningState, give_way: Callable[[], None]) -> tuple[Progress, dict[str, Any]]:
     """The untuned sampler's held-out distance, what tuning starts from; and the log's part."""
     started = time.perf_counter()
-    found = _measure(task, state.average, 0)
+    found = _measure(task, state.average, 0, give_way)
     return Progress(0, found["held_out"], found["held_out"], 0, time.perf_counter() - started), found
 
 
 def iterate(
-    task: Task, state: TuningState, sampler: UnrolledSampler, iteration: int, noise: dict[str, Tensor] | None = None
+    task: Task,
+    state: TuningState,
+    sampler: UnrolledSampler,
+    iteration: int,
+    noise: dict[str, Tensor] | None = None,
+    *,
+    give_way: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], float]:
-    """One Adam step; the MMD^2 by encoder, and the norm of the gradient before it was clipped."""
+    """One Adam step; the MMD^2 by encoder, and the norm of the gradient before it was clipped.
+
+    ``give_way`` is called before every micro-batch; what it or this function raises leaves ``state`` as it was.
+    """
     settings, noise = task.settings, noise or task.noise_of(iteration)
     state.optimiser.zero_grad()
-    losses = add_gradient(task, sampler, noise, iteration)
+    losses = add_gradient(task, sampler, noise, iteration, give_way=give_way)
     values = {name: float(loss) for name, loss in losses.items()}
     _require_finite("loss", values, iteration)
     task.world.sum_gradients(state.parameters.values())
@@ -196,30 +254,29 @@ def learning_rate(settings: FinetuneSettings, iteration: int) -> float:
     return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * iteration / settings.iterations))
 
 
-def _evaluate(task: Task, state: TuningState) -> dict[str, Any]:
+def _evaluate(task: Task, state: TuningState, give_way: Callable[[], None]) -> dict[str, Any]:
     """The average on the fixed noise, for the log; keeps its weights if its held-out distance is the best so far."""
     progress = state.progress
     assert progress is not None
-    found = _measure(task, state.average, progress.iteration)
+    found = _measure(task, state.average, progress.iteration, give_way)
     if found["held_out"] < progress.best_distance:
         state.best = state.snapshot()
         state.progress = replace(progress, best_distance=found["held_out"], best_iteration=progress.iteration)
     return found
 
 
-def _measure(task: Task, denoiser: nn.Module, iteration: int) -> dict[str, Any]:
+def _measure(task: Task, denoiser: nn.Module, iteration: int, give_way: Callable[[], None]) -> dict[str, Any]:
     """``held_out``, the distance that decides, that of every held-out encoder, and ``metrics``, on the same samples."""
-    images = task.samples(denoiser, SELECTION_SEED)
+    images = task.samples(denoiser, SELECTION_SEED, give_way=give_way)
     distances = task.world.first_does(lambda: task.held_out_distances(images))
-    _require_finite("held-out distance", distances, iteration)
+    _require_finite("held-out distance", distances, iteration, GO_ON if iteration else UNTUNED)
     further = task.world.first_does(lambda: task.further_metrics(images))
     return {"held_out": distances[task.holdout.name], "held_out_by_encoder": distances, **further}
 
 
-def _require_finite(what: str, by_encoder: dict[str, float], iteration: int) -> None:
+def _require_finite(what: str, by_encoder: dict[str, float], iteration: int, next_move: str = GO_ON) -> None:
     bad = [name for name, value in by_encoder.items() if not math.isfinite(value)]
     if bad:
-        raise MmdExportError(
-            f"iteration {iteration}: the {what} is {by_encoder[bad[0]]} (encoder {', '.join(bad)}); the last saved "
-            "state is kept; start again into another --out with a lower --lr"
+        raise NotFiniteError(
+            f"iteration {iteration}: the {what} is {by_encoder[bad[0]]} (encoder {', '.join(bad)}); {next_move}"
         )

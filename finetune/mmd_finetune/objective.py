@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,7 +24,13 @@ def encoder_losses(
 
 
 def add_gradient(
-    task: Task, sampler: UnrolledSampler, noise: Mapping[str, Tensor], iteration: int, only: str | None = None
+    task: Task,
+    sampler: UnrolledSampler,
+    noise: Mapping[str, Tensor],
+    iteration: int,
+    *,
+    only: str | None = None,
+    give_way: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """The MMD^2 by encoder; the gradient of their weighted sum is added to every parameter behind ``sampler``.
 
@@ -36,11 +42,13 @@ def add_gradient(
         noise: this process's share of the batch, in the memory of the host: ``Task.noise_of``.
         iteration: chooses the real images and seeds whatever draws from torch's own generator.
         only: the name of one encoder, to see what it alone does.
+        give_way: called before every micro-batch; what it raises ends the work.
     """
     references = [each for each in task.references if only in (None, each.encoder.name)]
     parts = list(split_inputs(noise, task.settings.micro_batch_size))
 
     def features_of(p: int) -> Features:
+        give_way()
         torch.manual_seed(task.generator_seed(iteration, p))  # the same in both passes and after a resume
         images = sampler(**{name: part.to(task.device, non_blocking=True) for name, part in parts[p].items()})
         return {each.encoder.name: each.encoder(images) for each in references}

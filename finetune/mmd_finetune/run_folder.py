@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from mmd_export.tuned_precision import QUANTISATION_FILE
 from mmd_finetune.card import model_card
 from mmd_finetune.curve import draw_curve
 from mmd_finetune.files import append_json_line, read_json_lines, write_atomically, write_json
+from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import Task
 from mmd_finetune.trainable import Trainable
 
 SHEET_IMAGES = 100
+RESAMPLES = 200
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class RunResult:
     """What a run reached: held-out Frechet distances on noise that was used for neither tuning nor choosing.
 
     ``held_out_before`` and ``held_out_after`` are those of the encoder that decided; ``held_out`` has all of them, by
-    encoder, as (before, after).
+    encoder, as (before, after). ``metrics`` are the further ones of the settings on the same samples: encoder -> name
+    -> ``before`` and ``after``, each with ``value``, ``low`` and ``high``.
     """
 
     folder: Path
@@ -44,13 +48,15 @@ class RunResult:
     held_out_after: float
     held_out: dict[str, tuple[float, float]]
     seconds: float
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class RunFolder:
-    """The files of the run at ``place``."""
+    """The files of the run at ``place``; ``close`` lets other processes have it."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
+        self._lock: int | None = None
         self.state_file = place / "state.safetensors"
         self._settings = place / "settings.json"
         self._log = place / "log.jsonl"
@@ -62,9 +68,11 @@ class RunFolder:
         """The tuned weights are in place."""
         return (self.place / "unet").is_dir()
 
-    def require_usable(self, *, resume: bool) -> None:
-        """Raise UsageError if something stands at ``place`` that this run may not touch."""
+    def require_usable(self, settings: FinetuneSettings, *, resume: bool, finish: bool = False) -> None:
+        """Raise UsageError if something stands at ``place`` that this run may not touch, or nothing it could end."""
         if not self.place.exists() and not self.place.is_symlink():
+            if finish:
+                raise UsageError(f"{self.place} does not exist; --finish needs the folder of a run that was stopped")
             return
         if not resume:
             next_move = "pass --resume to continue it, or " if self._settings.is_file() else ""
@@ -76,17 +84,56 @@ class RunFolder:
             raise UsageError(
                 f"{self.place} is not the folder of a run (settings.json is missing); choose another --out"
             )
+        self._take()
+        if self._settings.is_file():
+            self._require_same({"settings": settings.public()})
+        if finish and not self.is_finished and not self.state_file.is_file():
+            raise UsageError(f"{self.place} holds no saved state that --finish could end with; leave --finish out")
 
     def begin(self, record: Mapping[str, Any]) -> None:
         """Make the folder, or check that it belongs to the same run; raises UsageError that names what differs."""
         self.place.mkdir(parents=True, exist_ok=True)
+        self._take()
         for left in self.place.glob(".*.partial"):  # by a kill while a file was written
             left.unlink()
-        if not self._settings.is_file():
+        if self._settings.is_file():
+            self._require_same(record)
+        else:
             write_json(self._settings, record)
+
+    def _take(self) -> None:
+        """Lock the folder against other live processes until ``close``; a killed process holds nothing.
+
+        Nothing is locked on Windows and on file systems without locks.
+        """
+        if self._lock is not None or os.name == "nt":
             return
+        import fcntl
+
+        folder = os.open(self.place, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(folder)
+            if isinstance(error, BlockingIOError):
+                raise UsageError(
+                    f"{self.place} is being tuned by another process; let it end, or choose another --out"
+                ) from error
+            return
+        self._lock = folder
+
+    def close(self) -> None:
+        """Unlock the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _require_same(self, record: Mapping[str, Any]) -> None:
+        """Raise UsageError unless ``settings.json`` says the same; of its parts, those that ``record`` has."""
         try:
             known = json.loads(self._settings.read_text(encoding="utf-8"))
+            if record.keys() == {"settings"}:
+                known = {"settings": known["settings"]}
             found = differences(known, json.loads(json.dumps(record)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{self._settings} is damaged ({error}); choose another --out") from error
@@ -104,6 +151,10 @@ class RunFolder:
     def lines(self) -> list[dict[str, Any]]:
         """All whole lines of ``log.jsonl``."""
         return read_json_lines(self._log)
+
+    def draw_curve(self) -> None:
+        """``curve.png`` of the log so far."""
+        draw_curve(self.lines(), self.place / "curve.png")
 
     def trim_log(self, iteration: int) -> None:
         """Drop what a kill left behind the last saved state: it is done again."""
@@ -142,6 +193,7 @@ class RunFolder:
             held_out_after=last[task.holdout.name],
             held_out={name: (first[name], last[name]) for name in first},
             seconds=round(progress.seconds, 3),
+            metrics=_metrics(task, before, after),
         )
         shutil.rmtree(self._final, ignore_errors=True)
         self._final.mkdir()
@@ -173,6 +225,19 @@ class RunFolder:
         """Remove what only an unfinished run needs."""
         shutil.rmtree(self._final, ignore_errors=True)
         self.state_file.unlink(missing_ok=True)
+
+
+def _metrics(task: Task, before: Tensor, after: Tensor) -> dict[str, dict[str, Any]]:
+    """By encoder and name, where both sides could be measured."""
+    first, last = (task.metrics_with_intervals(images, RESAMPLES) for images in (before, after))
+    return {
+        encoder: {
+            name: {"before": first[encoder][name].to_dict(), "after": found.to_dict()}
+            for name, found in by_name.items()
+            if name in first[encoder]
+        }
+        for encoder, by_name in last.items()
+    }
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from mmd_export.errors import UsageError
 from mmd_export.plan_options import PlanOptions, parse_timesteps
@@ -23,7 +23,8 @@ class FinetuneSettings(BaseModel):
 
     Attributes:
         model: what ``load_checkpoint`` takes.
-        steps: K, the network calls of the sampler that is tuned; ``timesteps`` lists them instead, descending.
+        steps: K, the network calls of the sampler that is tuned; ``timesteps`` lists them instead, descending. A run
+            folder knows its own plan and needs neither.
         out: the run folder.
         sampler: a solver's name; None runs the one of the model's scheduler. ``eta`` and ``spacing`` go with it.
         data: what ``load_images`` takes; ``resize``, ``crop`` and ``flip`` as in ``DataOptions``.
@@ -44,7 +45,8 @@ class FinetuneSettings(BaseModel):
         ema_decay: average <- ema_decay * average + (1 - ema_decay) * weights after every iteration.
         clip_gradient: largest norm of the gradient of the weights, and of that of the plan's numbers.
         evaluate_every: iterations between two held-out evaluations, each of ``evaluate_count`` samples of the average.
-        metrics: further metrics of those samples for the log, see ``mmd_finetune.metrics.suite``; they decide nothing.
+        metrics: further metrics of those samples for the log, and with intervals for the result, in every held-out
+            encoder, see ``mmd_finetune.metrics.suite``; they decide nothing.
         patience: stop after so many evaluations without a new best; None never stops early.
         tune: which weights: ``all``, ``lora`` (merged into the weights at the end), ``norm-bias`` or ``none``.
         lora_rank: of the adapters, 8 by default; ``lora_alpha`` scales them by alpha / rank, the rank by default;
@@ -121,11 +123,11 @@ class FinetuneSettings(BaseModel):
 
     @field_validator("metrics")
     @classmethod
-    def _measurable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        """Known names, each once, none that needs images outside the training set."""
+    def _measurable(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        """Known names, each once; those that need images outside the training set only where some are held out."""
         from mmd_finetune.metrics.suite import require_while_tuning
 
-        require_while_tuning(value)
+        require_while_tuning(value, split=bool(info.data.get("holdout_fraction")))
         return value
 
     @field_validator("timesteps", mode="before")
@@ -136,8 +138,6 @@ class FinetuneSettings(BaseModel):
 
     @model_validator(mode="after")
     def _separate(self) -> Self:
-        if self.steps is None and self.timesteps is None:
-            raise ValueError("steps is missing; say how many network calls the sampler makes, or list timesteps")
         for key in ("features", "holdout"):
             names = getattr(self, key)
             if len(set(names)) != len(names):

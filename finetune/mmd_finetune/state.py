@@ -23,13 +23,17 @@ from mmd_finetune.world import World
 
 @dataclass(frozen=True)
 class Progress:
-    """Counters and distances, JSON-ready: ``iteration`` are done; distances are held-out ones of the average."""
+    """Counters and distances, JSON-ready: ``iteration`` are done; distances are held-out ones of the average.
+
+    ``unmeasured``: what the last iteration adds to the log, if its evaluation is still due.
+    """
 
     iteration: int
     first_distance: float
     best_distance: float
     best_iteration: int
     seconds: float
+    unmeasured: dict[str, Any] | None = None
 
 
 class TuningState:
@@ -61,6 +65,11 @@ class TuningState:
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of the average's weights."""
         return {name: tensor.detach().clone() for name, tensor in self.average.state_dict().items()}
+
+    @property
+    def is_finite(self) -> bool:
+        """No weight, average or moment is NaN or infinite."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self._tensors().values())
 
     def save(self, path: Path) -> None:
         """Write everything into one file, whole or not at all; raises OSError."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,14 @@ from mmd_export.unroll import UnrolledSampler
 from mmd_finetune.array_files import Pixels
 from mmd_finetune.balance import BATCHES, balanced_weights, equal_weights
 from mmd_finetune.compute import tuning_form
-from mmd_finetune.data import load_real, require_images
+from mmd_finetune.data import RealImages, load_real, require_images
 from mmd_finetune.embedding import batch_rows
 from mmd_finetune.feature_cache import FeatureCache, feature_folder
 from mmd_finetune.features import Encoder, load_encoders, require_names
 from mmd_finetune.kernels import parse_kernel
 from mmd_finetune.metrics import frechet_distance, sample_many, sampler_inputs
-from mmd_finetune.metrics.suite import Features, MetricOptions, measure
+from mmd_finetune.metrics.bootstrap import Measured
+from mmd_finetune.metrics.suite import NEIGHBOUR_METRICS, Features, MetricOptions, measure, needs_split
 from mmd_finetune.reference import LANDMARKS, Reference, encode_in_batches, make_reference
 from mmd_finetune.settings import SEED_LIMIT, FinetuneSettings
 from mmd_finetune.trainable import Trainable, make_emulation, make_trainable, require_continuous_time
@@ -39,12 +41,20 @@ SELECTION_SEED = SEED_LIMIT + 1
 REPORT_SEED = SEED_LIMIT + 2
 
 
+FRECHET_DRAWS = 512  # features; with more, a bootstrap draw of the Frechet distance takes seconds
+LOG = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class HeldOut:
-    """An encoder that only scores, and its ``features`` float32 (M, d) of real images."""
+    """An encoder that only scores, and its ``features`` float32 (M, d) of real images.
+
+    ``training``: those of the loss's images, where a metric compares with both.
+    """
 
     encoder: Encoder
     features: Tensor
+    training: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -136,10 +146,12 @@ class Task:
         drawn = f"{self.settings.seed} {iteration} {self.world.rank} {part}".encode()
         return int.from_bytes(hashlib.sha256(drawn).digest()[:7], "big")
 
-    def samples(self, denoiser: nn.Module, seed: int, count: int | None = None) -> Tensor:
+    def samples(
+        self, denoiser: nn.Module, seed: int, count: int | None = None, *, give_way: Callable[[], None] = lambda: None
+    ) -> Tensor:
         """Samples (N, C, H, W) of the images 0 ... N - 1 of ``seed``; by default ``evaluate_count`` of them.
 
-        Each process draws its share, all receive all.
+        Each process draws its share, all receive all. ``give_way`` is called before every batch.
         """
         settings = self.settings
         share = self.world.share(count or settings.evaluate_count)
@@ -151,6 +163,7 @@ class Task:
             batch=settings.micro_batch_size or settings.batch_size,
             device=self.device,
             first=share.start,
+            give_way=give_way,
         )
         return self.world.gather(own)[0]
 
@@ -163,12 +176,40 @@ class Task:
         return {holdout.encoder.name: _distance(holdout, images) for holdout in self.holdouts}
 
     def further_metrics(self, images: Tensor) -> dict[str, Any]:
-        """``metrics``: name -> value in the held-out encoder, for the log; empty if the settings name none."""
+        """For the log ``metrics_by_encoder``, encoder -> name -> value, and ``metrics``, those of the one that decides.
+
+        Empty if the settings name none.
+        """
         if not self.settings.metrics:
             return {}
-        features = encode_in_batches(self.holdout, images)
-        sets = Features(self.holdout.name, self.held_out_features, features, MetricOptions(resamples=0))
-        return {"metrics": {name: found.value for name, found in measure(self.settings.metrics, sets).items()}}
+        found = {
+            encoder: {name: each.value for name, each in by_name.items()}
+            for encoder, by_name in self.metrics_with_intervals(images, 0).items()
+        }
+        return {"metrics": found[self.holdout.name], "metrics_by_encoder": found}
+
+    def metrics_with_intervals(self, images: Tensor, resamples: int) -> dict[str, dict[str, Measured]]:
+        """The metrics of the settings on ``images`` in every held-out encoder: encoder -> name -> value.
+
+        One that these images leave undefined is left out with a warning. ``frechet`` has no interval in wide encoders.
+        """
+        found: dict[str, dict[str, Measured]] = {}
+        for holdout in self.holdouts if self.settings.metrics else ():
+            features = encode_in_batches(holdout.encoder, images)
+            by_name: dict[str, Measured] = {}
+            found[holdout.encoder.name] = by_name
+            split = holdout.training, None if holdout.training is None else holdout.features
+            sets = Features(
+                holdout.encoder.name, holdout.features, features, MetricOptions(resamples=resamples), *split
+            )
+            for name in self.settings.metrics:
+                slow = name == "frechet" and features.shape[1] > FRECHET_DRAWS
+                sets.options = MetricOptions(resamples=0 if slow else resamples)
+                try:
+                    by_name |= measure((name,), sets)
+                except UsageError as error:
+                    LOG.warning("%s is left out: %s", name, error)
+        return found
 
     def record(self) -> dict[str, Any]:
         """What makes the run what it is; resuming compares it. No path of this machine."""
@@ -213,7 +254,8 @@ def prepare(settings: FinetuneSettings, world: World | None = None) -> Task:
     holdouts = load_encoders(settings.holdout, base.shape, device, gradient=False)
     require_names((*encoders, *holdouts))
     images = load_real(settings.data, settings.data_options(), base.shape)
-    require_images(images.train, settings.data, base.shape, settings.batch_size)
+    require_images(images.train, settings.data, base.shape, settings.batch_size, mirrored=settings.flip)
+    _require_measurable(settings, images)
     base.denoiser.to(device)
     if settings.learn == "plan":
         require_continuous_time(base, plan)
@@ -227,13 +269,28 @@ def prepare(settings: FinetuneSettings, world: World | None = None) -> Task:
         data_sha256=_sha256(images.train, images.held_out),
         references=tuple(_reference(encoder, settings, real, cache) for encoder in encoders),
         loss_weights={},
-        holdouts=tuple(HeldOut(encoder, cache(encoder, held_out)) for encoder in holdouts),
+        holdouts=tuple(
+            HeldOut(encoder, cache(encoder, held_out), cache(encoder, real) if needs_split(settings.metrics) else None)
+            for encoder in holdouts
+        ),
         real_count=len(real),
         device=device,
         world=world,
         emulation=make_emulation(base, plan, settings),
     )
     return replace(task, loss_weights=_loss_weights(task))
+
+
+def _require_measurable(settings: FinetuneSettings, images: RealImages) -> None:
+    """Raise UsageError for metrics that so few images leave undefined."""
+    training, held_out, k = len(images.train), len(images.held_out), MetricOptions().neighbours
+    if held_out <= k and (asked := [name for name in settings.metrics if name in NEIGHBOUR_METRICS]):
+        raise UsageError(f"--metrics {', '.join(asked)} needs more than {k} held-out images, there are {held_out}")
+    if held_out > training and "memorisation" in settings.metrics:
+        raise UsageError(
+            f"--metrics memorisation: {held_out} images are held out, the loss sees {training}; lower "
+            "--holdout-fraction to at most 0.5"
+        )
 
 
 def _loss_weights(task: Task) -> dict[str, float]:

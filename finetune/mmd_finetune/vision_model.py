@@ -18,10 +18,11 @@ from mmd_finetune.preprocess import OPTIONS, Preprocess, Recipe, read_recipe
 from mmd_finetune.torchscript import require_finite
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+WHOLE_PROCESSOR, IMAGE_PART = "processor_config.json", "image_processor"  # all that transformers 5 saves of CLIP's
 SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_FETCHED = [CONFIG, PROCESSOR, *SAFE, "model-*.safetensors"]
-_FETCHED_PICKLES = [CONFIG, PROCESSOR, *PICKLES, "pytorch_model-*.bin"]
+_FETCHED = [CONFIG, PROCESSOR, WHOLE_PROCESSOR, *SAFE, "model-*.safetensors"]
+_FETCHED_PICKLES = [CONFIG, PROCESSOR, WHOLE_PROCESSOR, *PICKLES, "pytorch_model-*.bin"]
 
 
 class VisionFeatures(nn.Module):
@@ -62,7 +63,7 @@ def load_vision(source: Source, types: tuple[str, ...], usual: Usual | None, cla
     Args:
         source: what the user named.
         types: the ``model_type`` that may stand in the config; empty for any.
-        usual: the published preprocessing by the model's config, for a folder without ``preprocessor_config.json``.
+        usual: the published preprocessing by the model's config, for a folder that says none.
         class_name: the class of transformers that is loaded.
 
     Raises UsageError that names what does not fit, NotAvailableError without transformers or network.
@@ -121,8 +122,9 @@ def _locate(source: Source) -> Path:
 def _recipe(source: Source, folder: Path, usual: Recipe | None) -> Recipe:
     """The processor's own, or the usual one; options on top."""
     where = f"encoder {source.name}"
-    if (folder / PROCESSOR).is_file():
-        recipe = read_recipe(read_json(folder / PROCESSOR), source.options, f"{where}: {PROCESSOR}")
+    if (found := _processor(folder)) is not None:
+        name, config = found
+        recipe = read_recipe(config, source.options, f"{where}: {name}")
     elif usual is not None:
         recipe = usual.changed(source.options, where)
     else:
@@ -131,6 +133,15 @@ def _recipe(source: Source, folder: Path, usual: Recipe | None) -> Recipe:
             "model"
         )
     return recipe
+
+
+def _processor(folder: Path) -> tuple[str, Mapping[str, Any]] | None:
+    """The file that says how images are prepared, and what it says."""
+    if (folder / PROCESSOR).is_file():
+        return PROCESSOR, read_json(folder / PROCESSOR)
+    whole = read_json(folder / WHOLE_PROCESSOR) if (folder / WHOLE_PROCESSOR).is_file() else {}
+    part = whole.get(IMAGE_PART)
+    return (WHOLE_PROCESSOR, part) if isinstance(part, dict) else None
 
 
 def _load_model(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,8 @@ from mmd_export.errors import UsageError
 
 Value = TypeVar("Value")
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# The first process encodes data sets and measures while the others wait; torch gives up after 10 minutes (NCCL).
+PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def open_world(device: str) -> Iterator[World]:
     if on_gpu:
         torch.cuda.set_device(place)
     if not joined:
-        distributed.init_process_group("nccl" if on_gpu else "gloo")
+        distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
         yield World(distributed.get_rank(), distributed.get_world_size(), place)
     finally:

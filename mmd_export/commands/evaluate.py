@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from mmd_export.commands.sample import SampleOptions, draw
+from mmd_export.commands.sample import Drawing, SampleOptions, draw
 from mmd_export.errors import UsageError
-from mmd_finetune.data import DIGITS, load_images
+from mmd_finetune.array_files import Pixels, as_floats
+from mmd_finetune.compute import full_float32
+from mmd_finetune.data import AS_THEY_ARE, DIGITS, DataOptions, load_real
 from mmd_finetune.digits import load_digits_split
+from mmd_finetune.feature_cache import FeatureCache, feature_folder
 from mmd_finetune.features import Encoder, load_encoder, require_fit, require_names
 from mmd_finetune.metrics import class_histogram
 from mmd_finetune.metrics.suite import (
@@ -37,8 +40,9 @@ Observer = Callable[[str, int, int], None]
 class Scoring:
     """How samples are scored.
 
-    ``data`` and ``held_out_data`` are what ``load_images`` takes, the latter images outside the training set; of
-    ``data`` the first ``real_count`` are used, None for all.
+    ``data`` and ``held_out_data`` are what ``load_images`` takes, the latter images outside the training set, prepared
+    as ``preparation`` says; a ``holdout_fraction`` there holds images of ``data`` out instead. Of ``data`` the first
+    ``real_count`` are compared with, None for all.
     """
 
     data: str = DIGITS
@@ -48,52 +52,82 @@ class Scoring:
     resamples: int = 200
     real_count: int | None = None
     held_out_data: str | None = None
-
-    @property
-    def options(self) -> MetricOptions:
-        """The part that the metrics take."""
-        return MetricOptions(self.neighbours, self.resamples)
+    preparation: DataOptions = AS_THEY_ARE
+    feature_cache: bool = True
 
 
 @dataclass(frozen=True)
 class RealImages:
-    """``real`` is what samples are compared with; ``training`` and ``held_out`` are for metrics that need both."""
+    """``real`` is what samples are compared with, in parts; ``training`` and ``held_out`` are for metrics of both.
 
-    real: Tensor
+    Tensors (N, C, H, W), bytes or floats in [-1, 1].
+    """
+
+    real: tuple[Tensor, ...]
     training: Tensor | None
     held_out: Tensor | None
 
+    @property
+    def count(self) -> int:
+        """How many samples are compared with."""
+        return sum(map(len, self.real))
 
+
+@full_float32()
 def evaluate(
     options: SampleOptions, scoring: Scoring, observe: Observer = lambda _what, _done, _of: None
 ) -> dict[str, Any]:
     """Every metric on every encoder with its interval, and the share of each class where the encoder tells classes.
 
-    With ``data`` digits the samples are compared with all 1,797 scans, and the built-in split serves memorisation.
-    Raises UsageError for what cannot be compared, before anything is drawn where that is known by then.
+    With ``data`` digits as it is the samples are compared with all 1,797 scans, and the built-in split serves
+    memorisation. Raises UsageError for what cannot be compared, before anything is drawn where that is known by then.
     """
     parse_metrics(scoring.metrics)
     encoders = [load_encoder(name).to(_device()) for name in scoring.encoders]
     if not encoders:
         raise UsageError("encoders are none; name at least one")
     require_names(encoders)
-    images = _real_images(scoring)
-    _require_enough(options.count, len(images.real), scoring)
-    generated = _draw(options, images.real, encoders, scoring, observe)
+    drawing = draw(options)
+    shape = drawing.shape()
+    for encoder in encoders:
+        require_fit(encoder, shape, gradient=False)
+    images = _real_images(scoring, shape, options.source)
+    _require_enough(options.count, images.count, scoring)
+    generated = _draw(drawing, options.count, observe)
     metrics, shares = {}, {}
     for encoder in encoders:
-        sets = _features(encoder, generated, images, scoring.options, observe)
-        observe(f"{encoder.name}: metrics", 0, 1)
-        metrics[encoder.name] = {name: found.to_dict() for name, found in measure(scoring.metrics, sets).items()}
+        sets = _features(encoder, generated, images, scoring, observe)
+        metrics[encoder.name] = _measured(sets, scoring, observe)
         if encoder.classes is not None:
             shares[encoder.name] = class_histogram(encoder, generated.to(_device()))
-        observe(f"{encoder.name}: metrics", 1, 1)
     return {
         "source": options.source.rstrip("/").rsplit("/", 1)[-1], "count": options.count, "seed": options.seed,
-        "real_images": len(images.real), "held_out_images": 0 if images.held_out is None else len(images.held_out),
+        "real_images": images.count, "held_out_images": 0 if images.held_out is None else len(images.held_out),
+        "preparation": asdict(scoring.preparation),
         "neighbours": scoring.neighbours, "resamples": scoring.resamples,
         "metrics": metrics, "class_shares": shares,
     }  # fmt: skip
+
+
+def preparation(
+    resize: str | None, crop: str | None, *, flip: bool | None, holdout_fraction: float | None
+) -> DataOptions:
+    """The options of the command line under the names that ``finetune`` has; raises UsageError."""
+    try:
+        return TypeAdapter(DataOptions).validate_python(
+            {
+                "resize": resize,
+                "crop": crop if crop is None else tuple(crop.split(",")),
+                "flip": bool(flip),
+                "holdout_fraction": holdout_fraction or 0.0,
+            }
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = str(problem["loc"][0]).replace("_", "-")
+        raise UsageError(
+            f"--{name} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        ) from error
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -120,32 +154,52 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _real_images(scoring: Scoring) -> RealImages:
+def _real_images(scoring: Scoring, shape: tuple[int, int, int], source: str) -> RealImages:
     needed = [name for name in scoring.metrics if METRICS[name].needs_split]
-    if scoring.data == DIGITS and scoring.held_out_data is None:
-        split = load_digits_split()
-        real, training, held_out = split.all_images, split.train_images, split.held_out_images
-    elif needed and scoring.held_out_data is None:
-        raise UsageError(f"{', '.join(needed)}: images outside --data {scoring.data} are needed; give --held-out-data")
-    else:
-        real = training = load_images(scoring.data)
-        held_out = training[:0] if scoring.held_out_data is None else load_images(scoring.held_out_data)
-    count = len(real) if scoring.real_count is None else scoring.real_count
-    if count > len(real):
-        raise UsageError(f"--real-count is {count}, --data {scoring.data} holds {len(real)} images; ask for fewer")
-    if needed and held_out.shape[1:] != real.shape[1:]:
+    fraction = scoring.preparation.holdout_fraction
+    if fraction and scoring.held_out_data is not None:
         raise UsageError(
-            f"--held-out-data {scoring.held_out_data}: images are {held_out.shape[1:]}, those of --data are "
-            f"{real.shape[1:]} (channels, height, width)"
+            f"--holdout-fraction {fraction:g} and --held-out-data {scoring.held_out_data} both say which images are "
+            "held out; give one"
         )
-    compared = _tensor(real[:count])
-    if not needed:
-        return RealImages(compared, None, None)
-    same = training is real and count == len(real)  # then they are encoded once
-    return RealImages(compared, compared if same else _tensor(training), _tensor(held_out))
+    held_out: Tensor | None = None
+    if scoring.data == DIGITS and scoring.held_out_data is None and scoring.preparation == AS_THEY_ARE:
+        split = load_digits_split()
+        real = [_tensor(split.all_images)]
+        training, held_out = _tensor(split.train_images), _tensor(split.held_out_images)
+    else:
+        loaded = load_real(scoring.data, scoring.preparation, shape)
+        training = _tensor(loaded.train)
+        if fraction:
+            held_out = _tensor(loaded.held_out)
+        elif scoring.held_out_data is not None:
+            held_out = _tensor(load_real(scoring.held_out_data, scoring.preparation, shape).held_out)
+        real = [training, held_out] if fraction and held_out is not None else [training]
+    if needed and held_out is None:
+        raise UsageError(
+            f"{', '.join(needed)}: images outside --data {scoring.data} are needed; give --held-out-data or "
+            "--holdout-fraction"
+        )
+    for flag, name, images in (("data", scoring.data, training), ("held-out-data", scoring.held_out_data, held_out)):
+        if images is not None and images.shape[1:] != shape:
+            raise UsageError(
+                f"--{flag} {name}: images are {tuple(images.shape[1:])}, {source} makes {shape} (channels, height, "
+                "width)" + ("; pass --resize crop or stretch" if images.shape[1] == shape[0] else "")
+            )
+    compared = _first(real, scoring)
+    return RealImages(compared, training, held_out) if needed else RealImages(compared, None, None)
 
 
-def _tensor(images: NDArray[np.float32]) -> Tensor:
+def _first(parts: list[Tensor], scoring: Scoring) -> tuple[Tensor, ...]:
+    """The first ``real_count`` images; whole parts stay the tensors they are, so that they are encoded once."""
+    total = sum(map(len, parts))
+    count = total if scoring.real_count is None else scoring.real_count
+    if count > total:
+        raise UsageError(f"--real-count is {count}, --data {scoring.data} holds {total} images; ask for fewer")
+    return tuple(parts) if count == total else (torch.cat(parts)[:count],)
+
+
+def _tensor(images: Pixels) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).clone()
 
 
@@ -160,41 +214,45 @@ def _require_enough(count: int, real: int, scoring: Scoring) -> None:
         raise UsageError(f"{count} samples and {real} real images; a metric needs at least 2 of each")
 
 
-def _draw(options: SampleOptions, real: Tensor, encoders: list[Encoder], scoring: Scoring, observe: Observer) -> Tensor:
-    """Samples float32 (N, C, H, W) in [-1, 1]; the first part is held against data and encoders."""
-    observe("drawing", 0, options.count)
+def _draw(drawing: Drawing, count: int, observe: Observer) -> Tensor:
+    """Samples float32 (N, C, H, W) in [-1, 1]."""
+    observe("drawing", 0, count)
     parts: list[Tensor] = []
-    for drawn in draw(options):
-        part = _tensor(
-            drawn if drawn.dtype == np.float32 else drawn.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0
-        )
-        if not parts:
-            shape = (part.shape[1], part.shape[2], part.shape[3])
-            if shape != real.shape[1:]:
-                raise UsageError(
-                    f"--data {scoring.data}: images are {tuple(real.shape[1:])}, {options.source} makes {shape} "
-                    "(channels, height, width)"
-                )
-            for encoder in encoders:
-                require_fit(encoder, (shape[0], shape[1], shape[2]), gradient=False)
-        parts.append(part)
-        observe("drawing", sum(map(len, parts)), options.count)
+    for drawn in drawing.parts:
+        parts.append(_tensor(drawn if drawn.dtype == np.float32 else as_floats(drawn.transpose(0, 3, 1, 2))))
+        observe("drawing", sum(map(len, parts)), count)
     return torch.cat(parts)
 
 
-def _features(
-    encoder: Encoder, generated: Tensor, images: RealImages, options: MetricOptions, observe: Observer
-) -> Features:
-    parts = {id(part): part for part in (generated, *vars(images).values()) if part is not None and len(part)}
-    total, done = sum(map(len, parts.values())), 0
+def _features(encoder: Encoder, generated: Tensor, images: RealImages, scoring: Scoring, observe: Observer) -> Features:
+    cache = FeatureCache(feature_folder() if scoring.feature_cache else None, _device())
+    kept = {id(part): part for part in (*images.real, images.training, images.held_out) if part is not None}
+    total, done = len(generated) + sum(map(len, kept.values())), 0
+    drawn: list[Tensor] = []
+    for some in generated.split(ENCODED_AT_ONCE):
+        with torch.inference_mode():
+            drawn.append(encoder(some.to(_device())))
+        done += len(some)
+        observe(f"{encoder.name}: features", done, total)
     encoded: dict[int, Tensor] = {}
-    for key, part in parts.items():
-        features = []
-        for some in part.split(ENCODED_AT_ONCE):
-            with torch.inference_mode():
-                features.append(encoder(some.to(_device())))
-            done += len(some)
-            observe(f"{encoder.name}: features", done, total)
-        encoded[key] = torch.cat(features)
+    for key, part in kept.items():
+        encoded[key] = cache(encoder, part)
+        done += len(part)
+        observe(f"{encoder.name}: features", done, total)
+    options = MetricOptions(
+        scoring.neighbours,
+        scoring.resamples,
+        drawn=lambda draws: observe(f"{encoder.name}: draws of frechet", draws, scoring.resamples),
+    )
     training, held_out = encoded.get(id(images.training)), encoded.get(id(images.held_out))
-    return Features(encoder.name, encoded[id(images.real)], encoded[id(generated)], options, training, held_out)
+    real = torch.cat([encoded[id(part)] for part in images.real])
+    return Features(encoder.name, real, torch.cat(drawn), options, training, held_out)
+
+
+def _measured(sets: Features, scoring: Scoring, observe: Observer) -> dict[str, dict[str, float | None]]:
+    found: dict[str, dict[str, float | None]] = {}
+    for name in scoring.metrics:
+        observe(f"{sets.encoder}: metrics", len(found), len(scoring.metrics))
+        found |= {key: value.to_dict() for key, value in measure((name,), sets).items()}
+    observe(f"{sets.encoder}: metrics", len(found), len(scoring.metrics))
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,14 @@ class SampleOptions(PlanOptions):
     conditions: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """Images that are drawn as ``parts`` is iterated; ``shape()`` is (C, H, W) of each, known before that."""
+
+    shape: Callable[[], tuple[int, int, int]]
+    parts: Iterator[NDArray[Any]]
+
+
 def is_bundle(source: str) -> bool:
     """Whether ``source`` is a folder that claims to be a bundle."""
     return (Path(source) / MANIFEST_NAME).is_file()
@@ -49,17 +57,17 @@ def is_bundle(source: str) -> bool:
 
 def sample(options: SampleOptions) -> NDArray[Any]:
     """Images float32 (N, C, H, W) in [-1, 1], or uint8 (N, H, W, C) from a bundle built so; latents are decoded."""
-    return np.concatenate(list(draw(options)))
+    return np.concatenate(list(draw(options).parts))
 
 
-def draw(options: SampleOptions) -> Iterator[NDArray[Any]]:
+def draw(options: SampleOptions) -> Drawing:
     """The same in parts, in order, so that a caller can count them; the source is checked before the first is drawn."""
     if options.count < 1:
         raise UsageError(f"--count is {options.count}; it must be at least 1")
     return _from_bundle(options) if is_bundle(options.source) else _from_model(options)
 
 
-def _from_bundle(options: SampleOptions) -> Iterator[NDArray[Any]]:
+def _from_bundle(options: SampleOptions) -> Drawing:
     bundle = Bundle.open(options.source)
     if bundle.gives_latents:
         raise UsageError(f"bundle {bundle.name} gives latents, no picture; build it with --decode")
@@ -79,10 +87,20 @@ def _from_bundle(options: SampleOptions) -> Iterator[NDArray[Any]]:
     ]
     told = _told(options, conditions, f"bundle {bundle.name}")
     part = _part_size(bundle)
-    return (
-        run_in_batches(session, bundle, inputs)
-        for inputs in _inputs(options, (channels, height, width), noisy, told, part)
+    return Drawing(
+        lambda: _picture_shape(bundle),
+        (
+            run_in_batches(session, bundle, inputs)
+            for inputs in _inputs(options, (channels, height, width), noisy, told, part)
+        ),
     )
+
+
+def _picture_shape(bundle: Bundle) -> tuple[int, int, int]:
+    """(C, H, W) of the sample, which a uint8 one has as (H, W, C)."""
+    (spec,) = (spec for spec in bundle.manifest.outputs if spec.name == "sample")
+    first, second, third = (int(size) for size in spec.shape[1:])
+    return (third, first, second) if spec.dtype == "uint8" else (first, second, third)
 
 
 def _part_size(bundle: Bundle) -> int:
@@ -91,8 +109,9 @@ def _part_size(bundle: Bundle) -> int:
     return max(1, PART // batch) * batch
 
 
-def _from_model(options: SampleOptions) -> Iterator[NDArray[Any]]:
+def _from_model(options: SampleOptions) -> Drawing:
     from mmd_export.checkpoint import load_checkpoint
+    from mmd_export.decoder import decoded_shape
     from mmd_export.reference import run_chain, sampler_of
 
     checkpoint = load_checkpoint(options.source, network=options.network)
@@ -102,7 +121,10 @@ def _from_model(options: SampleOptions) -> Iterator[NDArray[Any]]:
     sampler = sampler_of(checkpoint, plan)
     told = _told(options, checkpoint.conditions, checkpoint.name)
     parts = _inputs(options, checkpoint.shape, plan.noisy_steps, told, PART)
-    return (run_chain(sampler, inputs)["sample"] for inputs in parts)
+    return Drawing(
+        lambda: checkpoint.shape if checkpoint.decoder is None else decoded_shape(checkpoint.decoder, checkpoint.shape),
+        (run_chain(sampler, inputs)["sample"] for inputs in parts),
+    )
 
 
 def _inputs(

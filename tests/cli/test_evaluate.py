@@ -12,8 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mmd_export.commands import evaluate as commands
 from mmd_export.commands.evaluate import Scoring, evaluate
 from mmd_export.commands.sample import SampleOptions
+from mmd_export.errors import UsageError
+from mmd_finetune.data import DataOptions, load_real
 from mmd_finetune.metrics.suite import METRICS
 from tests.cli.conftest import Command
 
@@ -127,11 +130,81 @@ def test_refusals(command: Command, given: tuple[object, ...], told: str) -> Non
     assert told in err
 
 
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A folder of 40 grey pictures of 12x10."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for row, pixels in enumerate(np.random.default_rng(1).integers(0, 256, (40, 10, 12), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{row:02}.png")
+    return folder
+
+
+def test_a_folder_is_prepared_and_split_as_finetune_does(command: Command, large: Path) -> None:
+    prepared = ("--resize", "crop", "--crop", "1,0,10,10", "--flip", "--holdout-fraction", 0.3)
+    result = scored(
+        command, "digits", "--steps", 1, "--count", 20, "--features", "pixels", "--bootstrap", 0, "--data", large,
+        *prepared, "--metrics", "memorisation",
+    )  # fmt: skip
+    parts = load_real(str(large), DataOptions("crop", (1, 0, 10, 10), True, 0.3), (1, 8, 8))
+    assert result["held_out_images"] == len(parts.held_out)
+    assert result["real_images"] == len(parts.train) + len(parts.held_out) == 80 - len(parts.held_out)
+    assert result["preparation"] == {
+        "resize": "crop", "crop": [1, 0, 10, 10], "flip": True, "holdout_fraction": 0.3
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--resize", "squash"), "--resize is 'squash': input should be 'crop' or 'stretch'"),
+        (("--crop", "1,2,3"), "--crop is"),
+        (("--holdout-fraction", 1), "--holdout-fraction is 1.0: input should be less than 1"),
+        (("--holdout-fraction", 0.5, "--held-out-data", "digits"), "both say which images are held out; give one"),
+        (("--features", "digits-mlp", "--data", "large"), "images are (1, 10, 12), digits makes (1, 8, 8)"),
+        (("--data", "large"), "pass --resize crop or stretch"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_drawn(
+    command: Command, large: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[object, ...], told: str
+) -> None:
+    monkeypatch.setattr(commands, "_draw", lambda *_: pytest.fail("it was drawn"))
+    places = [large if each == "large" else each for each in given]
+    code, _, err = command("evaluate", "digits", "--steps", 1, "--count", 16, *places)
+    assert code == 2
+    assert told in err
+
+
+def test_no_tf32_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def refuse(_: SampleOptions) -> None:
+        seen.extend((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(commands, "draw", refuse)
+    with pytest.raises(UsageError, match="far enough"):
+        evaluate(SampleOptions("digits", steps=1), Scoring())
+    assert seen == [False, False]
+    assert torch.backends.cudnn.allow_tf32  # torch's default
+
+
+def test_an_encoder_that_does_not_fit_is_refused_before_anything_is_drawn(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "_draw", lambda *_: pytest.fail("it was drawn"))
+    torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())).save(str(tmp_path / "colour.pt"))
+    features = f"torchscript:{tmp_path / 'colour.pt'}"
+    code, _, err = command("evaluate", "digits", "--steps", 1, "--count", 16, "--features", features)
+    assert code == 2
+    assert "encoder torchscript:colour.pt: on 2 images (1, 8, 8) it fails" in err
+
+
 def test_data_that_does_not_fit_is_refused(command: Command, grey: Path, tmp_path: Path) -> None:
     shared = ("evaluate", "digits", "--steps", 1, "--count", 16, "--features", "pixels")
     code, _, err = command(*shared, "--data", grey, "--metrics", "memorisation")
     assert code == 2
-    assert f"memorisation: images outside --data {grey} are needed; give --held-out-data" in err
+    assert f"memorisation: images outside --data {grey} are needed; give --held-out-data or --holdout-fraction" in err
     np.savez(tmp_path / "large.npz", images=np.zeros((20, 16, 16), dtype=np.uint8))
     code, _, err = command(*shared, "--data", tmp_path / "large.npz")
     assert code == 2
@@ -140,4 +213,4 @@ def test_data_that_does_not_fit_is_refused(command: Command, grey: Path, tmp_pat
         *shared, "--data", grey, "--metrics", "memorisation", "--held-out-data", tmp_path / "large.npz"
     )
     assert code == 2
-    assert "images are (1, 16, 16), those of --data are (1, 8, 8)" in err
+    assert "large.npz: images are (1, 16, 16), digits makes (1, 8, 8)" in err

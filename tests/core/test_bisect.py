@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from benchmarks.bisect import KINDS, planted, scale_weight, spoilt
+from benchmarks.bisection import KINDS, planted, scale_weight, spoilt
 from benchmarks.faults import Lab
 from mmd_export.bisect import call_value
 from mmd_export.blame import blame, checkpoint_graph, worst_place

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmd_export.errors import NotAvailableError
+from mmd_export.errors import NotAvailableError, UsageError
+from mmd_finetune import loop
 from mmd_finetune.compute import tuning_form
 from mmd_finetune.loop import tune
 from mmd_finetune.noise_ahead import NoiseAhead
@@ -40,6 +41,28 @@ class Watching(nn.Module):
 
 def images() -> Tensor:
     return torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+
+
+def tf32_flags() -> tuple[bool, bool]:
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+def test_tf32_is_off_while_a_run_works_and_as_it_was_after(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def refuse(*_: object) -> Task:
+        seen.append(tf32_flags())
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(loop, "prepare", refuse)
+    before = tf32_flags()
+    assert before[0]  # torch's default for cuDNN
+    with pytest.raises(UsageError, match="far enough"):
+        tune(tiny_settings)
+    assert seen == [(False, False)]
+    assert tf32_flags() == before
 
 
 def test_bfloat16_is_inside_the_network_only() -> None:

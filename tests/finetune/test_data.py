@@ -101,7 +101,7 @@ def test_several_unnamed_arrays(tmp_path: Path) -> None:
 def test_nan(tmp_path: Path) -> None:
     images = np.zeros((5, 1, 6, 4))
     images[2, 0, 1, 1] = np.nan
-    with pytest.raises(UsageError, match="1 of 5 images hold NaN or infinity"):
+    with pytest.raises(UsageError, match="1 of 5 images hold NaN or infinity, the first is number 2"):
         load_images(array(tmp_path, images))
 
 
@@ -158,3 +158,5 @@ def test_shape_of_the_model() -> None:
 def test_fewer_images_than_the_batch() -> None:
     with pytest.raises(UsageError, match="4 images for a batch of 5"):
         require_images(np.zeros((4, 1, 8, 8), dtype=np.float32), "digits", (1, 8, 8), 5)
+    with pytest.raises(UsageError, match="2 images for a batch of 3"):
+        require_images(np.zeros((4, 1, 8, 8), dtype=np.float32), "digits", (1, 8, 8), 3, mirrored=True)

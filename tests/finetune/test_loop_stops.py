@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,9 +22,15 @@ from mmd_export.checkpoint import load_checkpoint
 from mmd_export.errors import MmdExportError, UsageError
 from mmd_finetune import features, loop, objective
 from mmd_finetune.features import Encoder, load_encoder
+from mmd_finetune.files import write_json
 from mmd_finetune.loop import Report, tune
+from mmd_finetune.metrics import sampling
+from mmd_finetune.run_folder import RunFolder
 from mmd_finetune.settings import FinetuneSettings
-from tests.finetune.runs import changed, log_of, same_weights, without_seconds
+from mmd_finetune.state import TuningState
+from mmd_finetune.task import Task
+from mmd_finetune.world import World
+from tests.finetune.runs import changed, log_of, same_weights, weights_of, without_seconds
 
 
 def test_out_that_exists_is_refused_before_any_work(
@@ -76,6 +87,7 @@ def test_resume_with_other_settings_is_refused(
         ({"holdout": "vgg"}, "encoder 'vgg' is unknown"),
         ({"sampler": "magic"}, "magic"),
         ({"steps": 1001}, "1 to 1000"),
+        ({"steps": None}, "tiny: --steps is missing"),
         ({"batch_size": 2000}, "1437 images for a batch of 2000"),
     ],
 )
@@ -120,15 +132,99 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(
     what: str, poison: Callable[[Tensor], Tensor], tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison_at(5, monkeypatch, poison)
-    with pytest.raises(MmdExportError, match=rf"iteration 5: the {what} \(encoder digits-conv, pixels\)"):
+    with pytest.raises(MmdExportError, match=rf"iteration 5: the {what} \(encoder digits-conv, pixels\)") as caught:
         tune(tiny_settings)
+    assert "--resume --finish" in str(caught.value)
     state = load_file(tiny_settings.out / "state.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+    assert saved_iteration(tiny_settings) == 5  # between the evaluations at 4 and 6
+    assert (tiny_settings.out / "curve.png").is_file()
     assert not (tiny_settings.out / "unet").exists()
     with pytest.raises(UsageError):
         load_checkpoint(tiny_settings.out)
     monkeypatch.undo()
-    assert tune(tiny_settings, resume=True).iterations == 6
+    ended = tune(tiny_settings, resume=True, finish=True, observer=lambda _: pytest.fail("it was tuned on"))
+    assert (ended.iterations, ended.best_iteration) == (5, best_logged(tiny_settings))
+    assert same_tensors(weights_of(ended.folder), state)
+
+
+def saved_iteration(settings: FinetuneSettings) -> int:
+    with safe_open(settings.out / "state.safetensors", framework="pt") as file:
+        return int(json.loads(file.metadata()["progress"])["iteration"])
+
+
+def best_logged(settings: FinetuneSettings) -> int:
+    evaluations = [line for line in log_of(settings.out) if "held_out" in line]
+    return int(min(evaluations, key=lambda line: line["held_out"])["iteration"])
+
+
+def same_tensors(shipped: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
+    best = {name: tensor for name, tensor in state.items() if name.startswith("best/")}
+    return len(best) == len(shipped) and all(
+        any(name.endswith(f".{key}") and torch.equal(tensor, found) for name, found in best.items())
+        for key, tensor in shipped.items()
+    )
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison_at(5, monkeypatch, lambda value: value * float("nan"))
+
+    def break_weights(report: Report) -> None:
+        if report.iteration == 5:
+            next(iter(states[0].parameters.values())).data.fill_(float("nan"))
+
+    states: list[TuningState] = []
+    share = TuningState.share
+
+    def remember(self: TuningState, world: World) -> None:
+        states.append(self)
+        share(self, world)
+
+    monkeypatch.setattr(TuningState, "share", remember)
+    with pytest.raises(MmdExportError, match="iteration 5"):
+        tune(tiny_settings, observer=break_weights)
+    assert saved_iteration(tiny_settings) == 4
+
+
+def test_finish_needs_a_run_that_was_stopped(tiny_settings: FinetuneSettings) -> None:
+    with pytest.raises(UsageError, match="give --resume with it"):
+        tune(tiny_settings, finish=True)
+    with pytest.raises(UsageError, match="run does not exist; --finish needs the folder of a run"):
+        tune(tiny_settings, resume=True, finish=True)
+    tiny_settings.out.mkdir()
+    with pytest.raises(UsageError, match="holds no saved state that --finish could end with"):
+        tune(tiny_settings, resume=True, finish=True)
+
+
+def test_other_settings_are_refused_before_any_work(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_settings.out.mkdir()
+    write_json(tiny_settings.out / "settings.json", {"settings": tiny_settings.public(), "data_sha256": "known later"})
+    monkeypatch.setattr(loop, "prepare", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(UsageError, match="seed was 0, is now 5"):
+        tune(changed(tiny_settings, seed=5), resume=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no flock on Windows")
+def test_two_live_processes_do_not_share_a_folder(tiny_settings: FinetuneSettings) -> None:
+    tiny_settings.out.mkdir()
+    with closing(RunFolder(tiny_settings.out)) as other:
+        other.require_usable(tiny_settings, resume=True)
+        with pytest.raises(UsageError, match="run is being tuned by another process; let it end"):
+            tune(tiny_settings, resume=True)
+    with closing(RunFolder(tiny_settings.out)) as later:
+        later.require_usable(tiny_settings, resume=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no flock on Windows")
+def test_a_killed_process_holds_no_folder(tmp_path: Path) -> None:
+    script = f"import fcntl, os, signal; fcntl.flock(os.open({str(tmp_path)!r}, os.O_RDONLY), fcntl.LOCK_EX); "
+    subprocess.run([sys.executable, "-c", script + "os.kill(os.getpid(), signal.SIGKILL)"], check=False)
+    with closing(RunFolder(tmp_path)) as folder:
+        folder.begin({"settings": {}})
 
 
 def test_a_run_folder_is_not_tuned_on_for_another_plan(tiny_settings: FinetuneSettings, tmp_path: Path) -> None:
@@ -136,7 +232,7 @@ def test_a_run_folder_is_not_tuned_on_for_another_plan(tiny_settings: FinetuneSe
     with pytest.raises(UsageError, match=r"run: tuned for .*2 steps.*, asked for .*3 steps"):
         tune(changed(tiny_settings, model=str(run), steps=3, out=tmp_path / "more"))
     assert not (tmp_path / "more").exists()
-    again = tune(changed(tiny_settings, model=str(run), iterations=1, out=tmp_path / "same"))
+    again = tune(changed(tiny_settings, model=str(run), steps=None, iterations=1, out=tmp_path / "same"))
     assert again.held_out_before == tune(changed(tiny_settings, iterations=1), resume=True).held_out_after
 
 
@@ -156,7 +252,7 @@ def test_the_encoder_whose_gradient_is_not_finite_is_named(
 
     monkeypatch.setattr(features, "load_encoder", load)
     monkeypatch.setattr(features, "require_fit", lambda *_, **__: None)  # it would find this one before the first step
-    with pytest.raises(MmdExportError, match=r"iteration 0: the gradient is nan \(encoder pixels\); the last saved"):
+    with pytest.raises(MmdExportError, match=r"iteration 0: the gradient is nan \(encoder pixels\); the last good"):
         tune(tiny_settings)
     assert (tiny_settings.out / "state.safetensors").is_file()
 
@@ -188,6 +284,49 @@ def test_a_signal_saves_first_and_resume_ends_the_same(
     seen: list[int] = []
     tune(tiny_settings, resume=True, observer=lambda report: seen.append(report.iteration))
     assert seen == [4, 5, 6]
+    whole = tune(changed(tiny_settings, out=tmp_path / "whole"))
+    assert same_weights(tiny_settings.out, whole.folder)
+    assert without_seconds(log_of(tiny_settings.out)) == without_seconds(log_of(whole.folder))
+
+
+def test_a_signal_between_micro_batches_saves_the_iterations_before(
+    tiny_settings: FinetuneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = changed(tiny_settings, micro_batch_size=4)
+    real, calls = Task.generator_seed, []
+
+    def seed(self: Task, iteration: int, part: int) -> int:
+        calls.append((iteration, part))
+        if calls[-1] == (3, 0) and calls.count((3, 0)) == 1:
+            deliver(signal.SIGTERM)
+        return real(self, iteration, part)
+
+    monkeypatch.setattr(Task, "generator_seed", seed)
+    with pytest.raises(KeyboardInterrupt):
+        tune(settings)
+    assert calls[-1] == (3, 0)  # the second micro-batch was not begun
+    assert saved_iteration(settings) == 3
+    tune(settings, resume=True)
+    assert same_weights(settings.out, tune(changed(settings, out=tmp_path / "whole")).folder)
+
+
+def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(
+    tiny_settings: FinetuneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = sampling.sampler_inputs, iter(range(100))
+
+    def inputs(*arguments: Any) -> dict[str, Tensor]:
+        if next(calls) == 4:  # of 16 samples in batches of 8: the untuned ones, iterations 2 and 4
+            deliver(signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(sampling, "sampler_inputs", inputs)
+    with pytest.raises(KeyboardInterrupt):
+        tune(tiny_settings)
+    assert next(calls) == 5  # the second batch was not begun
+    assert saved_iteration(tiny_settings) == 4
+    assert log_of(tiny_settings.out)[-1]["iteration"] == 3
+    tune(tiny_settings, resume=True)
     whole = tune(changed(tiny_settings, out=tmp_path / "whole"))
     assert same_weights(tiny_settings.out, whole.folder)
     assert without_seconds(log_of(tiny_settings.out)) == without_seconds(log_of(whole.folder))

@@ -14,6 +14,7 @@ from mmd_export.errors import UsageError
 from mmd_finetune.loop import Report, tune
 from mmd_finetune.settings import FinetuneSettings, make_settings
 from mmd_finetune.tensorboard import TensorBoard
+from tests.finetune.runs import changed
 
 
 def lines(settings: FinetuneSettings) -> list[dict[str, Any]]:
@@ -35,6 +36,38 @@ def test_metrics_are_logged_at_each_evaluation_and_change_nothing(
     assert plain == [{key: line[key] for key in ("iteration", "loss", "held_out") if key in line} for line in logged]
     with Image.open(more.out / "curve.png") as wide, Image.open(tiny_settings.out / "curve.png") as narrow:
         assert wide.size[0] == pytest.approx(2 * narrow.size[0], abs=2)  # four curves instead of two
+
+
+def test_every_held_out_encoder_measures_and_the_result_has_intervals(tiny_settings: FinetuneSettings) -> None:
+    settings = changed(
+        tiny_settings, iterations=1, features=("digits-conv",), holdout="digits-mlp,pixels", holdout_fraction=0.3,
+        metrics="recall,memorisation,copying",
+    )  # fmt: skip
+    result = tune(settings)
+    last = lines(settings)[-1]
+    assert last["metrics_by_encoder"].keys() == result.metrics.keys() == {"digits-mlp", "pixels"}
+    assert last["metrics"] == last["metrics_by_encoder"]["digits-mlp"]
+    assert set(last["metrics"]) == {"recall", "memorisation"}  # 16 samples leave no cell for copying
+    card = (settings.out / "README.md").read_text()
+    for encoder, by_name in result.metrics.items():
+        assert set(by_name) == {"recall", "memorisation"}
+        for name, sides in by_name.items():
+            assert all(side["low"] <= side["value"] <= side["high"] for side in sides.values())
+            assert f"| {name}, `{encoder}` | {sides['before']['value']:.4g} (" in card
+    assert json.loads((settings.out / "result.json").read_text())["metrics"] == result.metrics
+    assert tune(settings, resume=True) == result
+
+
+@pytest.mark.parametrize(
+    ("fraction", "said"),
+    [(0.6, "images are held out, the loss sees"), (0.003, "needs more than 5 held-out images, there are")],
+)
+def test_a_split_that_leaves_metrics_undefined_is_refused_before_the_run(
+    fraction: float, said: str, tiny_settings: FinetuneSettings
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        tune(changed(tiny_settings, holdout_fraction=fraction, metrics="memorisation,recall"))
+    assert not tiny_settings.out.exists()
 
 
 @pytest.mark.parametrize("metrics", ["fid", "recall,recall", "memorisation"])

@@ -142,6 +142,20 @@ def test_safetensors_come_first(tmp_path: Path) -> None:
     assert not load_encoder(f"dino:{tmp_path}").warnings
 
 
+def test_the_image_part_of_a_whole_processor_is_followed(tmp_path: Path) -> None:
+    other = {**PROCESSOR, "image_mean": [0.1, 0.2, 0.3]}  # not what the family takes without a file
+    save_vision_model("clip", tmp_path / "part", other)
+    save_vision_model("clip", tmp_path / "whole", None)
+    whole = {"image_processor": other, "processor_class": "CLIPProcessor"}
+    (tmp_path / "whole/processor_config.json").write_text(json.dumps(whole))
+    with torch.no_grad():
+        one, same = (load_encoder(f"clip:{tmp_path / name}")(images()) for name in ("part", "whole"))
+        (tmp_path / "whole/processor_config.json").unlink()
+        usual = load_encoder(f"clip:{tmp_path}/whole")(images())
+    assert torch.equal(one, same)
+    assert not torch.equal(one, usual)
+
+
 def without_processor(folder: Path) -> None:
     (folder / PROCESSOR_FILE).unlink()
 

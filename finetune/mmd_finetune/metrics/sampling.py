@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,15 +37,17 @@ def sample_many(
     batch: int = 256,
     device: torch.device | None = None,
     first: int = 0,
+    give_way: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Samples (N, C, H, W) of the images first ... first + N - 1 of ``seed``.
 
-    The batch changes nothing but memory and rounding.
+    The batch changes nothing but memory and rounding. ``give_way`` is called before each.
     """
     place = device or torch.device("cpu")
     parts = [torch.empty((0, *shape), device=place)]
     with torch.inference_mode():
         for start in range(first, first + count, batch):
+            give_way()
             size = min(batch, first + count - start)
             parts.append(sampler(**sampler_inputs(seed, size, shape, sampler.plan.noisy_steps, start, place)))
         return torch.cat(parts)

@@ -21,11 +21,15 @@ NEIGHBOUR_METRICS = ("precision", "recall", "density", "coverage")
 
 @dataclass(frozen=True)
 class MetricOptions:
-    """``neighbours``: k of precision, recall, density and coverage. ``resamples``: bootstrap draws, 0 for none."""
+    """``neighbours``: k of precision, recall, density and coverage. ``resamples``: bootstrap draws, 0 for none.
+
+    ``drawn`` is called with the number of draws done by the one metric whose draws take long, ``frechet``.
+    """
 
     neighbours: int = 5
     resamples: int = 200
     seed: int = 0
+    drawn: Callable[[int], None] = lambda _: None
 
 
 @dataclass(eq=False)
@@ -67,6 +71,11 @@ def _distance(function: Callable[[Tensor, Tensor, int, int], Measured]) -> Calla
     return lambda sets: function(sets.real, sets.generated, sets.options.resamples, sets.options.seed)
 
 
+def _frechet(sets: Features) -> Measured:
+    options = sets.options
+    return frechet(sets.real, sets.generated, options.resamples, options.seed, options.drawn)
+
+
 def _share(name: str) -> Callable[[Features], Measured]:
     return lambda sets: mean_with_interval(getattr(sets.balls, name), sets.options.resamples, sets.options.seed)
 
@@ -76,7 +85,7 @@ def _copies(function: Callable[[Tensor, Tensor, Tensor, int, int], Measured]) ->
 
 
 METRICS: dict[str, Metric] = {
-    "frechet": Metric("0", _distance(frechet)),
+    "frechet": Metric("0", _frechet),
     "kid": Metric("0", _distance(kid)),
     "cmmd": Metric("0", _distance(cmmd)),
     **{name: Metric("1", _share(name)) for name in NEIGHBOUR_METRICS},
@@ -95,10 +104,17 @@ def parse_metrics(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def require_while_tuning(names: Sequence[str]) -> None:
-    """Raise ValueError unless the metrics can be measured during a run, which sees training images only."""
-    able = [name for name, metric in METRICS.items() if not metric.needs_split]
+def needs_split(names: Sequence[str]) -> bool:
+    """Whether one of the metrics compares with training and with held-out images."""
+    return any(METRICS[name].needs_split for name in names)
+
+
+def require_while_tuning(names: Sequence[str], *, split: bool = False) -> None:
+    """Raise ValueError unless a run can measure the metrics; some only where it holds images out (``split``)."""
+    able = [name for name, metric in METRICS.items() if split or not metric.needs_split]
     for name in names:
+        if name in METRICS and name not in able:
+            raise ValueError(f"{name!r} is not one of {', '.join(able)}; with a holdout_fraction it can be measured")
         if name not in able or list(names).count(name) > 1:
             raise ValueError(f"{name!r} is not one of {', '.join(able)}, or is named twice")
 

@@ -143,7 +143,7 @@ def main() -> None:
                 "limit_seconds": LIMIT_SECONDS,
             }  # fmt: skip
             values = {"steps": STEPS, "reference_seconds": reference_seconds, "summary": found, "cases": rows}
-            write_result(arguments.out, "benchmarks/bisect.py", values)
+            write_result(arguments.out, "benchmarks/bisection.py", values)
 
 
 if __name__ == "__main__":
