@@ -226,7 +226,7 @@ def parity(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def verified(source: str, folder: Path, device: str) -> dict[str, Any]:
-    """Each artefact that the device runs, through its runtime against the golden file: errors, or why there are none."""
+    """Each artefact of the device, through its runtime against the golden file: errors, or why there are none."""
     wanted = {
         "onnx": (TargetOptions(), "onnxruntime:cuda" if device == "cuda" else "onnxruntime"),
         "torch": (TargetOptions(device=device), "aotinductor"),

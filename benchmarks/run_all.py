@@ -20,6 +20,7 @@ SCRIPTS = (
     "benchmarks.openvino",
     "benchmarks.coreml",
     "benchmarks.targets",
+    "benchmarks.torch_targets",
     "benchmarks.digits_quality",
     "benchmarks.finetune_speed",
     "benchmarks.precision",

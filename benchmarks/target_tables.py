@@ -6,19 +6,28 @@ from typing import Any
 
 from benchmarks.precision_tables import Table
 from benchmarks.speed_tables import interval
+from benchmarks.targets import MODELS
+from mmd_export.targets import get_target, target_names
+
+NOT_MEASURED = {"refused": "not measured yet"}
 
 
 def target_rows(result: dict[str, Any]) -> Table:
-    """Target x precision, a row for each model; a cell that was refused or never measured says why."""
+    """Target x precision, a row for each model of the study; a cell that was refused or not measured says so."""
     cells = result["cells"]
     heads = (
         "target", "precision", "model", "artefact", "of fp32", "nodes", "build, CPU s", "peak, GB",
         "error: sample", "worst state", "tolerance", "where",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = [
-        row_of(*key.split(" | "), cell=cell, full=cells.get(f"{key.split(' | ')[0]} | onnx | fp32"))
-        for key, cell in sorted(cells.items(), key=lambda item: [*item[0].split(" | ")[1:], item[0]])
-    ]
+        row_of(
+            model, target, precision,
+            cell=cells.get(f"{model} | {target} | {precision}", NOT_MEASURED), full=cells.get(f"{model} | onnx | fp32"),
+        )
+        for target in target_names()
+        for precision in get_target(target).precisions
+        for model in MODELS
+    ]  # fmt: skip
     return heads, rows
 
 
@@ -28,7 +37,7 @@ def row_of(
     """One row; ``full`` is the ONNX fp32 artefact of the model, of which the size is a fraction."""
     name = (f"`{target}`", f"`{precision}`", model)
     if "bytes" not in cell:
-        return (*name, "not built", "", "", "", "", "", "", "", cell.get("refused") or cell.get("failed", ""))
+        return (*name, "not run", "", "", "", "", "", "", "", cell.get("refused") or cell.get("failed", ""))
     fraction = "" if full is None or "bytes" not in full else f"{cell['bytes'] / full['bytes']:.2f}"
     where = f"not run: {cell['not_verified']}" if cell["not_verified"] else cell["runtime"]
     return (

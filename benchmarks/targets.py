@@ -19,11 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, SMALL_UNET, save_cifar10, write_result
+from benchmarks.common import RESULTS, ROOT, SMALL_UNET, environment, save_cifar10, write_result
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
 from mmd_export.errors import MmdExportError
 from mmd_export.targets import get_target, target_names
+from mmd_export.trt.process import how_it_ended
 from mmd_runtime.registry import runtime_for
 
 STEPS = 5
@@ -109,7 +110,7 @@ def run_cell(model: str, target: str, precision: str) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             return {"refused": f"not done after {LIMIT_SECONDS} s"}
         if ended.returncode:
-            return {"failed": f"exit {ended.returncode}"}
+            return {"failed": f"its process {how_it_ended(ended.returncode)}"}
         found: dict[str, Any] = json.loads(part.read_text(encoding="utf-8"))
         return found
 
@@ -129,6 +130,8 @@ def main() -> None:
         return
     old = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
     cells: dict[str, Any] = {} if arguments.again else old.get("cells", {})
+    for cell in cells.values():
+        cell.setdefault("where", old["environment"]["cpu"])
     for model in (arguments.model,) if arguments.model else MODELS:
         for target in (arguments.target,) if arguments.target else target_names():
             for precision in (arguments.precision,) if arguments.precision else get_target(target).precisions:
@@ -136,7 +139,7 @@ def main() -> None:
                 if "bytes" in cells.get(key, {}):
                     continue
                 print(key, flush=True)
-                cells[key] = run_cell(model, target, precision)
+                cells[key] = run_cell(model, target, precision) | {"where": environment()["cpu"]}
                 print(f"  {cells[key]}", flush=True)
                 write_result(arguments.out, "benchmarks/targets.py", {"steps": STEPS, "cells": cells})
 

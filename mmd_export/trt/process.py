@@ -56,7 +56,8 @@ def run_job(
     if refused:
         reason = last["refused"]
     elif last.get("over_limit"):
-        reason = f"its builder took {last['over_limit']} MiB of memory, --memory-limit is {job.memory_limit} MiB; try more"
+        taken = last["over_limit"]
+        reason = f"its builder took {taken} MiB of memory, --memory-limit is {job.memory_limit} MiB; try more"
     else:
         reason = f"its builder {how_it_ended(code)}; the last it said: {last_useful(text)}"
         reason += "; try --workspace with fewer MiB" if code == -signal.SIGKILL else ""
@@ -111,8 +112,8 @@ def _run(job: Job, log: IO[bytes], hear: Callable[[dict[str, Any]], None]) -> tu
 def _limited(process: subprocess.Popen[bytes], limit: int | None) -> Iterator[list[int]]:
     """Kill the process when its own memory passes ``limit`` MiB; what it had then, if it did.
 
-    Not by setrlimit: a library that is refused memory may wait for ever (TensorRT-RTX 1.7.1 did), and CUDA reserves more
-    address space than there is memory.
+    Not by setrlimit: a library that is refused memory may wait for ever (TensorRT-RTX 1.7.1 did), and CUDA reserves
+    more address space than there is memory.
     """
     over: list[int] = []
     ended = threading.Event()
@@ -138,10 +139,12 @@ def _limited(process: subprocess.Popen[bytes], limit: int | None) -> Iterator[li
 
 def _mebibytes(pid: int) -> int:
     """Anonymous memory of a process on Linux; 0 once it is gone."""
-    with suppress(OSError):
-        found = re.search(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(encoding="ascii"), re.MULTILINE)
-        return int(found[1]) >> 10 if found else 0
-    return 0
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0
+    found = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) >> 10 if found else 0
 
 
 def _events(stream: IO[bytes]) -> Iterator[dict[str, Any]]:

@@ -344,12 +344,16 @@ class Library:
 
     def Refitter(self, engine: Any, _: Any) -> Any:  # noqa: N802
         assert engine is self.engine
-        done = SimpleNamespace(get_missing_weights=lambda: list(self.missing))
-        done.refit_cuda_engine = lambda: bool(self.refitted.append("engine")) or True
-        return done
+        return SimpleNamespace(
+            get_missing_weights=lambda: list(self.missing), refit_cuda_engine=lambda: self._refit("engine")
+        )
 
     def OnnxParserRefitter(self, _: Any, __: Any) -> Any:  # noqa: N802
-        return SimpleNamespace(refit_from_file=lambda path: bool(self.refitted.append(Path(path).name)) or True)
+        return SimpleNamespace(refit_from_file=lambda path: self._refit(Path(path).name))
+
+    def _refit(self, what: str) -> bool:
+        self.refitted.append(what)
+        return True
 
     def deserialise(self, data: bytes) -> Any:
         self.seen.append(len(data))

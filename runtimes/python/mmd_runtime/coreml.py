@@ -86,7 +86,7 @@ class _Session:
 
 
 def require_system(bundle: str, target: str, macos: str) -> None:
-    """Raise NotAvailableError if this macOS is older than the deployment target; an unknown one is Core ML's to judge."""
+    """Raise NotAvailableError if this macOS is older than the deployment target; Core ML judges unknown ones."""
     oldest = _MACOS_OF.get(target, int(target.removeprefix("macOS")) if target.startswith("macOS") else 0)
     if int(macos.partition(".")[0] or oldest) < oldest:
         raise NotAvailableError(

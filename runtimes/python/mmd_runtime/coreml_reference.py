@@ -129,8 +129,8 @@ def _require_interface(bundle: Bundle, program: Program) -> None:
     for feature in program.features:
         expected = shapes[feature.name][1:3] if feature.kind in ("rgb", "grayscale") else shapes[feature.name]
         if feature.shape != expected and (feature.shape or feature.name != "sample"):
-            says = f"it describes {feature.name!r} as {feature.kind} {feature.shape}, the manifest says {expected}"
-            raise _broken(bundle, MalformedError(says))
+            described = f"it describes {feature.name!r} as {feature.kind} {feature.shape}"
+            raise _broken(bundle, MalformedError(f"{described}, the manifest says {expected}"))
 
 
 def _broken(bundle: Bundle, error: MalformedError) -> BundleError:

@@ -13,7 +13,8 @@ from mmd_export.runtime import Array
 INSTALL = "pip install cuda-python"
 # Of cudaError, https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html
 _NO_MEMORY = 2
-_OLD_DRIVER = (35, 36, 803, 804)  # InsufficientDriver, CallRequiresNewerDriver, SystemDriverMismatch, CompatNotSupported
+# InsufficientDriver, CallRequiresNewerDriver, SystemDriverMismatch, CompatNotSupported
+_OLD_DRIVER = (35, 36, 803, 804)
 _NO_DEVICE = 100
 
 
