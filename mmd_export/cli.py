@@ -230,8 +230,7 @@ def sample(
 
     A latent model is decoded by the vae/ of its folder; a bundle of one must have been built with --decode.
     """
-    from mmd_export.commands.sample import SampleOptions
-    from mmd_export.commands.sample import sample as draw
+    from mmd_export.commands.sample import SampleOptions, draw
     from mmd_export.pictures import save_grid
 
     network = NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
@@ -239,8 +238,10 @@ def sample(
         with_ema(source, ema), seed, count, runtime, checkpoint, class_label, network, tuple(condition or ()),
         steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps),
     )  # fmt: skip
-    save_grid(draw(options), out)
+    drawing = draw(options)
+    save_grid(drawing.images(), out)
     show(f"{out}: {count} images of seed {seed}")
+    say(f"drawn in {drawing.ran_in()}")
 
 
 app.command(epilog=EVALUATE_EXAMPLE)(evaluate)

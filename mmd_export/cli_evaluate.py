@@ -105,6 +105,7 @@ def evaluate(
     heads = ("encoder", "metric", "value", "95 % interval", "perfect")
     title = f"{result['source']}: {count} samples of seed {seed} against {result['real_images']} real images"
     show_table(title, heads, command.rows(result), json)
+    say(f"drawn in {result['runtime']}")
     write_json(json, result)
     if plot:
         command.plot(result, plot)

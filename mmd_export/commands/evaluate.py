@@ -102,6 +102,7 @@ def evaluate(
             shares[encoder.name] = class_histogram(encoder, generated.to(_device()))
     return {
         "source": options.source.rstrip("/").rsplit("/", 1)[-1], "count": options.count, "seed": options.seed,
+        "runtime": drawing.ran_in(),
         "real_images": images.count, "held_out_images": 0 if images.held_out is None else len(images.held_out),
         "preparation": asdict(scoring.preparation),
         "neighbours": scoring.neighbours, "resamples": scoring.resamples,

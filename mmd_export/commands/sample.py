@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mmd_export.manifest import MANIFEST_NAME
 from mmd_export.network_options import AS_IT_IS, NetworkOptions
 from mmd_export.noise import sampler_noise
 from mmd_export.plan_options import PlanOptions
-from mmd_export.runtime import RunOptions
+from mmd_export.runtime import RunOptions, Runtime, Session, placement_of
 from mmd_runtime.chunks import run_in_batches
 
 PART = 256
@@ -44,10 +45,18 @@ class SampleOptions(PlanOptions):
 
 @dataclass(frozen=True)
 class Drawing:
-    """Images that are drawn as ``parts`` is iterated; ``shape()`` is (C, H, W) of each, known before that."""
+    """Images that are drawn as ``parts`` is iterated; ``shape()`` is (C, H, W) of each, known before that.
+
+    ``ran_in()`` says what draws them, and which nodes a provider left to another, once some are drawn.
+    """
 
     shape: Callable[[], tuple[int, int, int]]
     parts: Iterator[NDArray[Any]]
+    ran_in: Callable[[], str]
+
+    def images(self) -> NDArray[Any]:
+        """All of them."""
+        return np.concatenate(list(self.parts))
 
 
 def is_bundle(source: str) -> bool:
@@ -57,7 +66,7 @@ def is_bundle(source: str) -> bool:
 
 def sample(options: SampleOptions) -> NDArray[Any]:
     """Images float32 (N, C, H, W) in [-1, 1], or uint8 (N, H, W, C) from a bundle built so; latents are decoded."""
-    return np.concatenate(list(draw(options).parts))
+    return draw(options).images()
 
 
 def draw(options: SampleOptions) -> Drawing:
@@ -72,7 +81,8 @@ def _from_bundle(options: SampleOptions) -> Drawing:
     if bundle.gives_latents:
         raise UsageError(f"bundle {bundle.name} gives latents, no picture; build it with --decode")
     options.require_bundle(bundle.name, len(bundle.manifest.plan["steps"]))
-    session = usable_runtime(bundle, options.runtime).open(bundle, RunOptions(checkpoint=options.checkpoint))
+    runtime = usable_runtime(bundle, options.runtime)
+    session = runtime.open(bundle, RunOptions(checkpoint=options.checkpoint))
     if options.network != AS_IT_IS:
         raise UsageError(f"bundle {bundle.name} has guidance and text length built in; leave their options out")
     specs = {spec.name: spec.shape for spec in bundle.manifest.inputs}
@@ -93,7 +103,14 @@ def _from_bundle(options: SampleOptions) -> Drawing:
             run_in_batches(session, bundle, inputs)
             for inputs in _inputs(options, (channels, height, width), noisy, told, part)
         ),
+        lambda: _ran_in(runtime, session),
     )
+
+
+def _ran_in(runtime: Runtime, session: Session) -> str:
+    """``onnxruntime: onnxruntime 1.32.0 (CPU)``, with where its nodes ran if the session can tell."""
+    place = placement_of(session)
+    return f"{runtime.name}: {runtime.availability().detail}{f'; {place.summary}' if place else ''}"
 
 
 def _picture_shape(bundle: Bundle) -> tuple[int, int, int]:
@@ -124,6 +141,7 @@ def _from_model(options: SampleOptions) -> Drawing:
     return Drawing(
         lambda: checkpoint.shape if checkpoint.decoder is None else decoded_shape(checkpoint.decoder, checkpoint.shape),
         (run_chain(sampler, inputs)["sample"] for inputs in parts),
+        lambda: f"torch: torch {version('torch')}",
     )
 
 

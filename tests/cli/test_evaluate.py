@@ -63,6 +63,7 @@ def test_every_metric_in_a_table_with_a_picture(command: Command, digits_bundle:
     with Image.open(plot) as picture:
         assert picture.size[0] > 1000
     assert "drawing" in err
+    assert "drawn in onnxruntime: onnxruntime" in err
 
 
 def test_the_same_seed_in_every_runtime_scores_the_same(command: Command, digits_bundle: Path) -> None:
@@ -70,6 +71,8 @@ def test_the_same_seed_in_every_runtime_scores_the_same(command: Command, digits
     shared = ("--count", 300, "--features", "digits-mlp", "--metrics", "frechet,kid", "--bootstrap", 0)
     graph = scored(command, digits_bundle, *shared, "--runtime", "onnxruntime")
     model = scored(command, "digits", "--steps", 2, *shared)
+    assert graph["runtime"].startswith("onnxruntime: ")
+    assert model["runtime"].startswith("torch: ")
     for name in ("frechet", "kid"):
         value = model["metrics"]["digits-mlp"][name]
         assert value["low"] is None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mmd_export.errors import NotAvailableError
 from mmd_export.onnx_translate import translate
 
 X = torch.linspace(-1.0, 1.0, 12).reshape(1, 1, 3, 4)
@@ -54,3 +55,14 @@ def test_what_changes_nothing_is_gone(name: str) -> None:
 def test_a_number_that_is_only_nearly_neutral_stays() -> None:
     model, _ = translated("nearly one")
     assert [node.op_type for node in model.graph].count("Mul") == 2
+
+
+def test_an_operator_that_torch_onnx_lacks_is_named_in_one_line() -> None:
+    class Bessel(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(x)
+
+    program = torch.export.export(Bessel(), (torch.zeros(2, 2),))
+    with pytest.raises(NotAvailableError, match=r"^torch.onnx cannot translate it: .*bessel_j0") as error:
+        translate(program)
+    assert "\n" not in str(error.value)

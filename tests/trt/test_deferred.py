@@ -94,17 +94,33 @@ def test_an_engine_was_built_before(engine: Bundle, deferred: Bundle, tmp_path: 
     assert contents(again.folder) == contents(engine.folder)
 
 
-@pytest.fixture(scope="session")
-def attention(tiny_attention: Path) -> SamplerProgram:
-    checkpoint = load_checkpoint(str(tiny_attention))
+def one_step(model: str) -> SamplerProgram:
+    checkpoint = load_checkpoint(model)
     return export_program(checkpoint.denoiser, checkpoint.plan_for(1), checkpoint.shape, 1)
 
 
+@pytest.fixture(scope="session")
+def attention(tiny_attention: Path) -> SamplerProgram:
+    return one_step(str(tiny_attention))
+
+
+@pytest.fixture(scope="session")
+def digits() -> SamplerProgram:
+    return one_step("digits")
+
+
 @pytest.mark.usefixtures("_rtx")
-@pytest.mark.parametrize("precision", get_target(RTX.name).precisions)
-def test_every_precision_is_the_same_bytes_twice(precision: str, attention: SamplerProgram, tmp_path: Path) -> None:
-    """A small network with attention, in a process of its own each time, with a cache of its own."""
-    get_target("onnx").compile(attention, tmp_path, CompileOptions(precision))
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [*(("attention", name) for name in get_target(RTX.name).precisions),
+     *(("digits", name) for name in ("fp16", "bf16", "int8"))],  # fp32 is test_two_builds_are_the_same_bytes
+)  # fmt: skip
+def test_every_precision_is_the_same_bytes_twice(
+    model: str, precision: str, attention: SamplerProgram, digits: SamplerProgram, tmp_path: Path
+) -> None:
+    """Digits and a small network with attention, in a process of its own each time, with a cache of its own."""
+    program = {"attention": attention, "digits": digits}[model]
+    get_target("onnx").compile(program, tmp_path, CompileOptions(precision))
     target, engines = get_target(RTX.name), []
     assert isinstance(target, DeferrableTarget)
     for name in ("1", "2"):
