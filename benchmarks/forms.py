@@ -3,6 +3,8 @@
 A 16x16 UNet2DModel of 1.6 M random weights. Building and loading are CPU seconds of the least of three tries, which a
 busy machine disturbs least; a run is timed interleaved, both forms of one step count in one measurement. The growth is
 the slope of a straight line through log(seconds) over log(steps) from 5 steps on: 1 is linear. About 5 minutes.
+
+``--large``: the ddpm-cifar10 architecture instead, without runs, one try each -> benchmarks/results/forms_large.json.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS, save_small, write_result
+from benchmarks.common import RESULTS, save_cifar10, save_small, write_result
 from mmd_export.checkpoint import load_checkpoint
 from mmd_export.latency import REST, measure
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.targets import CompileOptions, get_target
 
 STEPS = (1, 5, 10, 20, 50)
+LARGE_STEPS = (5, 20, 50)
 FORMS = ("unrolled", "loop")
 TRIES = 3
 
@@ -37,11 +40,15 @@ def cpu_seconds(call: Callable[[], object], tries: int = TRIES) -> float:
     return round(min(found), 3)
 
 
-def compile_form(program: SamplerProgram, form: str, folder: Path) -> dict[str, Any]:
+def compile_form(program: SamplerProgram, form: str, folder: Path, tries: int = TRIES) -> dict[str, Any]:
     """The artefact in ``folder``, and what it cost."""
-    target, options = get_target("onnx"), CompileOptions(form=form)
-    seconds = cpu_seconds(lambda: target.compile(program, folder, options))
-    nodes = target.compile(program, folder, options).graph["nodes"]
+    target, options, nodes = get_target("onnx"), CompileOptions(form=form), 0
+
+    def compile_once() -> None:
+        nonlocal nodes
+        nodes = target.compile(program, folder, options).graph["nodes"]
+
+    seconds = cpu_seconds(compile_once, tries)
     return {"nodes": nodes, "bytes": (folder / target.artefact).stat().st_size, "compile_cpu_seconds": seconds}
 
 
@@ -77,6 +84,20 @@ def measure_steps(model: Path, steps: int, rounds: int) -> dict[str, Any]:
     return row
 
 
+def measure_large(model: Path, steps: int) -> dict[str, Any]:
+    """Both forms of one step count, built and loaded once; nothing is run."""
+    checkpoint = load_checkpoint(str(model))
+    program = export_program(checkpoint.denoiser, checkpoint.plan_for(steps, sampler="ddim"), checkpoint.shape, 1)
+    row: dict[str, Any] = {"steps": steps}
+    for form in FORMS:
+        with tempfile.TemporaryDirectory() as folder:
+            row[form] = compile_form(program, form, Path(folder), tries=1)
+            path = Path(folder) / get_target("onnx").artefact
+            row[form]["load_cpu_seconds"] = cpu_seconds(lambda path=path: session(path), tries=1)  # type: ignore[misc]
+    print(row, flush=True)
+    return row
+
+
 def slope(rows: list[dict[str, Any]], form: str, key: str) -> float:
     """Exponent of the growth with the step count, from 5 steps on."""
     grown = [(row["steps"], row[form][key]) for row in rows if row["steps"] >= 5]
@@ -87,14 +108,20 @@ def slope(rows: list[dict[str, Any]], form: str, key: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=RESULTS / "forms.json")
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    out = arguments.out or RESULTS / ("forms_large.json" if arguments.large else "forms.json")
     with tempfile.TemporaryDirectory() as scratch:
-        model = save_small(Path(scratch) / "small")
-        rows = [measure_steps(model, steps, arguments.rounds) for steps in STEPS]
+        if arguments.large:
+            model = save_cifar10(Path(scratch) / "large")
+            rows = [measure_large(model, steps) for steps in LARGE_STEPS]
+        else:
+            model = save_small(Path(scratch) / "small")
+            rows = [measure_steps(model, steps, arguments.rounds) for steps in STEPS]
     keys = ("bytes", "compile_cpu_seconds", "load_cpu_seconds")
     growth = {form: {key: slope(rows, form, key) for key in keys} for form in FORMS}
-    write_result(arguments.out, "benchmarks/forms.py", {"rows": rows, "growth_exponent": growth})
+    write_result(out, "benchmarks/forms.py", {"rows": rows, "growth_exponent": growth})
     print(growth)
 
 

@@ -1,9 +1,10 @@
 """Every precision of target onnx on the tuned digits -> benchmarks/results/precision.json.
 
 For each: size, pixel error after every step, free-running and teacher-forced, against the float64 reference, and the
-Frechet distance to all scans in the encoder that no choice but those of this file looked at. Then what was tried before
-the defaults were set (``trials``), what the float32 islands of 16 bits are worth (``islands``), how far ranges grow
-with the images scanned (``ranges``), and the sizes on the ddpm-cifar10 architecture (``sizes``).
+Frechet distance to all scans in the encoder that no choice but those of this file looked at. Then that distance for the
+precisions of other targets (``elsewhere``), what was tried before the defaults were set (``trials``), what the float32
+islands of 16 bits are worth (``islands``), how far ranges grow with the images scanned (``ranges``), and the sizes on
+the ddpm-cifar10 architecture (``sizes``).
 
 bf16 is emulated: float32 arithmetic with every result rounded, see ``mmd_export/precision/emulate.py``. ``--model`` is
 a run folder; without it the default settings are run first, 3 to 5 minutes. About 20 minutes besides on one core.
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ from mmd_export.precision.quantise import Recipe
 from mmd_export.precision.scan import scan
 from mmd_export.precision.trajectory import Calls
 from mmd_export.program import export_program
-from mmd_export.runtime import RunOptions
+from mmd_export.runtime import RunOptions, Session
 from mmd_export.targets import get_target
 from mmd_export.targets.onnx import clean_up, file_size
 from mmd_finetune.digits import load_digits_split
@@ -54,8 +56,12 @@ from mmd_finetune.metrics import frechet_distance
 from mmd_finetune.reference import encode_in_batches
 from mmd_finetune.settings import make_settings
 from mmd_runtime.onnxruntime import chain_session
+from mmd_runtime.registry import runtime_for
+
+Run = Callable[[dict[str, NDArray[np.float32]]], NDArray[np.float32]]
 
 BATCH = 128
+ELSEWHERE = (("coreml", "fp16"), ("coreml", "w8"), ("coreml", "w6"), ("coreml", "w4"), ("openvino", "w16"))
 SHARED = Recipe(per_step=False, seven_bits="none")
 TRIALS: dict[str, Recipe] = {
     "minmax": replace(SHARED, clip="minmax"),
@@ -103,8 +109,12 @@ class Judge:
     def sample(self, model: ir.Model) -> list[NDArray[np.float32]]:
         """As many samples a draw as there are scans."""
         session = session_of(model)
+        return self.drawn(lambda part: session.run(["sample"], part)[0])
+
+    def drawn(self, run: Run) -> list[NDArray[np.float32]]:
+        """The same of whatever gives the samples of a batch."""
         return [
-            np.concatenate([session.run(["sample"], part)[0] for part in self._noises(seed)])[: len(self.real)]
+            np.concatenate([run(part) for part in self._noises(seed)])[: len(self.real)]
             for seed in range(FIRST_NOISE_SEED, FIRST_NOISE_SEED + self.draws)
         ]
 
@@ -162,6 +172,28 @@ def precisions(judge: Judge, model: str, steps: int | None) -> dict[str, Any]:
         }  # fmt: skip
         print(precision, scores, flush=True)
     return rows
+
+
+def elsewhere(judge: Judge, model: str) -> dict[str, Any]:
+    """The precisions of other targets than onnx that can run here, each bundle in its runtime: size and distance."""
+    rows: dict[str, Any] = {}
+    for target, precision in ELSEWHERE:
+        with tempfile.TemporaryDirectory() as folder:
+            batch = str(BATCH)
+            bundle = build(BuildOptions(model, target, Path(folder) / "bundle", precision, batch, verify=False))
+            runtime = runtime_for(bundle.manifest.format)
+            session = runtime.open(bundle, RunOptions(threads=torch.get_num_threads()))
+            scores = judge.score(judge.drawn(partial(_sample_of, session)))
+            rows[f"{target} {precision}"] = {
+                "bytes": bundle.artefact_bytes, "runtime": f"{runtime.name}: {runtime.availability().detail}",
+                **asdict(scores),
+            }  # fmt: skip
+        print(target, precision, scores, flush=True)
+    return rows
+
+
+def _sample_of(session: Session, part: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    return session.run(part)["sample"].astype(np.float32, copy=False)
 
 
 def step_errors(bundle: Bundle) -> dict[str, Any]:
@@ -239,7 +271,7 @@ def sizes() -> dict[str, Any]:
     return {name: {**row, "of_fp32": round(row["bytes"] / found["fp32"]["bytes"], 4)} for name, row in found.items()}
 
 
-PARTS = ("precisions", "trials", "islands", "ranges", "sizes")
+PARTS = ("precisions", "elsewhere", "trials", "islands", "ranges", "sizes")
 
 
 def main() -> None:
@@ -264,6 +296,7 @@ def main() -> None:
         }  # fmt: skip
         measures: dict[str, Callable[[], Any]] = {
             "precisions": lambda: precisions(judge, model, None),
+            "elsewhere": lambda: elsewhere(judge, model),
             "trials": lambda: trials(judge),
             "islands": lambda: island_trials(judge),
             "ranges": lambda: ranges(judge),

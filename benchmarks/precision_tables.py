@@ -30,6 +30,19 @@ def precision_rows(result: dict[str, Any]) -> Table:
     return heads, rows
 
 
+def elsewhere_rows(result: dict[str, Any]) -> Table:
+    """The precisions of other targets, the float32 graph in onnxruntime first."""
+    rows: list[tuple[str, ...]] = [
+        (f"`{name.replace(' ', '` `')}`", f"{row['bytes'] / 1e6:.2f}", f"{row['rms_pixel_error']:.0e}",
+         f"{row['distance']:.2f}", row["runtime"])
+        for name, row in result.get("elsewhere", {}).items()
+    ]  # fmt: skip
+    megabytes, distance = result["precisions"]["fp32"]["bytes"] / 1e6, result["float32"]["distance"]
+    float32 = ("`onnx` `fp32`", f"{megabytes:.2f}", "", f"{distance:.2f}")
+    heads = ("artefact", "MB", "rms of a pixel, to float32", "Frechet distance", "run in")
+    return heads, [(*float32, "onnxruntime"), *rows]
+
+
 def step_rows(result: dict[str, Any]) -> Table:
     """Largest error after each step, free-running, and teacher-forced in brackets."""
     steps = [f"state.{k}" for k in range(1, result["steps"] + 1)]

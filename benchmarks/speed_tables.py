@@ -21,7 +21,7 @@ def form_rows(result: dict[str, Any]) -> Table:
         for key, shown in (("nodes", "{:,}"), ("bytes", "{:,}"), ("compile_cpu_seconds", "{:.1f}"),
                            ("load_cpu_seconds", "{:.2f}")):  # fmt: skip
             cells += [shown.format(row[form][key]) for form in ("unrolled", "loop")]
-        rows.append((*cells, interval(row["loop_takes"])))
+        rows.append((*cells, interval(row["loop_takes"]) if "loop_takes" in row else "not run"))
     growth = [
         f"{result['growth_exponent'][form][key]:.2f}"
         for key in ("bytes", "compile_cpu_seconds", "load_cpu_seconds")

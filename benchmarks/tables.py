@@ -27,7 +27,7 @@ from benchmarks.parity_tables import (
     tolerance_rows,
     verify_time_rows,
 )
-from benchmarks.precision_tables import Table, int8_rows, island_rows, precision_rows, step_rows
+from benchmarks.precision_tables import Table, elsewhere_rows, int8_rows, island_rows, precision_rows, step_rows
 from benchmarks.reference_tables import commands, manifest_rows, required_rows, result_rows, tool_rows
 from benchmarks.speed_tables import form_rows, gate_rows, interval, pipeline_rows
 from benchmarks.target_tables import coreml_rows, norm_rows, openvino_rows, target_rows
@@ -275,11 +275,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "example": example,
     "tuned_example": tuned_example,
     "forms": of_result("forms.json", form_rows),
+    "forms_large": of_result("forms_large.json", form_rows),
     "speed": of_result("speed.json", pipeline_rows),
     "openvino": of_result("openvino.json", openvino_rows),
     "web_kit": of_result("web.json", web_rows),
     "ray_kit": of_result("ray_kit.json", ray_rows),
     "precision": of_result("precision.json", precision_rows),
+    "precision_elsewhere": of_result("precision.json", elsewhere_rows),
     "precision_steps": of_result("precision.json", step_rows),
     "islands": of_result("precision.json", island_rows),
     "int8": of_result("precision.json", int8_rows),
