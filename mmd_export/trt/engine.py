@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mmd_export.batch import BatchSpec
@@ -17,9 +18,10 @@ from mmd_export.trt.library import Library, system
 from mmd_export.trt.lint import require_buildable
 from mmd_export.trt.lock import ANY_SYSTEM, LockFacts
 from mmd_export.trt.process import run_job
+from mmd_export.trt.rewrite import unshared
 
 AMPERE = "8.0"
-_BUILDER = Path(__file__).with_name("worker.py")
+_BUILDER = (Path(__file__).with_name("worker.py"), Path(__file__).with_name("rewrite.py"))
 # TensorRT-RTX 1.7.1 refuses float8 below 8.9 (measured); full TensorRT builds for the GPU at hand.
 _LEAST_CAPABILITY = {"fp8": "8.9"}
 _NOT_IN_THE_BYTES = ("onnx", "engine", "memory_limit", "timing_cache")
@@ -51,7 +53,10 @@ def build_engine(library: Library, request: Request, engine: Path) -> LockFacts:
     else:
         request.notify(f"{library.title}: building an engine of {nodes:,} nodes")
         _make(folder)
-        said = run_job(job, library.title, request.log, request.notify, folder / f"{key}.log")
+        with TemporaryDirectory() as scratch:
+            if library.unshare and not request.options.strip_weights:  # whose weights come from the graph as it is
+                job = replace(job, onnx=str(unshared(request.onnx.absolute(), Path(scratch))))
+            said = run_job(job, library.title, request.log, request.notify, folder / f"{key}.log")
         _keep(folder, key, engine, said, request.notify)
     return _facts(library, request.options, digest, said, device)
 
@@ -124,7 +129,7 @@ def engine_key(library: Library, job: Job, digest: str, version: str, device: De
     facts: dict[str, Any] = {name: value for name, value in vars(job).items() if name not in _NOT_IN_THE_BYTES}
     if library.needs_gpu and device is not None:
         facts |= {"device": vars(device), "system": system()}
-    builder = sha256_of([_BUILDER])  # what we ask the library for beside the job
+    builder = sha256_of(_BUILDER)  # what we ask the library for beside the job
     return key_of({**facts, "onnx_sha256": digest, "version": version, "builder": builder})
 
 

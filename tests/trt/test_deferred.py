@@ -94,19 +94,19 @@ def test_an_engine_was_built_before(engine: Bundle, deferred: Bundle, tmp_path: 
     assert contents(again.folder) == contents(engine.folder)
 
 
-def one_step(model: str) -> SamplerProgram:
+def steps_of(model: str, steps: int) -> SamplerProgram:
     checkpoint = load_checkpoint(model)
-    return export_program(checkpoint.denoiser, checkpoint.plan_for(1), checkpoint.shape, 1)
+    return export_program(checkpoint.denoiser, checkpoint.plan_for(steps), checkpoint.shape, 1)
 
 
 @pytest.fixture(scope="session")
 def attention(tiny_attention: Path) -> SamplerProgram:
-    return one_step(str(tiny_attention))
+    return steps_of(str(tiny_attention), 1)
 
 
 @pytest.fixture(scope="session")
 def digits() -> SamplerProgram:
-    return one_step("digits")
+    return steps_of("digits", 1)
 
 
 @pytest.mark.usefixtures("_rtx")
@@ -131,6 +131,22 @@ def test_every_precision_is_the_same_bytes_twice(
         assert facts.capabilities == CAPABILITIES
     assert engines[0] == engines[1]
     assert len(engines[0]) > 2**20
+
+
+@pytest.mark.usefixtures("_rtx")
+@pytest.mark.parametrize("precision", ["w8", "w4"])
+def test_steps_share_quantised_weights(precision: str, tmp_path: Path) -> None:
+    """The graph in the bundle stores them once; the library gets a copy for each matrix product."""
+    target = get_target(RTX.name)
+    assert isinstance(target, DeferrableTarget)
+    get_target("onnx").compile(steps_of("digits", 2), tmp_path, CompileOptions(precision))
+    (folder := tmp_path / "engine").mkdir()
+    before = (tmp_path / "model.onnx").read_bytes()
+    chosen = TargetOptions(compute_capability="8.9", cache=tmp_path / "cache")
+    facts = target.compile_onnx(tmp_path / "model.onnx", folder, CompileOptions(precision, target=chosen))
+    assert (tmp_path / "model.onnx").read_bytes() == before
+    assert facts.onnx_sha256 == onnx_sha256(tmp_path / "model.onnx")
+    assert (folder / "model.plan").stat().st_size > 2**20
 
 
 @pytest.mark.usefixtures("_rtx")
