@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def unshared(path: Path, folder: Path) -> Path:
-    """``path`` itself, or a copy in ``folder`` where no two matrix products dequantise the same weight.
+    """``path`` itself, or a copy in ``folder`` where no two layers but convolutions dequantise the same weight.
 
     TensorRT-RTX 1.7.1 fails on such graphs (Myelin, vector::_M_range_check): a w8 or w4 sampler of two steps or more.
     Convolutions may share theirs. Delete this once ``test_steps_share_quantised_weights`` passes without it.
@@ -37,8 +37,8 @@ def unshared(path: Path, folder: Path) -> Path:
 
 
 def _shared_by(node: ir.Node) -> list[tuple[ir.Node, int]]:
-    """The inputs of a matrix product's DequantizeLinear that other nodes read too, all readers but the first."""
-    if node.op_type != "DequantizeLinear" or not any(use.node.op_type == "MatMul" for use in node.outputs[0].uses()):
+    """The inputs of a DequantizeLinear that other nodes read too, for all readers but the first."""
+    if node.op_type != "DequantizeLinear" or all(use.node.op_type == "Conv" for use in node.outputs[0].uses()):
         return []
     found = []
     for place, value in enumerate(node.inputs):
