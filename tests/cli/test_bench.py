@@ -29,9 +29,9 @@ QUICK = ("--threads", 1, "--cold", 0)
 
 @pytest.fixture(scope="session")
 def longer_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six times the work of ``digits_bundle``, batches 1 and 3."""
-    out = tmp_path_factory.mktemp("bundles") / "digits-12"
-    build(BuildOptions("digits", "onnx", out, steps=12, batch="1,3", verify=False))
+    """Three times the work of ``digits_bundle``, batches 1 and 3."""
+    out = tmp_path_factory.mktemp("bundles") / "digits-6"
+    build(BuildOptions("digits", "onnx", out, steps=6, batch="1,3", verify=False))
     return out
 
 
@@ -41,7 +41,7 @@ def saved(digits_bundle: Path, longer_bundle: Path, tmp_path_factory: pytest.Tem
     from mmd_export.cli import app, run
 
     path = tmp_path_factory.mktemp("gates") / "baseline.json"
-    arguments = ("bench", digits_bundle, "--against", longer_bundle, "--save-baseline", path, "--rounds", 24, *QUICK)
+    arguments = ("bench", digits_bundle, "--against", longer_bundle, "--save-baseline", path, "--rounds", 12, *QUICK)
     assert run(app, [str(argument) for argument in arguments]) == 0
     return path
 
@@ -55,16 +55,16 @@ def test_throughput_and_cold_start(command: Command, longer_bundle: Path, tmp_pa
     assert "Throughput" in out
     report = json.loads((tmp_path / "bench.json").read_text())
     rows = {(row["name"], row["batch"]): row for row in report["throughput"]}
-    assert set(rows) == {(name, batch) for name in ("digits-12", "onnxruntime:cpu") for batch in (1, 3)}
+    assert set(rows) == {(name, batch) for name in ("digits-6", "onnxruntime:cpu") for batch in (1, 3)}
     for row in rows.values():
         assert row["low"] <= row["images_per_second"] <= row["high"]
-    cold = report["cold"]["digits-12"]
+    cold = report["cold"]["digits-6"]
     assert cold["process"] > cold["load"] > 0 < cold["first"]
     assert cold["host_mib"] > 20
     environment = report["environment"]
     assert {"governor", "clock_mhz", "gpu", "cores_usable", "load_before", "packages"} <= set(environment)
     assert {case.attrib["name"] for case in ET.parse(tmp_path / "bench.xml").getroot().iter("testcase")} == {
-        "digits-12: measured",
+        "digits-6: measured",
         "onnxruntime:cpu: measured",
     }
 
@@ -83,7 +83,7 @@ def test_the_checkpoint_is_read_once(longer_bundle: Path, monkeypatch: pytest.Mo
     )  # fmt: skip
     assert len(bench(options).latency.seconds) == 4
     assert read == ["digits"]
-    gated = bench(replace(options, against=("torch",), batches=(1,), rounds=24), gates=Gates())
+    gated = bench(replace(options, against=("torch",), batches=(1,), rounds=12), gates=Gates())
     assert gated.verdicts
     assert read == ["digits", "digits"]
 
@@ -91,7 +91,7 @@ def test_the_checkpoint_is_read_once(longer_bundle: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--batches", "2"), "batch 2, bundle digits-12 was built for 1,3; build with --batch 1,2,3"),
+        (("--batches", "2"), "batch 2, bundle digits-6 was built for 1,3; build with --batch 1,2,3"),
         (("--batches", "1..3"), "--batches is '1..3'"),
         (("--rounds", 50, "--percentiles", "99"), "p99 takes at least 100 rounds, this run has 50"),
         (("--percentiles", "often"), "--percentiles is 'often'"),
@@ -116,7 +116,7 @@ def test_what_cannot_be_measured_is_refused(
 def test_a_gate_against_a_bundle_measured_now(
     command: Command, digits_bundle: Path, longer_bundle: Path, tmp_path: Path
 ) -> None:
-    gate = ("--max-regression", "5%", "--batches", 1, "--rounds", 24, *QUICK)
+    gate = ("--max-regression", "5%", "--batches", 1, "--rounds", 12, *QUICK)
     code, out, err = command("bench", digits_bundle, "--against", longer_bundle, *gate)
     assert code == 0, err
     assert "gate pass: digits-2 takes 0." in out
@@ -126,12 +126,12 @@ def test_a_gate_against_a_bundle_measured_now(
     assert "the limit is 1.050; make it faster or raise the limit" in err
     suite = ET.parse(tmp_path / "gate.xml").getroot()
     assert suite.attrib["failures"] == "1"
-    assert "- **fail**: fail: digits-12 takes" in (tmp_path / "summary.md").read_text()
+    assert "- **fail**: fail: digits-6 takes" in (tmp_path / "summary.md").read_text()
     assert json.loads((tmp_path / "gate.json").read_text())["gates"][0]["verdict"] == "fail"
 
 
 def test_a_gate_on_a_baseline(command: Command, digits_bundle: Path, longer_bundle: Path, saved: Path) -> None:
-    gate = ("--against", longer_bundle, "--gate", saved, "--rounds", 24, *QUICK)
+    gate = ("--against", longer_bundle, "--gate", saved, "--rounds", 12, *QUICK)
     code, out, err = command("bench", digits_bundle, *gate, "--max-regression", "90%")
     assert code == 0, err
     assert "times the baseline's 0." in out
@@ -140,7 +140,7 @@ def test_a_gate_on_a_baseline(command: Command, digits_bundle: Path, longer_bund
         faster["ratio"][key] /= 3
     other = saved.with_name("faster.json")
     other.write_text(json.dumps(faster))
-    code, _, err = command("bench", digits_bundle, "--against", longer_bundle, "--gate", other, "--rounds", 24, *QUICK)
+    code, _, err = command("bench", digits_bundle, "--against", longer_bundle, "--gate", other, "--rounds", 12, *QUICK)
     assert code == 6, err
 
 
@@ -177,7 +177,7 @@ def test_a_baseline_of_something_else_is_refused_with_both_values(
     old = changed(key, value)(data)
     other = saved.with_name("other.json")
     other.write_text(json.dumps(data))
-    code, _, err = command("bench", digits_bundle, "--against", longer_bundle, "--gate", other, "--rounds", 24, *QUICK)
+    code, _, err = command("bench", digits_bundle, "--against", longer_bundle, "--gate", other, "--rounds", 12, *QUICK)
     assert code == 2
     assert message in err
     assert "measuring" not in err
@@ -191,7 +191,7 @@ def test_a_baseline_names_what_it_is_held_against(command: Command, digits_bundl
     assert "pass --against with the reference of its baseline" in err
     code, _, err = command("bench", digits_bundle, "--against", "onnxruntime", "--gate", saved, *QUICK)
     assert code == 2
-    assert "is held against 'digits-12'; measured are onnxruntime" in err
+    assert "is held against 'digits-6'; measured are onnxruntime" in err
 
 
 def test_diffusers_own_pipeline_draws_images(digits_bundle: Path) -> None:

@@ -185,7 +185,9 @@ def test_verify_and_bench_say_where_nodes_run(command: Command, digits_bundle: P
 
 def test_tune_build_sample(command: Command, tmp_path: Path) -> None:
     run, bundle = tmp_path / "run", tmp_path / "bundle"
-    small = ("--steps", 2, "--iterations", 1, "--batch-size", 8, "--out", run)
+    (tmp_path / "few.toml").write_text("evaluate_count = 16\n")
+    few = ("--config", tmp_path / "few.toml")
+    small = (*few, "--steps", 2, "--iterations", 1, "--batch-size", 8, "--out", run)
     code, out, err = command("finetune", "digits", *small)
     assert code == 0, err
     assert "next: mmd-export build" in out

@@ -131,7 +131,8 @@ def test_any_sampler_can_be_tuned_on_any_list(command: Command, tmp_path: Path) 
 
 def test_a_probed_sampler_can_be_tuned(command: Command, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    small = ("--iterations", 1, "--batch-size", 8, "--out", run)
+    (tmp_path / "few.toml").write_text("evaluate_count = 16\n")
+    small = ("--config", tmp_path / "few.toml", "--iterations", 1, "--batch-size", 8, "--out", run)
     code, _, err = command("finetune", "digits", "--sampler", "lms", "--steps", 2, *small)
     assert code == 0, err
     code, _, err = command("build", run, "--target", "onnx", "--out", tmp_path / "b")

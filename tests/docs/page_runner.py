@@ -31,7 +31,8 @@ QUICK: Mapping[str, Mapping[str, str]] = {
 }
 QUICK_TUNING = "iterations = 2\nbatch_size = 64\nevaluate_every = 2\nevaluate_count = 64\n"
 GATES = ("--max-regression", "--gate")  # a gate makes its own rounds
-SECONDS_OF_A_GATE = "4"
+SECONDS_OF_A_GATE = "2"
+SAMPLES_OF_RUNG_7 = "200"
 SERVER = {"npm run dev": re.compile(r"http://localhost:\d+/")}
 SERVER_SECONDS = 60
 NUMBER = re.compile(r"(?<![A-Za-z_])[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
@@ -161,6 +162,8 @@ def quick(arguments: list[str], folder: Path) -> list[str]:
     name, *rest = arguments or [""]
     gate = name == "bench" and any(option in rest for option in GATES)
     added = {"--seconds": SECONDS_OF_A_GATE, "--cold": "0"} if gate else QUICK.get(name, {})
+    if name == "verify" and "--distribution" in rest:
+        added = {"--count": SAMPLES_OF_RUNG_7}
     settings = folder / ".quick.toml"
     settings.write_text(QUICK_TUNING)
     more = [(option, value.format(quick=settings)) for option, value in added.items() if option not in rest]
