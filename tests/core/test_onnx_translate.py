@@ -60,7 +60,8 @@ def test_a_number_that_is_only_nearly_neutral_stays() -> None:
 def test_an_operator_that_torch_onnx_lacks_is_named_in_one_line() -> None:
     class Bessel(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.special.bessel_j0(x)
+            found: Tensor = torch.special.bessel_j0(x)
+            return found
 
     program = torch.export.export(Bessel(), (torch.zeros(2, 2),))
     with pytest.raises(NotAvailableError, match=r"^torch.onnx cannot translate it: .*bessel_j0") as error:
