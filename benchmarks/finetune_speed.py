@@ -127,7 +127,7 @@ def plain_step(task: Task) -> Callable[[], float]:
     loop = PlainLoop(
         unet, DDIMScheduler.from_config(config), reference.encoder.network, real, task.settings.batch_size, STEPS
     )
-    return loop.step
+    return full_float32()(loop.step)
 
 
 SIDES = {"plain": plain_step, "ours": our_step}

@@ -17,7 +17,7 @@ def target_rows(result: dict[str, Any]) -> Table:
     cells = result["cells"]
     heads = (
         "target", "precision", "model", "artefact", "of fp32", "nodes", "build, CPU s", "peak, GB",
-        "error: sample", "worst state", "tolerance", "where",
+        "error: sample", "worst state", "tolerance", "run in",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = [
         row_of(

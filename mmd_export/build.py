@@ -35,7 +35,6 @@ from mmd_export.runtime import ChainSession, RunOptions
 from mmd_export.target_options import DEFAULTS, TargetOptions
 from mmd_export.targets import Compiled, CompileOptions, DeferrableTarget, Target, get_target, onnx
 from mmd_export.tolerance import artefact_tolerance
-from mmd_export.trt.lint import require_buildable
 from mmd_export.tuned_precision import TunedPrecision
 from mmd_runtime.registry import runtime_for
 
@@ -124,8 +123,8 @@ def _pack(prepared: _Prepared, options: BuildOptions, kept: tuple[str, ...], not
             log_beside(options.out), prepared.tuned, kept,
         )  # fmt: skip
         compiled = (GRAPH if options.defer else target).compile(prepared.program, folder, chosen)
-        if options.defer:
-            require_buildable(folder / GRAPH.artefact, target.name)
+        if options.defer and isinstance(target, DeferrableTarget):
+            target.require_buildable(folder / GRAPH.artefact)
         return _with_facts(draft, compiled)
 
     def measure(bundle: Bundle) -> Measured:

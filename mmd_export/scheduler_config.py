@@ -18,6 +18,8 @@ from mmd_export.scheduler_keys import CLASSES, FIXED_PREDICTION, FOREIGN, INERT,
 _NUMBER = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
 SPACINGS = ("leading", "trailing", "linspace", "mmd-ddm")
 
+_OWN_KIND = {"consistency": "consistency_function", "ipndm": "v_prediction of times in [0, 1]"}
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:
@@ -99,12 +101,12 @@ class SchedulerConfig:
         """What the class takes the network's output for.
 
         EDM's v_prediction is F with its sign turned, not DDIM's v; a consistency function has other c_skip and c_out
-        than EDM's F and is told 1000 times its c_noise.
+        than EDM's F and is told 1000 times its c_noise; IPNDM's v is that of a network that is told times up to 1.
         """
         fixed = FIXED_PREDICTION.get(self.sampler)
         if fixed == "edm" and self.prediction_type == "v_prediction":
             return "edm v_prediction"
-        return "consistency_function" if self.sampler == "consistency" else fixed or self.prediction_type
+        return _OWN_KIND.get(self.sampler) or fixed or self.prediction_type
 
     @property
     def custom_timesteps(self) -> tuple[float, ...]:

@@ -41,6 +41,15 @@ class DataOptions:
 AS_THEY_ARE = DataOptions()
 
 
+def parse_crop(text: str) -> tuple[int, int, int, int]:
+    """``left,top,width,height`` as the command line gives it; raises ValueError."""
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 4 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{text!r} is not LEFT,TOP,WIDTH,HEIGHT, four whole numbers")
+    left, top, width, height = map(int, parts)
+    return left, top, width, height
+
+
 @dataclass(frozen=True)
 class RealImages:
     """(N, C, H, W), bytes or float32 in [-1, 1]. ``held_out`` is ``train`` itself where nothing is held out."""

@@ -173,7 +173,8 @@ def _run(run: Run, interrupts: Interrupts) -> None:
                         seconds=seconds,
                         unmeasured={"losses": losses, "gradient": norm},
                     )
-                done, told = state.progress.iteration, state.progress.unmeasured or {}
+                done, told = state.progress.iteration, state.progress.unmeasured
+                assert told is not None
                 due = done % settings.evaluate_every == 0 or done == settings.iterations
                 found = _evaluate(task, state, interrupts.give_way) if due else {}
             state.progress = replace(state.progress, unmeasured=None)

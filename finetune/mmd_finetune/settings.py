@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from mmd_export.errors import UsageError
 from mmd_export.plan_options import PlanOptions, parse_timesteps
-from mmd_finetune.data import DataOptions
+from mmd_finetune.data import DataOptions, parse_crop
 from mmd_finetune.encoder_source import Source
 
 SEED_LIMIT = 2**63  # the upper half of the generator's seeds is kept for measuring, see mmd_finetune.task
@@ -119,7 +119,7 @@ class FinetuneSettings(BaseModel):
     @classmethod
     def _box(cls, value: Any) -> Any:
         """``left,top,width,height`` as the command line gives it."""
-        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+        return parse_crop(value) if isinstance(value, str) else value
 
     @field_validator("metrics")
     @classmethod

@@ -41,7 +41,7 @@ SELECTION_SEED = SEED_LIMIT + 1
 REPORT_SEED = SEED_LIMIT + 2
 
 
-FRECHET_DRAWS = 512  # features; with more, a bootstrap draw of the Frechet distance takes seconds
+WIDEST_RESAMPLED = 512  # features; with more, a bootstrap draw of the Frechet distance takes seconds
 LOG = logging.getLogger(__name__)
 
 
@@ -203,7 +203,7 @@ class Task:
                 holdout.encoder.name, holdout.features, features, MetricOptions(resamples=resamples), *split
             )
             for name in self.settings.metrics:
-                slow = name == "frechet" and features.shape[1] > FRECHET_DRAWS
+                slow = name == "frechet" and features.shape[1] > WIDEST_RESAMPLED
                 sets.options = MetricOptions(resamples=0 if slow else resamples)
                 try:
                     by_name |= measure((name,), sets)

@@ -65,9 +65,11 @@ def require_same_prediction(scheduler: SchedulerConfig, sampler: str, where: str
     """``--sampler`` of another class than the model's must take the network's output for the same."""
     expected = of_sampler(scheduler, sampler).predicts
     if expected != scheduler.predicts:
+        stated = "prediction_type" in KEYS[scheduler.class_name]
+        correct = f", or correct prediction_type in its scheduler config ({scheduler.class_name})" if stated else ""
         raise UsageError(
             f"{where}: the model predicts {scheduler.predicts}, --sampler {sampler} expects {expected}; "
-            f"leave --sampler out, or correct prediction_type in its scheduler config ({scheduler.class_name})"
+            f"leave --sampler out{correct}"
         )
 
 

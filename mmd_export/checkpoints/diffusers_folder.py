@@ -24,6 +24,8 @@ from mmd_export.checkpoints.families import (
 )
 from mmd_export.checkpoints.weights import (
     HALF,
+    HALF_INDEX,
+    INDEX,
     SAFETENSORS,
     hash_weights,
     load_strictly,
@@ -178,12 +180,23 @@ def download(hub_id: str) -> Path:
 
 
 def _without_weights(folder: Path) -> list[str]:
-    """The parts of a pipeline, or the bare model, of which there is a config and no weights."""
+    """The parts of a pipeline, or the bare model, of which there is a config and not all weights."""
     return [
         part
         for part in (".", *NETWORKS, *AUTOENCODERS)
-        if (folder / part / "config.json").is_file() and not any((folder / part).glob("*.safetensors"))
+        if (folder / part / "config.json").is_file() and not _is_whole(folder / part)
     ]
+
+
+def _is_whole(part: Path) -> bool:
+    """One file of weights, or every file that an index names; without an index, any shard."""
+    if any((part / name).is_file() for name in (SAFETENSORS, HALF)):
+        return True
+    indices = [part / name for name in (INDEX, HALF_INDEX) if (part / name).is_file()]
+    if not indices:
+        return any(part.glob("*.safetensors"))
+    named = [read_json(index).get("weight_map", {}) for index in indices]
+    return any(shards and all((part / str(name)).is_file() for name in shards.values()) for shards in named)
 
 
 def new_unet(config: dict[str, Any], where: str) -> nn.Module:

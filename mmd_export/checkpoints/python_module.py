@@ -59,6 +59,8 @@ def read_python(place: str, *, sample_size: int | tuple[int, int] | None = None)
     own = {"class": type(network).__qualname__, "source": source, "shape": list(shape), "classes": classes}
     if latent or conditions != class_condition(classes):
         own |= {"latent": latent, "conditions": repr(conditions)}
+    if called is not network:
+        own |= {"preconditioned": True}
     if not latent and shape[0] not in PICTURES and not hasattr(network, "latent"):
         warnings += (f"{where} has {shape[0]} channels: taken for pixels in [-1, 1] and clamped; or say latent = True",)
     return Checkpoint(

@@ -16,7 +16,7 @@ from mmd_export.commands.sample import Drawing, SampleOptions, draw
 from mmd_export.errors import UsageError
 from mmd_finetune.array_files import Pixels, as_floats
 from mmd_finetune.compute import full_float32
-from mmd_finetune.data import AS_THEY_ARE, DIGITS, DataOptions, load_real
+from mmd_finetune.data import AS_THEY_ARE, DIGITS, DataOptions, load_real, parse_crop
 from mmd_finetune.digits import load_digits_split
 from mmd_finetune.feature_cache import FeatureCache, feature_folder
 from mmd_finetune.features import Encoder, load_encoder, require_fit, require_names
@@ -57,7 +57,7 @@ class Scoring:
 
 
 @dataclass(frozen=True)
-class RealImages:
+class Compared:
     """``real`` is what samples are compared with, in parts; ``training`` and ``held_out`` are for metrics of both.
 
     Tensors (N, C, H, W), bytes or floats in [-1, 1].
@@ -115,13 +115,12 @@ def preparation(
 ) -> DataOptions:
     """The options of the command line under the names that ``finetune`` has; raises UsageError."""
     try:
+        box = None if crop is None else parse_crop(crop)
+    except ValueError as error:
+        raise UsageError(f"--crop {error}") from error
+    try:
         return TypeAdapter(DataOptions).validate_python(
-            {
-                "resize": resize,
-                "crop": crop if crop is None else tuple(crop.split(",")),
-                "flip": bool(flip),
-                "holdout_fraction": holdout_fraction or 0.0,
-            }
+            {"resize": resize, "crop": box, "flip": bool(flip), "holdout_fraction": holdout_fraction or 0.0}
         )
     except ValidationError as error:
         problem = error.errors()[0]
@@ -155,7 +154,7 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _real_images(scoring: Scoring, shape: tuple[int, int, int], source: str) -> RealImages:
+def _real_images(scoring: Scoring, shape: tuple[int, int, int], source: str) -> Compared:
     needed = [name for name in scoring.metrics if METRICS[name].needs_split]
     fraction = scoring.preparation.holdout_fraction
     if fraction and scoring.held_out_data is not None:
@@ -164,7 +163,9 @@ def _real_images(scoring: Scoring, shape: tuple[int, int, int], source: str) -> 
             "held out; give one"
         )
     held_out: Tensor | None = None
-    if scoring.data == DIGITS and scoring.held_out_data is None and scoring.preparation == AS_THEY_ARE:
+    if scoring.data == DIGITS and scoring.preparation != AS_THEY_ARE:
+        raise UsageError("--data digits has its size and its split; leave --resize, --crop, --flip, --holdout-fraction")
+    if scoring.data == DIGITS and scoring.held_out_data is None:
         split = load_digits_split()
         real = [_tensor(split.all_images)]
         training, held_out = _tensor(split.train_images), _tensor(split.held_out_images)
@@ -188,7 +189,7 @@ def _real_images(scoring: Scoring, shape: tuple[int, int, int], source: str) -> 
                 "width)" + ("; pass --resize crop or stretch" if images.shape[1] == shape[0] else "")
             )
     compared = _first(real, scoring)
-    return RealImages(compared, training, held_out) if needed else RealImages(compared, None, None)
+    return Compared(compared, training, held_out) if needed else Compared(compared, None, None)
 
 
 def _first(parts: list[Tensor], scoring: Scoring) -> tuple[Tensor, ...]:
@@ -225,7 +226,7 @@ def _draw(drawing: Drawing, count: int, observe: Observer) -> Tensor:
     return torch.cat(parts)
 
 
-def _features(encoder: Encoder, generated: Tensor, images: RealImages, scoring: Scoring, observe: Observer) -> Features:
+def _features(encoder: Encoder, generated: Tensor, images: Compared, scoring: Scoring, observe: Observer) -> Features:
     cache = FeatureCache(feature_folder() if scoring.feature_cache else None, _device())
     kept = {id(part): part for part in (*images.real, images.training, images.held_out) if part is not None}
     total, done = len(generated) + sum(map(len, kept.values())), 0

@@ -108,7 +108,7 @@ def _from_bundle(options: SampleOptions) -> Drawing:
 
 
 def _ran_in(runtime: Runtime, session: Session) -> str:
-    """``onnxruntime: onnxruntime 1.32.0 (CPU)``, with where its nodes ran if the session can tell."""
+    """``onnxruntime: onnxruntime 1.32.0, CPU``, with where its nodes ran if the session can tell."""
     place = placement_of(session)
     return f"{runtime.name}: {runtime.availability().detail}{f'; {place.summary}' if place else ''}"
 

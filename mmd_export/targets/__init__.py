@@ -87,6 +87,10 @@ class DeferrableTarget(Target, Protocol):
         """Whether it can compile here; ``availability`` also asks for what makes the graph."""
         ...
 
+    def require_buildable(self, model: Path) -> None:
+        """Raise NotAvailableError that names what the compiler must not be given, before the graph is deferred."""
+        ...
+
     def compile_onnx(self, model: Path, folder: Path, options: CompileOptions) -> LockFacts:
         """Write the artefact of the graph ``model`` into ``folder``; returns what it is locked to."""
         ...

@@ -58,6 +58,12 @@ class EngineTarget:
             facts = self.compile_onnx(model, folder, options)
         return Compiled(graph.graph, {**graph.toolchain, facts.library: facts.version}, facts.to_dict())
 
+    def require_buildable(self, model: Path) -> None:
+        """The lint that a build begins with."""
+        from mmd_export.trt.lint import require_buildable
+
+        require_buildable(model, self.library.title)
+
     def compile_onnx(self, model: Path, folder: Path, options: CompileOptions) -> LockFacts:
         """The engine of a graph, and what it is locked to."""
         from mmd_export.trt.engine import Request, build_engine, onnx_files

@@ -44,7 +44,8 @@ def run_job(
             code, last = _run(job, file, _Progress(title, notify).hear)
         if code == 0 and "done" in last:
             if build_log is not None:
-                shutil.copyfile(log, build_log)
+                with suppress(OSError):  # a full or read-only cache costs no finished engine
+                    shutil.copyfile(log, build_log)
             done: dict[str, Any] = last["done"]
             return done
         text = log.read_text(encoding="utf-8", errors="replace")

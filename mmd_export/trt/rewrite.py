@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmd_export.errors import NotAvailableError
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -31,8 +33,12 @@ def unshared(path: Path, folder: Path) -> Path:
         model.graph.register_initializer(copy)
         node.replace_input_with(place, copy)
     whole = folder / path.name
-    beside = path.with_name(f"{path.name}_data")
-    ir.save(model, whole, external_data=f"{path.name}_data" if beside.exists() else None)
+    try:
+        ir.save(model, whole, external_data=f"{path.name}_data")
+    except OSError as error:
+        raise NotAvailableError(
+            f"no room for a copy of {path.name} in {folder.parent}: {error.strerror or error}; set TMPDIR"
+        ) from error
     return whole
 
 

@@ -40,8 +40,13 @@ def test_reorders_are_counted() -> None:
 
 def test_the_table_shows_them_if_they_were_counted() -> None:
     takes = {"median": 1.5, "low": 1.4, "high": 1.6}
-    values = {"takes": {"torch eager": takes}, "fraction_of_sgemm_roofline": 0.5}
+    rates = {"one graph": 150.0, "sgemm in onnxruntime": 200.0}
+    values = {"takes": {"torch eager": takes}, "fraction_of_sgemm_roofline": 0.5, "best_gflops": rates}
     _, rows = pipeline_rows({"models": {"small": values}})
-    assert [row[0] for row in rows] == ["torch eager", "*one graph, of the sgemm roofline*"]
+    assert rows[1:] == [
+        ("*one graph, of the sgemm roofline*", "50 %"),
+        ("*one graph, of onnxruntime's own sgemm*", "75 %"),
+        ("*torch eager, if the one graph ran at that sgemm*", "2.00"),
+    ]
     _, rows = pipeline_rows({"models": {"small": {**values, "reorders": {"one graph": 1234}}}})
     assert rows[-1] == ("*layout reorders: one graph*", "1,234")

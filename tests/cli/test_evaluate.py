@@ -161,7 +161,8 @@ def test_a_folder_is_prepared_and_split_as_finetune_does(command: Command, large
     ("given", "told"),
     [
         (("--resize", "squash"), "--resize is 'squash': input should be 'crop' or 'stretch'"),
-        (("--crop", "1,2,3"), "--crop is"),
+        (("--crop", "1,2,3"), "--crop '1,2,3' is not LEFT,TOP,WIDTH,HEIGHT, four whole numbers"),
+        (("--flip",), "--data digits has its size and its split; leave --resize, --crop, --flip"),
         (("--holdout-fraction", 1), "--holdout-fraction is 1.0: input should be less than 1"),
         (("--holdout-fraction", 0.5, "--held-out-data", "digits"), "both say which images are held out; give one"),
         (("--features", "digits-mlp", "--data", "large"), "images are (1, 10, 12), digits makes (1, 8, 8)"),

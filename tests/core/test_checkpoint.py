@@ -343,6 +343,7 @@ def test_a_hub_id_that_is_there(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 WHOLE, SHARD = SAFETENSORS, "diffusion_pytorch_model-00001-of-00002.safetensors"
+INDEX, OTHER_SHARD = f"{WHOLE}.index.json", SHARD.replace("00001", "00002", 1)
 HALF, HALF_SHARD = (name.replace("_model", "_model.fp16") for name in (WHOLE, SHARD))
 
 
@@ -354,6 +355,7 @@ HALF, HALF_SHARD = (name.replace("_model", "_model.fp16") for name in (WHOLE, SH
         ({"unet": [HALF], "vqvae": [WHOLE, HALF]}, {"unet": [HALF], "vqvae": [WHOLE]}),
         ({"transformer": [HALF_SHARD], "vae": [HALF]}, {"transformer": [HALF_SHARD], "vae": [HALF]}),
         ({".": [SHARD]}, {".": [SHARD]}),
+        ({".": [INDEX, SHARD, OTHER_SHARD]}, {".": [INDEX, SHARD, OTHER_SHARD]}),
         ({"unet": [WHOLE], "controlnet": [SHARD]}, {"unet": [WHOLE], "controlnet": []}),
         ({"unet": [PICKLE]}, {"unet": []}),
     ],
@@ -369,10 +371,13 @@ def test_every_part_of_a_hub_id_is_fetched(
                 path = PurePosixPath(part) / name
                 if any(fnmatch(str(path), pattern) for pattern in allow_patterns):
                     (tmp_path / path).parent.mkdir(exist_ok=True)
-                    (tmp_path / path).touch()
+                    text = json.dumps({"weight_map": {"a": SHARD, "b": OTHER_SHARD}}) if name == INDEX else ""
+                    (tmp_path / path).write_text(text)
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    if "." in held:  # what an interrupted download left
+        (tmp_path / SHARD).touch()
     assert download("owner/name") == tmp_path
     for part, names in fetched.items():
         assert sorted(path.name for path in (tmp_path / part).iterdir()) == sorted([CONFIG, *names])

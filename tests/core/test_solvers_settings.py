@@ -103,7 +103,7 @@ def test_another_sampler_for_the_same_model(sampler: str) -> None:
     ("class_name", "settings", "fits", "differs"),
     [
         ("DDIMScheduler", {}, ("ddpm", "lcm", "sa-solver"), ("flow-euler", "consistency", "edm-euler", "scm", "ipndm")),
-        ("DDIMScheduler", {"prediction_type": "v_prediction"}, ("euler",), ("edm-euler", "edm-dpmsolver", "flow-heun")),
+        ("DDIMScheduler", {"prediction_type": "v_prediction"}, ("euler",), ("edm-euler", "ipndm", "flow-heun")),
         ("FlowMatchEulerDiscreteScheduler", {}, ("flow-heun",), ("ddim", "dpmsolver", "edm-euler")),
         ("UniPCMultistepScheduler", FLOW, ("flow-euler", "dpmsolver"), ("consistency",)),
         ("EDMEulerScheduler", {}, ("edm-dpmsolver",), ("ddim", "euler", "flow-euler", "consistency")),

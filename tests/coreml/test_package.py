@@ -19,6 +19,7 @@ from mmd_export.cli import app, run
 from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, ParityError
 from mmd_export.parity import ParityReport, check_artefact
 from mmd_export.runtime import RunOptions
+from mmd_runtime.coreml import require_system
 from mmd_runtime.coreml_reference import RUNTIME
 from mmd_runtime.mil.program import Type, read_package
 
@@ -201,9 +202,20 @@ def lose_an_argument(spec: Any) -> None:
     del next(ops(spec, "conv")).inputs["weight"]
 
 
+def describe_another_shape(spec: Any) -> None:
+    spec.description.input[0].type.multiArrayType.shape[-1] += 1
+
+
+def describe_another_output(spec: Any) -> None:
+    spec.description.output.add().CopyFrom(spec.description.output[0])
+    spec.description.output[1].name = "ghost"
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
+        (describe_another_shape, r"it describes 'noise' as fp32 \(1, 2, 8, 13\), the manifest says \(1, 2, 8, 12\)"),
+        (describe_another_output, r"it describes \['ghost'\], which the manifest does not have"),
         (rename_state, "'state_1', the state after step 1, is no such value"),
         (rename_input, "it takes {'noises'"),
         (rename_output, "it gives {'state_1'"),
@@ -252,3 +264,19 @@ def test_garbage_is_never_an_unexpected_error(copy: Bundle) -> None:
             RUNTIME.open(copy, RunOptions()).run({"noise": copy.golden().noise[:1]})
         except MmdExportError as error:
             assert "\n" not in str(error)  # noqa: PT017 - what did raise is looked at, nothing has to
+
+
+def test_an_older_system_than_the_deployment_target() -> None:
+    for target, macos in (
+        ("iOS17", "14.0"),
+        ("macOS15", "15.1"),
+        ("iOS26", "16.0"),
+        ("iOS26", "26.1"),
+        ("new", "13.0"),
+    ):
+        require_system("b", target, macos)
+    for target, macos, oldest in (("iOS18", "14.7", 15), ("macOS26", "15.5", 26)):
+        with pytest.raises(
+            NotAvailableError, match=f"built for {target}, which is macOS {oldest} or newer, here is macOS"
+        ):
+            require_system("b", target, macos)

@@ -69,6 +69,10 @@ def test_timings_are_kept_and_read_again(one_node: OneNode, tmp_path: Path) -> N
     run_job(asked, "TensorRT-RTX", None, lambda _: None)
     kept = timings.read_bytes()
     assert kept
+    for log in (tmp_path / "built.log", tmp_path / "no folder" / "built.log"):  # a cache that cannot be written
+        assert run_job(asked, "TensorRT-RTX", None, lambda _: None, log)["capabilities"] == ["8.9"]
+    assert "[I]" in (tmp_path / "built.log").read_text()
+    (tmp_path / "built.log").unlink()
     run_job(asked, "TensorRT-RTX", None, lambda _: None)
     timings.write_bytes(b"something else")
     run_job(asked, "TensorRT-RTX", None, lambda _: None)

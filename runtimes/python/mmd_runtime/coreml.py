@@ -88,7 +88,10 @@ class _Session:
 def require_system(bundle: str, target: str, macos: str) -> None:
     """Raise NotAvailableError if this macOS is older than the deployment target; Core ML judges unknown ones."""
     oldest = _MACOS_OF.get(target, int(target.removeprefix("macOS")) if target.startswith("macOS") else 0)
-    if int(macos.partition(".")[0] or oldest) < oldest:
+    release = int(macos.partition(".")[0] or oldest)
+    if release == 16:  # what a Python built for older systems is told of macOS 26, python/cpython#135675
+        release = 26
+    if release < oldest:
         raise NotAvailableError(
             f"bundle {bundle}: built for {target}, which is macOS {oldest} or newer, here is macOS {macos}; "
             "build it again with an older --deployment-target"

@@ -126,6 +126,8 @@ def _require_interface(bundle: Bundle, program: Program) -> None:
         given = {name: kinds.get(name) for name in program.outputs}
         raise _broken(bundle, MalformedError(f"it gives {given}, the manifest says 'sample' {sample.dtype}"))
     shapes = {spec.name: tuple(int(size) for size in spec.shape) for spec in (*bundle.manifest.inputs, sample)}
+    if unknown := kinds.keys() - shapes.keys():
+        raise _broken(bundle, MalformedError(f"it describes {sorted(unknown)}, which the manifest does not have"))
     for feature in program.features:
         expected = shapes[feature.name][1:3] if feature.kind in ("rgb", "grayscale") else shapes[feature.name]
         if feature.shape != expected and (feature.shape or feature.name != "sample"):

@@ -72,8 +72,13 @@ class EngineRuntime:
 def _imported(library: Library) -> Any:
     try:
         return importlib.import_module(library.module)
-    except (ImportError, OSError) as error:  # a driver or a part of CUDA that it is linked to is too old or not there
+    except ModuleNotFoundError as error:
         raise NotAvailableError(f"{library.title} does not load ({one_line(error)}); {library.install}") from error
+    except (ImportError, OSError) as error:  # what it is linked to
+        raise NotAvailableError(
+            f"{library.title} does not load ({one_line(error)}); update the driver, or install it again: "
+            f"{library.install}"
+        ) from error
 
 
 def load_engine(bundle: Bundle, facts: LockFacts, trt: Any) -> Any:
@@ -125,7 +130,10 @@ def require_graph(bundle: Bundle, facts: LockFacts) -> None:
 
 
 class EngineSession:
-    """One engine, with an execution context for every batch size that was run. Safe to share between threads."""
+    """One engine, safe to share between threads.
+
+    It has an execution context for every size of a list from the start, of a range for every size that was run.
+    """
 
     def __init__(self, bundle: Bundle, engine: Any, cuda: Cuda) -> None:
         self._bundle, self._engine, self._cuda = bundle, engine, cuda
