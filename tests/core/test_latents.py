@@ -268,7 +268,7 @@ def test_the_commands(folder: Path, tmp_path: Path, command: Command) -> None:
     assert "AutoencoderKL, scale 1.5305, shift 0.0609, precision fp32" in shown
     code, _, said = command("evaluate", out, "--count", 2)
     assert code == 2
-    assert "--data digits: images are (1, 8, 8)" in said
+    assert "encoder digits-conv takes images (1, 8, 8), the model makes (3, 16, 16)" in said
     assert "makes (3, 16, 16)" in said
 
 

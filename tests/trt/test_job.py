@@ -70,7 +70,7 @@ def test_the_key_covers_what_the_bytes_depend_on(
     assert engine_key(RTX, job, "0" * 64, "1.1", None) != base
     with monkeypatch.context() as patch:  # a builder that asks the library for something else
         (tmp_path / "worker.py").write_text("other")
-        patch.setattr("mmd_export.trt.engine._BUILDER", tmp_path / "worker.py")
+        patch.setattr("mmd_export.trt.engine._BUILDER", (tmp_path / "worker.py",))
         assert engine_key(RTX, job, "0" * 64, "1.0", None) != base
     for same in (request(plain.onnx, memory_limit=4096), request(plain.onnx, cache=tmp_path)):
         assert key(RTX, same) == base
