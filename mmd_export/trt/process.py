@@ -117,25 +117,24 @@ def _limited(process: subprocess.Popen[bytes], limit: int | None) -> Iterator[li
     more address space than there is memory.
     """
     over: list[int] = []
+    if limit is None:
+        yield over
+        return
     ended = threading.Event()
 
     def watch() -> None:
-        while not ended.wait(SECONDS_BETWEEN_LOOKS):
-            taken = _mebibytes(process.pid)
-            if limit is not None and taken > limit:
+        while not over and not ended.wait(SECONDS_BETWEEN_LOOKS):
+            if (taken := _mebibytes(process.pid)) > limit:
                 over.append(taken)
                 process.kill()
-                return
 
     watcher = threading.Thread(target=watch, daemon=True)
-    if limit is not None:
-        watcher.start()
+    watcher.start()
     try:
         yield over
     finally:
         ended.set()
-        if limit is not None:
-            watcher.join()
+        watcher.join()
 
 
 def _mebibytes(pid: int) -> int:

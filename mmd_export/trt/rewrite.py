@@ -20,18 +20,20 @@ def unshared(path: Path, folder: Path) -> Path:
     import onnx_ir as ir
 
     model = ir.load(path)
-    shared = [value for node in model.graph.all_nodes() for value in _shared_by(node)]
-    if not shared:
+    read: set[ir.Value] = set()
+    copied = False
+    for node in model.graph.all_nodes():
+        if node.op_type != "DequantizeLinear" or all(use.node.op_type == "Conv" for use in node.outputs[0].uses()):
+            continue
+        for place, value in enumerate(node.inputs):
+            if value is None or value.const_value is None:
+                continue
+            if value in read:
+                node.replace_input_with(place, _copy(model, value, f"{value.name}_of_{node.name}"))
+                copied = True
+            read.add(value)
+    if not copied:
         return path
-    for node, place in shared:
-        value = node.inputs[place]
-        assert value is not None
-        assert value.const_value is not None
-        name = f"{value.name}_of_{node.name}"
-        tensor = ir.Tensor(value.const_value.numpy(), dtype=value.const_value.dtype, name=name)
-        copy = ir.Value(name=name, type=value.type, shape=value.shape, const_value=tensor)
-        model.graph.register_initializer(copy)
-        node.replace_input_with(place, copy)
     whole = folder / path.name
     try:
         ir.save(model, whole, external_data=f"{path.name}_data")
@@ -42,14 +44,12 @@ def unshared(path: Path, folder: Path) -> Path:
     return whole
 
 
-def _shared_by(node: ir.Node) -> list[tuple[ir.Node, int]]:
-    """The inputs of a DequantizeLinear that other nodes read too, for all readers but the first."""
-    if node.op_type != "DequantizeLinear" or all(use.node.op_type == "Conv" for use in node.outputs[0].uses()):
-        return []
-    found = []
-    for place, value in enumerate(node.inputs):
-        if value is not None and value.const_value is not None:
-            first = min((use.node for use in value.uses()), key=lambda reader: str(reader.name))
-            if first is not node:
-                found.append((node, place))
-    return found
+def _copy(model: ir.Model, value: ir.Value, name: str) -> ir.Value:
+    """A new initializer of the same numbers."""
+    import onnx_ir as ir
+
+    assert value.const_value is not None
+    tensor = ir.Tensor(value.const_value.numpy(), dtype=value.const_value.dtype, name=name)
+    copy = ir.Value(name=name, type=value.type, shape=value.shape, const_value=tensor)
+    model.graph.register_initializer(copy)
+    return copy

@@ -15,7 +15,7 @@ from mmd_export import build as pipeline
 from mmd_export import measured
 from mmd_export.build import BuildOptions, build, usable_target
 from mmd_export.bundle import Bundle, Tolerance
-from mmd_export.checkpoint import Checkpoint, load_checkpoint
+from mmd_export.checkpoint import Checkpoint
 from mmd_export.errors import MmdExportError, NotAvailableError, ParityError, UsageError
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.target_options import DEFAULTS, TargetOptions
@@ -23,21 +23,8 @@ from mmd_export.targets import Compiled, CompileOptions, Target, get_target, tar
 from mmd_export.tolerance import artefact_tolerance, mean_tolerance
 from mmd_runtime.registry import runtime_for
 from tests.contract.required import skip
-from tests.models import TINY, save_model
 
 pytestmark = pytest.mark.parametrize("name", target_names())
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of one resolution: what a target computes is held against the reference in test_runtimes.py, on two."""
-    levels = {name: TINY[name][:1] for name in ("block_out_channels", "down_block_types", "up_block_types")}
-    return save_model(tmp_path_factory.mktemp("models") / "tiny", mid_block_type=None, **levels)
-
-
-@pytest.fixture(scope="module")
-def tiny_checkpoint(tiny: Path) -> Checkpoint:
-    return load_checkpoint(tiny)
 
 
 @pytest.fixture(scope="module")

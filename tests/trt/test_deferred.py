@@ -149,6 +149,13 @@ def test_steps_share_quantised_weights(precision: str, tmp_path: Path) -> None:
     assert (folder / "model.plan").stat().st_size > 2**20
 
 
+def test_what_the_device_must_not_be_given_is_not_deferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmd_export.trt.lint.engine_faults", lambda _: ["node 'a' (Attention)", "another"])
+    with pytest.raises(NotAvailableError, match=r"^TensorRT-RTX cannot be given node 'a' \(Attention\) and 1 more"):
+        build(options("python:tests.foreign_nets:Plain", tmp_path / "out", defer=True))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.usefixtures("_rtx")
 def test_weights_beside_the_graph_are_found(attention: SamplerProgram, tmp_path: Path) -> None:
     target, engines = get_target(RTX.name), []
