@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.budget_tables import REAL
 from benchmarks.cells import CellFile, digest
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.denoiser import AtTimesteps
@@ -31,6 +32,7 @@ from mmd_finetune.task import REPORT_SEED
 FIRST_NOISE_SEED = REPORT_SEED + 1000
 OPTIONS = MetricOptions(neighbours=5, resamples=100)
 ENCODED_AT_ONCE = 500
+EVALUATIONS = 10  # of the held-out distance while a cell is tuned
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ class Ruler:
     device: torch.device
 
     def measure(self, checkpoint: Checkpoint, steps: int) -> dict[str, Any]:
-        """One cell: distances in both encoders, recall as the mean of the draws, memorisation, C_T."""
+        """One cell: distances in both encoders, recall as the mean of the draws, memorisation, C_T.
+
+        ``half_recall`` is that of the first samples of a draw in a random half of the real images, as many of each.
+        """
         plan = checkpoint.plan_for(steps)
         sampler = UnrolledSampler(AtTimesteps(checkpoint.denoiser.to(self.device), plan.timesteps), plan)
         images = torch.cat([
@@ -64,22 +69,50 @@ class Ruler:
         )
         sets = [Features(self.judge.name, real, part, OPTIONS, training, held_out) for part in drawn.split(self.count)]
         recalls = [measure(("recall",), each)["recall"].value for each in sets]
+        halves = zip(self._halves(real), drawn.split(self.count), strict=True)
+        by_half = [_recall(half, part[: len(half)]) for (half, _), part in halves]
         pooled = Features(self.judge.name, real, drawn, OPTIONS, training, held_out)
         mine = frechet_distance(self._encode(self.loss_encoder, self.real), self._encode(self.loss_encoder, images))
         return {
             "held_out_distance": round(frechet_distance(real, drawn), 4),
             "held_out_distance_by_draw": [round(frechet_distance(real, each.generated), 4) for each in sets],
             "loss_encoder_distance": round(mine, 4),
-            "recall": round(sum(recalls) / len(recalls), 4),
+            "recall": _mean(recalls),
+            "recall_by_draw": _rounded(recalls),
+            "half_recall": _mean(by_half),
+            "half_recall_by_draw": _rounded(by_half),
             "memorisation": measure(("memorisation",), pooled)["memorisation"].to_dict(),
             "copying": _copying(pooled),
         }
+
+    def measure_real(self) -> dict[str, Any]:
+        """What real images reach against real ones: the recall of one half of them in the other, by split."""
+        recalls = [_recall(half, other) for half, other in self._halves(self._encode(self.judge, self.real))]
+        return {"half_recall": _mean(recalls), "half_recall_by_draw": _rounded(recalls)}
+
+    def _halves(self, features: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The real images split in two equal parts at random, one split a draw."""
+        rows = [torch.randperm(len(features), generator=torch.Generator().manual_seed(i)) for i in range(self.draws)]
+        size = len(features) // 2
+        return [(features[each[:size]], features[each[size : 2 * size]]) for each in rows]
 
     def _encode(self, encoder: Encoder, images: Tensor) -> Tensor:
         encode = encoder.to(self.device)
         with torch.inference_mode():
             parts = [encode(part.to(self.device)) for part in images.split(ENCODED_AT_ONCE)]
         return torch.cat(parts)
+
+
+def _recall(real: Tensor, others: Tensor) -> float:
+    return measure(("recall",), Features("", real, others, OPTIONS))["recall"].value
+
+
+def _mean(values: Sequence[float]) -> float:
+    return round(sum(values) / len(values), 4)
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 4) for value in values]
 
 
 def _copying(sets: Features) -> dict[str, float | None] | None:
@@ -144,15 +177,25 @@ def study(
     arguments: argparse.Namespace,
     untuned: Sequence[int],
 ) -> None:
-    """Fill ``file``: untuned at every budget and at ``untuned``, then each seed, budget and recipe in that order."""
+    """Fill ``file``: real images, untuned at every budget and at ``untuned``, then each seed, budget and recipe.
+
+    A recipe makes as many network calls at every budget: its own iterations are those of its own steps.
+    """
     base = load_checkpoint(next(iter(recipes.values())).settings(out=arguments.runs).model)
+    file.measure(REAL, {"splits": ruler.draws}, ruler.measure_real)
     for steps in dict.fromkeys((*arguments.steps, *untuned)) if "untuned" in arguments.methods else ():
         settings = {"steps": steps, "base_sha256": base.sha256}
         file.measure(f"untuned/{steps}", settings, partial(ruler.measure, base, steps))
     for seed, steps, (method, recipe) in product(arguments.seeds, arguments.steps, recipes.items()):
         if method not in arguments.methods:
             continue
-        values = {"steps": steps, "seed": seed, "device": arguments.device}
+        whole = recipe.settings(out=arguments.runs)
+        assert whole.steps is not None
+        iterations = max(1, round(whole.iterations * whole.steps / steps))
+        values = {
+            "steps": steps, "seed": seed, "device": arguments.device, "iterations": iterations,
+            "evaluate_every": max(1, iterations // EVALUATIONS),
+        }  # fmt: skip
         public = {**recipe.settings(**values, out=arguments.runs).public(), "base_sha256": base.sha256}
         place = arguments.runs / f"{method}-{steps}-{seed}-{digest(public)}"
         file.measure(f"{method}/{steps}/{seed}", public, tuned(recipe.settings(**values, out=place), ruler))

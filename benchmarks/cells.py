@@ -25,8 +25,7 @@ class CellFile:
 
     def __init__(self, path: Path, script: str, facts: Mapping[str, Any]) -> None:
         self.path, self.script, self.facts = path, script, dict(facts)
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        self.cells: dict[str, dict[str, Any]] = known.get("cells", {})
+        self.cells = self._read()
 
     def measure(self, key: str, settings: Mapping[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The cell ``key``: from the file if it was measured with these settings, else from ``work``."""
@@ -34,14 +33,21 @@ class CellFile:
         cell = self.cells.get(key)
         if cell is not None and cell["settings"] == settings:
             return cell
-        self.cells[key] = {"settings": settings, **work(), "where": where()}
-        self._write()
+        found = {"settings": settings, **work(), "where": where()}
+        self._write(key, found)
         shown = {name: value for name, value in self.cells[key].items() if name not in ("settings", "where")}
         print(key, shown, flush=True)
         return self.cells[key]
 
-    def _write(self) -> None:
+    def _read(self) -> dict[str, dict[str, Any]]:
+        known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        cells: dict[str, dict[str, Any]] = known.get("cells", {})
+        return cells
+
+    def _write(self, key: str, found: dict[str, Any]) -> None:
+        """One more cell, beside those that other processes have measured meanwhile."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.cells = self._read() | {key: found}
         values = {"script": self.script, "environment": environment(), **self.facts, "cells": self.cells}
         partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
         partial.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")

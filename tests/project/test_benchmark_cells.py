@@ -13,6 +13,7 @@ from benchmarks.budget_tables import (
     beats_the_paper,
     budget_rows,
     draw_budgets,
+    keeps_real_recall,
     keeps_recall,
     reaches,
     target_rows,
@@ -22,7 +23,8 @@ from benchmarks.cells import CellFile, digest
 
 def cell(distance: float, recall: float = 0.5) -> dict[str, Any]:
     copies = {"memorisation": {"value": 0.5}, "copying": {"value": -0.1}}
-    return {"held_out_distance": distance, "loss_encoder_distance": distance / 2, "recall": recall, **copies}
+    recalls = {"recall": recall, "half_recall": recall / 2}
+    return {"held_out_distance": distance, "loss_encoder_distance": distance / 2, **recalls, **copies}
 
 
 CELLS = {
@@ -90,13 +92,23 @@ def test_rows_are_ordered_by_budget_and_show_the_seeds() -> None:
         "3, ours", "5, untuned", "5, the paper's recipe", "5, ours", "20, untuned", "50, untuned",
     ]  # fmt: skip
     _, (without,) = budget_rows({"cells": {"untuned/1": cell(99.0) | {"copying": None}}})
-    assert without == ("1, untuned", "1", "99.000", "49.500", "0.500", "0.500", "")
+    assert without == ("1, untuned", "1", "99.000", "49.500", "0.500", "0.250", "0.500", "")
     assert rows[3][1:4] == ("2", "0.200 to 0.350", "0.100 to 0.175")
     assert all(len(row) == len(heads) for row in rows)
     assert [row[1] for row in target_rows({"cells": CELLS}, ((5, 20), (5, 50), (2, 20)))[1]] == [
-        "yes", "no", "not measured", "yes", "yes",
+        "yes", "no", "not measured", "yes", "yes", "not measured",
     ]  # fmt: skip
-    assert [row[1] for row in target_rows({"cells": {}}, ((5, 20),))[1]] == ["not measured"] * 3
+    assert [row[1] for row in target_rows({"cells": {}}, ((5, 20),))[1]] == ["not measured"] * 4
+
+
+def test_real_images_are_the_last_row_and_bound_the_recall() -> None:
+    cells = CELLS | {"real": {"half_recall": 0.3}}
+    heads, rows = budget_rows({"cells": cells})
+    assert rows[-1] == ("real, one half in the other", "", "", "", "", "0.300", "", "")
+    assert len(rows[-1]) == len(heads)
+    assert keeps_real_recall(cells) is True
+    assert keeps_real_recall(cells | {"ours/2/0": cell(0.5, 0.59)}) is False
+    assert keeps_real_recall({"real": {"half_recall": 0.3}}) is None
 
 
 def test_the_ablation_puts_the_best_first() -> None:
