@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+# std::bad_alloc, torch (CPU, CUDA) and ONNX Runtime, in their own words.
+_OUT_OF_MEMORY = re.compile(r"bad.?alloc|out of memory|can't allocate memory|failed to allocate memory", re.IGNORECASE)
 
 
 class MmdExportError(Exception):
@@ -39,6 +43,11 @@ class LatencyGateError(MmdExportError):
     """Slower than the gate allows."""
 
     exit_code: ClassVar[int] = 6
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a foreign error says that memory ran out."""
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def one_line(error: BaseException) -> str:
