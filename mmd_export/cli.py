@@ -324,19 +324,25 @@ def run(entry: Callable[..., Any], arguments: list[str] | None = None) -> int:
             say("interrupted; nothing half-written was left, saved states are kept (finetune --resume [--finish])")
         return code
     except MmdExportError as error:
-        say(f"error: {' '.join(str(error).split())}")
-        of_memory = type(error) is MmdExportError and is_out_of_memory(error)
-        return NotAvailableError.exit_code if of_memory else error.exit_code
+        line = " ".join(str(error).split())
+        if is_out_of_memory(error) and not isinstance(error, NotAvailableError):
+            return _out_of_memory(line.rpartition("; ")[0] or line)  # its next move was for another cause
+        say(f"error: {line}")
+        return error.exit_code
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400].rstrip(":")
         if is_out_of_memory(error):
-            say(f"error: out of memory: {reason}; free memory or ask for less at once, and run again")
-            return NotAvailableError.exit_code
+            return _out_of_memory(reason)
         say(f"unexpected error: {reason}; set {TRACEBACK}=1 for the traceback")
         return 1
     return 0
+
+
+def _out_of_memory(reason: str) -> int:
+    say(f"error: out of memory: {reason}; free memory or ask for less at once, and run again")
+    return NotAvailableError.exit_code
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import pytest
 
 from mmd_export.cli import run
-from mmd_export.errors import MmdExportError, is_out_of_memory
+from mmd_export.errors import BundleError
 from tests.project.checks import PACKAGES, ROOT
 
 if os.name != "posix":
@@ -274,11 +274,15 @@ def test_an_export_that_takes_the_process_with_it(tmp_path: Path, end: str, says
         (RuntimeError("allocation order differs"), False),
     ],
 )
-def test_errors_that_say_that_memory_ran_out(error: Exception, memory: bool) -> None:
-    assert is_out_of_memory(error) is memory
-    code = {True: 3, False: 1}[memory]
-    for raised in (error, MmdExportError(f"bundle b: onnxruntime failed: {str(error) or 'bad_alloc'}")):
-        assert run(Mock(side_effect=raised)) == code
+def test_an_error_that_says_that_memory_ran_out(
+    capsys: pytest.CaptureFixture[str], error: Exception, memory: bool
+) -> None:
+    assert run(Mock(side_effect=error)) == (3 if memory else 1)
+    assert ("out of memory: " in capsys.readouterr().err) is memory
+    wrapped = BundleError("bundle b: model.xml cannot be loaded; rebuild the bundle")
+    wrapped.__cause__ = error
+    assert run(Mock(side_effect=wrapped)) == (3 if memory else 5)
+    assert ("rebuild" in capsys.readouterr().err) is not memory
 
 
 def test_a_compiler_that_crashes_leaves_no_half_made_bundle(tmp_path: Path) -> None:
