@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from mmd_export.bundle import (
 from mmd_export.card import model_card
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.folders import scratch_folder
 from mmd_export.measured import log_beside, measured
 from mmd_export.network_options import AS_IT_IS, NetworkOptions
 from mmd_export.plan_options import PlanOptions
@@ -156,8 +156,8 @@ def _promote(prepared: _Prepared, options: BuildOptions, notify: Callable[[str],
     def open_chain(bundle: Bundle, model: Any) -> ChainSession:
         return chain_session(bundle, RunOptions(), model)
 
-    with tempfile.TemporaryDirectory() as scratch:
-        trial = replace(options, out=Path(scratch) / "trial", verify=False, form="unrolled", overwrite=False)
+    with scratch_folder() as scratch:
+        trial = replace(options, out=scratch / "trial", verify=False, form="unrolled", overwrite=False)
         bundle = _pack(prepared, trial, (), notify)
         return promoted(bundle, lowered, open_chain, unrolled(calls, spec), notify)
 

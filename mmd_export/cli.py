@@ -58,9 +58,11 @@ from mmd_export.cli_tuning import (
     TunedIn,
 )
 from mmd_export.cli_verify import VERIFY_EXAMPLES, verify
-from mmd_export.errors import MmdExportError
+from mmd_export.errors import MmdExportError, NotAvailableError, is_out_of_memory
+from mmd_export.journal import JOURNAL
 from mmd_export.network_options import NetworkOptions
 from mmd_export.plan_options import PlanOptions
+from mmd_export.supervisor import TRACEBACK, supervise
 
 INTERRUPTED = 130
 
@@ -300,8 +302,14 @@ def doctor(json: JsonFile = None) -> None:
 
 
 def main() -> None:
-    """Run the command line; an expected error is one line on stderr and its exit code."""
-    sys.exit(run(app))
+    """Run the command line; an expected error, or a crash, is one line on stderr and its exit code."""
+    if (code := supervise(sys.argv[1:])) is None:
+        code = 1
+        try:
+            code = run(app)
+        finally:
+            JOURNAL.end(code)
+    sys.exit(code)
 
 
 def run(entry: Callable[..., Any], arguments: list[str] | None = None) -> int:
@@ -316,15 +324,25 @@ def run(entry: Callable[..., Any], arguments: list[str] | None = None) -> int:
             say("interrupted; nothing half-written was left, saved states are kept (finetune --resume [--finish])")
         return code
     except MmdExportError as error:
-        say(f"error: {' '.join(str(error).split())}")
+        line = " ".join(str(error).split())
+        if is_out_of_memory(error) and not isinstance(error, NotAvailableError):
+            return _out_of_memory(line.rpartition("; ")[0] or line)  # its next move was for another cause
+        say(f"error: {line}")
         return error.exit_code
     except Exception as error:
-        if os.environ.get("MMD_EXPORT_TRACEBACK"):
+        if os.environ.get(TRACEBACK):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        say(f"unexpected error: {reason}; set MMD_EXPORT_TRACEBACK=1 for the traceback")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400].rstrip(":")
+        if is_out_of_memory(error):
+            return _out_of_memory(reason)
+        say(f"unexpected error: {reason}; set {TRACEBACK}=1 for the traceback")
         return 1
     return 0
+
+
+def _out_of_memory(reason: str) -> int:
+    say(f"error: out of memory: {reason}; free memory or ask for less at once, and run again")
+    return NotAvailableError.exit_code
 
 
 if __name__ == "__main__":

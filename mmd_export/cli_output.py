@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmd_export.errors import UsageError
+from mmd_export.journal import JOURNAL
 
 if TYPE_CHECKING:
     from mmd_export.bundle import Bundle
@@ -30,6 +31,7 @@ def show(text: str) -> None:
 
 def say(text: str) -> None:
     """Progress, on stderr."""
+    JOURNAL.note(said=text)
     sys.stderr.write(f"mmd-export: {text}\n")
     sys.stderr.flush()
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+# std::bad_alloc, torch (CPU, CUDA), ONNX Runtime and OpenVINO, in their own words.
+_OUT_OF_MEMORY = re.compile(r"bad.?alloc|out of memory|can't alloc|(cannot|failed to) allocate memory", re.IGNORECASE)
 
 
 class MmdExportError(Exception):
@@ -39,6 +43,16 @@ class LatencyGateError(MmdExportError):
     """Slower than the gate allows."""
 
     exit_code: ClassVar[int] = 6
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or what it was raised from, says that memory ran out."""
+    at: BaseException | None = error
+    while at is not None:
+        if isinstance(at, MemoryError) or _OUT_OF_MEMORY.search(str(at)):
+            return True
+        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
+    return False
 
 
 def one_line(error: BaseException) -> str:

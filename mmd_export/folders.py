@@ -10,9 +10,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mmd_export.errors import MmdExportError, UsageError
+from mmd_export.journal import temporary
 
 
 def require_absent(out: Path) -> None:
@@ -29,19 +31,25 @@ def staged_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     place = out.absolute()
     partial = _beside(place, "partial")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        clear_stale(place)
-        if not replace:
-            require_absent(place)
-        partial.mkdir()
-        yield partial
-        _sync_tree(partial)
-        _publish(partial, place, replace)
-    except OSError as error:
-        raise MmdExportError(_os_error_line(error, place, partial)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with temporary(partial):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            clear_stale(place)
+            if not replace:
+                require_absent(place)
+            partial.mkdir()
+            yield partial
+            _sync_tree(partial)
+            _publish(partial, place, replace)
+        except OSError as error:
+            raise MmdExportError(_os_error_line(error, place, partial)) from error
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A new folder for what is needed in between only, gone after the block."""
+    with TemporaryDirectory() as name, temporary(Path(name)):
+        yield Path(name)
 
 
 def clear_stale(place: Path) -> None:
@@ -133,14 +141,13 @@ def _os_error_line(error: OSError, place: Path, partial: Path) -> str:
 def write_text(path: Path, text: str, flag: str = "") -> None:
     """A text file that appears complete or not at all; ``flag`` is the option that named it."""
     partial = _beside(path.absolute(), "partial")
-    try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        partial.replace(path)
-    except OSError as error:
-        raise UsageError(f"{flag} {path} cannot be written: {error.strerror or error}".strip()) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with temporary(partial):
+        try:
+            path.absolute().parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text, encoding="utf-8", newline="\n")
+            partial.replace(path)
+        except OSError as error:
+            raise UsageError(f"{flag} {path} cannot be written: {error.strerror or error}".strip()) from error
 
 
 def read_object(path: Path, flag: str, advice: str) -> dict[str, Any]:

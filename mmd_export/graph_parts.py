@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mmd_export.folders import scratch_folder
 from mmd_export.precision.trajectory import open_model
 
 Array = NDArray[Any]
@@ -34,8 +33,8 @@ class GraphParts:
         if not missing:
             return found
         part = self._part(known, missing)
-        with tempfile.TemporaryDirectory() as folder:
-            session = open_model(part, Path(folder))
+        with scratch_folder() as folder:
+            session = open_model(part, folder)
             feeds = {value.name: known[value.name] for value in session.get_inputs()}
             results = session.run(missing, feeds)
         return found | dict(zip(missing, results, strict=True))

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmd_export.errors import MmdExportError, NotAvailableError, UsageError
+from mmd_export.journal import temporary
 
 SMALLEST_TILE = 48  # pixels; an 8x8 digit is not legible below
 _GAP = 2
@@ -60,12 +61,12 @@ def save_grid(images: NDArray[Any], path: Path, columns: int | None = None, scal
     sheet = grid(images, columns, scale)
     picture = Image.fromarray(sheet[:, :, 0] if sheet.shape[2] == 1 else sheet)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            picture.save(file, format="PNG")
-        partial.replace(path)
-    except OSError as error:
-        raise MmdExportError(f"cannot write {path}: {error.strerror or error}; free the cause and run again") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with temporary(partial.absolute()):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                picture.save(file, format="PNG")
+            partial.replace(path)
+        except OSError as error:
+            why = error.strerror or error
+            raise MmdExportError(f"cannot write {path}: {why}; free the cause and run again") from error

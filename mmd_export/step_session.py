@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from mmd_export.chain import run_plan
 from mmd_export.checkpoint import Checkpoint
 from mmd_export.denoiser import timestep_tensor, typical_timestep
+from mmd_export.folders import scratch_folder
 from mmd_export.plan import StepPlan
 from mmd_export.specialise import capture
 
@@ -69,8 +68,8 @@ def _session(module: nn.Module, example: tuple[Tensor, ...], names: list[str], t
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
     settings.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder, quiet_export():
-        path = Path(folder) / "part.onnx"
+    with scratch_folder() as folder, quiet_export():
+        path = folder / "part.onnx"
         torch.onnx.export(
             module, example, path, dynamo=True, opset_version=OPSET, verbose=False, input_names=names,
             external_data=True,

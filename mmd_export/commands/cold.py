@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mmd_export.commands.candidates import Candidate
-from mmd_export.errors import MmdExportError
+from mmd_export.errors import MmdExportError, NotAvailableError
+from mmd_export.supervisor import how_it_ended
 
 RUNS = 3  # of one process after its first image; memory is the peak over all of them
 
@@ -56,6 +57,8 @@ def _one(name: str, arguments: list[str]) -> Mapping[str, Any]:
     """What one process said, its start on the clock of this one."""
     command, start = [sys.executable, "-m", "mmd_export.commands.cold", *arguments], time.time()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        raise NotAvailableError(f"{name}: a fresh process that ran it {how_it_ended(done.returncode)}; try --cold 0")
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         raise MmdExportError(f"{name}: a fresh process could not run it: {last[:300]}")

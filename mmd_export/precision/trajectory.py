@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from mmd_export.chain import Images, run_plan
 from mmd_export.conditions import Condition
 from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.folders import scratch_folder
 from mmd_export.noise import sampler_noise
 from mmd_export.plan import StepPlan
 
@@ -51,8 +51,8 @@ def follow(calls: Calls, watched: ir.Model, images: int, watch: Watch) -> None:
 
     Raises UsageError at the first state that is not finite.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        session = open_model(watched, Path(folder))
+    with scratch_folder() as folder:
+        session = open_model(watched, folder)
         first = 0
         while first < images:
             rows = calls.batch or min(_ROWS, images - first)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmd_export import openvino_library
+from mmd_export.folders import scratch_folder
 from mmd_export.runtime import Availability
 from mmd_export.targets import Compiled, CompileOptions
 from mmd_export.targets.onnx import TARGET as ONNX
@@ -43,11 +43,11 @@ class OpenVinoTarget:
         from mmd_export import openvino_ir
 
         states = [f"state.{k}" for k in range(1, program.plan.step_count + 1)]
-        with tempfile.TemporaryDirectory() as scratch:
+        with scratch_folder() as scratch:
             plain = replace(options, precision="fp32", form="unrolled")
-            onnx = ONNX.compile(program, Path(scratch), plain)
+            onnx = ONNX.compile(program, scratch, plain)
             options.notify("converting the ONNX graph to OpenVINO IR")
-            model = openvino_ir.convert(Path(scratch) / ONNX.artefact, states)
+            model = openvino_ir.convert(scratch / ONNX.artefact, states)
             if options.precision == "w16":
                 openvino_ir.halve_weights(model)
             openvino_ir.save(model, folder / self.artefact)

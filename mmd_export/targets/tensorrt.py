@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from mmd_export.folders import scratch_folder
 from mmd_export.runtime import Availability
 from mmd_export.targets import Compiled, CompileOptions, onnx
 from mmd_export.trt.device import find_device
@@ -52,9 +52,9 @@ class EngineTarget:
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
         """``model.plan``, and ``model.onnx`` beside an engine without weights."""
-        with TemporaryDirectory() as scratch:
-            graph = onnx.TARGET.compile(program, Path(scratch), options)
-            model = Path(scratch) / onnx.TARGET.artefact
+        with scratch_folder() as scratch:
+            graph = onnx.TARGET.compile(program, scratch, options)
+            model = scratch / onnx.TARGET.artefact
             facts = self.compile_onnx(model, folder, options)
         return Compiled(graph.graph, {**graph.toolchain, facts.library: facts.version}, facts.to_dict())
 

@@ -10,7 +10,6 @@ import platform
 import re
 import sys
 import sysconfig
-import tempfile
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch.export import ExportedProgram
 
 from mmd_export.errors import NotAvailableError, one_line
+from mmd_export.folders import scratch_folder
 
 FOLDER = "model/data/aotinductor/model"
 _STEM = "sampler"
@@ -47,16 +47,16 @@ def compile_package(exported: ExportedProgram, path: Path, device: str) -> dict[
 
     assert exported.example_inputs is not None
     arguments, keywords = exported.example_inputs
-    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
+    with scratch_folder() as scratch, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a library above 2 GB carries a random number
-        folder = Path(scratch) / _STEM
+        folder = scratch / _STEM
         folder.mkdir()
         module = exported.module(check_guards=False)
         try:
             aot_compile(module, arguments, keywords, options=settings(folder, device))
         except InductorError as error:
             raise NotAvailableError(f"target torch cannot compile it: {one_line(error)}") from error
-        write_archive(folder, path, private_folders(scratch))
+        write_archive(folder, path, private_folders(str(scratch)))
         return _calls((folder / f"{_STEM}.wrapper.cpp").read_text(encoding="utf-8"))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from mmd_export.batch import BatchSpec
 from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.folders import scratch_folder
 from mmd_export.target_options import TargetOptions
 from mmd_export.trt.cache import cache_folder, find, key_of, sha256_of, store
 from mmd_export.trt.device import Device, find_device
@@ -53,9 +53,9 @@ def build_engine(library: Library, request: Request, engine: Path) -> LockFacts:
     else:
         request.notify(f"{library.title}: building an engine of {nodes:,} nodes")
         _make(folder)
-        with TemporaryDirectory() as scratch:
+        with scratch_folder() as scratch:
             if library.unshare and not request.options.strip_weights:  # whose weights come from the graph as it is
-                job = replace(job, onnx=str(unshared(request.onnx.absolute(), Path(scratch))))
+                job = replace(job, onnx=str(unshared(request.onnx.absolute(), scratch)))
             said = run_job(job, library.title, request.log, request.notify, folder / f"{key}.log")
         _keep(folder, key, engine, said, request.notify)
     return _facts(library, request.options, digest, said, device)

@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 import mmd_export
 from mmd_export.errors import NotAvailableError
+from mmd_export.folders import scratch_folder
+from mmd_export.supervisor import how_it_ended
 from mmd_export.trt.job import REFUSED, Job
 
 SECONDS_BETWEEN_STEPS = 10.0
@@ -38,8 +39,8 @@ def run_job(
     """
     if job.memory_limit is not None and not sys.platform.startswith("linux"):
         raise NotAvailableError(f"{title}: --memory-limit needs Linux; leave it out")
-    with TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
+    with scratch_folder() as folder:
+        log = folder / "log"
         with log.open("wb") as file:
             code, last = _run(job, file, _Progress(title, notify).hear)
         if code == 0 and "done" in last:
@@ -63,20 +64,6 @@ def run_job(
         reason = f"its builder {how_it_ended(code)}; the last it said: {last_useful(text)}"
         reason += "; try --workspace with fewer MiB" if code == -signal.SIGKILL else ""
     raise NotAvailableError(f"{title}: {reason}{kept}")
-
-
-def how_it_ended(code: int) -> str:
-    """An exit code in words; negative ones are signals."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    names = {number.value: number.name for number in signal.Signals}
-    name = names.get(-code, f"signal {-code}")
-    why = {
-        "SIGSEGV": "crashed",
-        "SIGABRT": "gave up",
-        "SIGKILL": "was killed, often for want of memory",
-    }
-    return f"{why.get(name, 'was ended')} ({name})"
 
 
 def last_useful(log: str) -> str:

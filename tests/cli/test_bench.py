@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -67,6 +68,20 @@ def test_throughput_and_cold_start(command: Command, longer_bundle: Path, tmp_pa
         "digits-6: measured",
         "onnxruntime:cpu: measured",
     }
+
+
+def test_a_fresh_process_that_is_killed_is_one_line(
+    command: Command, longer_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif 'mmd_export.commands.cold' in sys.orig_argv:\n    os.kill(os.getpid(), 9)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    against = ("--against", "onnxruntime:cpu", "--rounds", 12, "--threads", 1)
+    code, _, err = command("bench", longer_bundle, *against)
+    assert code == 3, err
+    last = err.splitlines()[-1]
+    assert "a fresh process that ran it was killed, often for want of memory (SIGKILL); try --cold 0" in last
 
 
 def test_the_checkpoint_is_read_once(longer_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,11 @@ import onnx_ir as ir
 import pytest
 
 from mmd_export.errors import NotAvailableError
+from mmd_export.supervisor import how_it_ended
 from mmd_export.trt import worker
 from mmd_export.trt.job import Job
 from mmd_export.trt.lint import engine_faults, require_buildable
-from mmd_export.trt.process import how_it_ended, last_useful, run_job
+from mmd_export.trt.process import last_useful, run_job
 from tests.trt.conftest import OneNode
 
 pytestmark = pytest.mark.usefixtures("_rtx")
