@@ -154,14 +154,15 @@ class DiffusersLoop:
     def _set_timesteps(self, steps: int) -> None:
         """A grid of diffusers, or the listed one where its class takes a list."""
         listed = self.config.is_given_grid
+        told = {"mu": self.config["mu"]} if self.config.get("use_dynamic_shifting") else {}
         if self.config.sampler == "scm" and steps != 2:
             self.scheduler.set_timesteps(steps, intermediate_timesteps=None)  # its default belongs to 2 steps
         elif not listed:
-            self.scheduler.set_timesteps(steps)
+            self.scheduler.set_timesteps(steps, **told)
             self._drop_rounding_step(steps)
         elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
             given = self.config.custom_timesteps or timestep_grid(self.config, steps)
-            self.scheduler.set_timesteps(timesteps=list(given))
+            self.scheduler.set_timesteps(timesteps=list(given), **told)
         elif self.config.timestep_spacing == "mmd-ddm" and self.config.sampler == "ddim":
             self.scheduler.set_timesteps(steps)  # its previous timestep is t - T // K, which is MMD-DDM's
             self.scheduler.timesteps = torch.tensor(timestep_grid(self.config, steps))

@@ -34,6 +34,7 @@ from mmd_export.checkpoints.weights import (
 )
 from mmd_export.conditions import CLASS_LABELS, Condition
 from mmd_export.denoiser import DiffusersNetwork, DiffusersUNet
+from mmd_export.dynamic_shift import with_tokens
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.guidance import guidance_embedding
 from mmd_export.network_options import AS_IT_IS, Choice, NetworkOptions
@@ -64,6 +65,8 @@ def read_folder(folder: Path, name: str, licence: str | None = None, options: Ne
     autoencoder = read_autoencoder(folder, whole)
     channels, notes = _learned_variance(whole, family)
     shape = sample_shape(whole, where, channels)
+    if family.tokens:
+        scheduler = with_tokens(scheduler, _patches(whole, shape))
     told = _told(family, whole, folder, where, options)
     weights, warnings = read_weights(place)
     load_strictly(network, weights, str(place))
@@ -225,6 +228,12 @@ def sample_shape(config: dict[str, Any], where: str, channels: int | None = None
     if isinstance(size, list | tuple) and len(size) == 2:
         return channels, int(size[0]), int(size[1])
     raise UsageError(f"{where}: sample_size is {size!r}; an integer or two are expected")
+
+
+def _patches(config: dict[str, Any], shape: tuple[int, int, int]) -> int:
+    """The number of tokens that a transformer makes of an image (C, H, W)."""
+    side = int(config["patch_size"])
+    return (shape[1] // side) * (shape[2] // side)
 
 
 def _learned_variance(config: dict[str, Any], family: Family) -> tuple[int | None, tuple[str, ...]]:
