@@ -21,6 +21,7 @@ from mmd_export.scheduler_keys import (
     KEYS,
     LINEAR_SHIFT,
     PIPELINE_SHIFT,
+    UNIT_FLOW,
     choices_of,
 )
 
@@ -105,7 +106,7 @@ class SchedulerConfig:
         return getattr(self, key, None)
 
     def told(self, **facts: Any) -> SchedulerConfig:
-        """With what diffusers' pipelines work out beside the scheduler and hand to it; no setting of the class."""
+        """With what diffusers' pipelines do beside the scheduler: ``mu`` of a dynamic shift, ``of_flow`` of SCM."""
         raise UsageError(f"scheduler {self.class_name} takes no {', '.join(facts)} from a pipeline")
 
     @property
@@ -119,7 +120,10 @@ class SchedulerConfig:
 
         EDM's v_prediction is F with its sign turned, not DDIM's v; a consistency function has other c_skip and c_out
         than EDM's F and is told 1000 times its c_noise; IPNDM's v is that of a network that is told times up to 1.
+        SCM's may be made by the pipeline, of a flow.
         """
+        if self.get("of_flow"):
+            return UNIT_FLOW
         fixed = FIXED_PREDICTION.get(self.sampler)
         if fixed == "edm" and self.prediction_type == "v_prediction":
             return "edm v_prediction"

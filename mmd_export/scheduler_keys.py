@@ -135,6 +135,8 @@ FIXED_PREDICTION: dict[str, PredictionType] = {
     "ipndm": "v_prediction",  # eps = sigma x + alpha v
     "scm": "trigflow",
 }
+# What a network of flow predicts that is told times up to 1, as Sana Sprint's, not up to num_train_timesteps.
+UNIT_FLOW = "flow_prediction of times in [0, 1]"
 # What a dynamic shift follows from, with the pipeline's defaults where the scheduler does not say; in the order of
 # `calculate_shift` in diffusers/pipelines/stable_diffusion_3/pipeline_stable_diffusion_3.py, 0.42.
 PIPELINE_SHIFT: dict[str, float] = {

@@ -146,8 +146,6 @@ def _pixart(facts: Facts) -> tuple[Condition, ...]:
 
 
 def _sana(facts: Facts) -> tuple[Condition, ...]:
-    if facts.config["guidance_embeds"]:
-        raise UsageError(f"{facts.where}: guidance_embeds is True (Sana Sprint), which is not supported; only False is")
     return _text(facts, facts.config["caption_channels"]), _mask(facts)
 
 
