@@ -71,6 +71,8 @@ def _decoder(manifest: ManifestDraft) -> list[str]:
     if (decoder := manifest.decoder) is not None:
         shift = f" + {decoder.shift:g}" if decoder.shift else ""
         formula = f"image = D(latent / {decoder.scale:g}{shift})"
+        if decoder.std:
+            formula = f"image = D(latent std / {decoder.scale:g} + mean), a std and a mean for each channel"
         return [f"| decoder | {decoder.autoencoder}, in the graph; {formula}; {decoder.precision} |"]
     return ["| decoder | none in the graph; the sample is a latent |"] if _gives_latents(manifest) else []
 

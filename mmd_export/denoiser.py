@@ -43,25 +43,30 @@ class DiffusersNetwork(nn.Module):
         network: UNet2DConditionModel or a transformer.
         channels: of the output; a learned variance behind them is left out.
         timestep_scale: what the timestep is multiplied by (Sana).
-        guidance: the embedded guidance scale of a distilled network, as ``guidance_embedding`` gives it.
+        guidance: how the embedded guidance scale of a distilled network is told, by the argument's name:
+            ``timestep_cond`` (1, W) as ``guidance_embedding`` gives it, ``guidance`` (1,).
     """
 
     def __init__(
-        self, network: nn.Module, channels: int, timestep_scale: float = 1.0, guidance: Sequence[float] = ()
+        self,
+        network: nn.Module,
+        channels: int,
+        timestep_scale: float = 1.0,
+        guidance: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.channels = channels
         self.timestep_scale = timestep_scale
-        self.guidance = tuple(guidance)
+        self.guidance = dict(guidance or {})
 
     def forward(self, x: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
         """Raw output (B, C, H, W) for ``x`` (B, C, H, W) and ``timestep`` (1,)."""
         told: dict[str, Any] = {name: value for name, value in conditions.items() if name not in _ADDED}
         if added := {name: value for name, value in conditions.items() if name in _ADDED}:
             told["added_cond_kwargs"] = added
-        if self.guidance:
-            told["timestep_cond"] = torch.tensor([self.guidance], dtype=x.dtype, device=x.device)
+        for name, value in self.guidance.items():
+            told[name] = torch.tensor(value, dtype=x.dtype, device=x.device)
         time = timestep if self.timestep_scale == 1.0 else timestep * self.timestep_scale
         output: Tensor = self.network(x, timestep=time.expand(x.shape[0]), return_dict=False, **told)[0]
         return output[:, : self.channels]

@@ -154,14 +154,15 @@ class DiffusersLoop:
     def _set_timesteps(self, steps: int) -> None:
         """A grid of diffusers, or the listed one where its class takes a list."""
         listed = self.config.is_given_grid
+        told = {"mu": self.config["mu"]} if self.config.get("use_dynamic_shifting") else {}
         if self.config.sampler == "scm" and steps != 2:
             self.scheduler.set_timesteps(steps, intermediate_timesteps=None)  # its default belongs to 2 steps
         elif not listed:
-            self.scheduler.set_timesteps(steps)
+            self.scheduler.set_timesteps(steps, **told)
             self._drop_rounding_step(steps)
         elif "timesteps" in inspect.signature(self.scheduler.set_timesteps).parameters:
             given = self.config.custom_timesteps or timestep_grid(self.config, steps)
-            self.scheduler.set_timesteps(timesteps=list(given))
+            self.scheduler.set_timesteps(timesteps=list(given), **told)
         elif self.config.timestep_spacing == "mmd-ddm" and self.config.sampler == "ddim":
             self.scheduler.set_timesteps(steps)  # its previous timestep is t - T // K, which is MMD-DDM's
             self.scheduler.timesteps = torch.tensor(timestep_grid(self.config, steps))
@@ -210,6 +211,38 @@ class DiffusersLoop:
         with in_float64(self.module, self._draw):
             after: Tensor = self.scheduler.step(output, self.scheduler.timesteps[k], x, **self.options).prev_sample
         return after
+
+
+class SprintLoop(DiffusersLoop):
+    """SCMScheduler around a network F of flow, as diffusers' SanaSprintPipeline calls both; arXiv 2503.09641.
+
+    sigma = sin t / (cos t + sin t); F sees rho x with rho^2 = sigma^2 + (1 - sigma)^2, and the scheduler gets
+    ((1 - 2 sigma) rho x + rho^2 F) / rho. States are in units of ``sigma_data``: they start and end as the pipeline's.
+    """
+
+    @property
+    def timesteps(self) -> list[float]:
+        """The sigma of each call, which is what F is told."""
+        return [math.sin(t) / (math.cos(t) + math.sin(t)) for t in super().timesteps]
+
+    def scaled(self, k: int, x: Tensor) -> Tensor:
+        """The state at the level (1 - sigma, sigma)."""
+        return self._rho(k) * x
+
+    def step(self, k: int, output: Tensor, x: Tensor) -> Tensor:
+        """The state after call k."""
+        sigma, rho, unit = self.timesteps[k], self._rho(k), float(self.config["sigma_data"])
+        of_trigflow = ((1.0 - 2.0 * sigma) * self.scaled(k, x) + rho**2 * output) / rho
+        return super().step(k, unit * of_trigflow, unit * x) / unit
+
+    def _rho(self, k: int) -> float:
+        return math.hypot(self.timesteps[k], 1.0 - self.timesteps[k])
+
+
+def loop_of(config: SchedulerConfig, steps: int, draw: Draw, eta: float | None = None) -> DiffusersLoop:
+    """The loop of diffusers' pipeline for the config; arguments of ``DiffusersLoop``."""
+    kind = SprintLoop if config.get("of_flow") else DiffusersLoop
+    return kind(config, steps, draw, eta)
 
 
 def chain(

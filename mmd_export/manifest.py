@@ -76,12 +76,22 @@ class CheckpointRef(_Model):
 
 
 class DecoderInfo(_Model):
-    """The decoder at the end of the graph: image = D(latent / scale + shift), in a precision of its own."""
+    """The decoder at the end of the graph: image = D(latent / scale + shift), in a precision of its own.
+
+    With statistics of each channel it is D(latent std / scale + mean); without them the manifest leaves both out.
+    """
 
     autoencoder: Annotated[str, Field(min_length=1)]
     scale: Finite
     shift: Finite
+    mean: tuple[Finite, ...] = ()
+    std: tuple[Finite, ...] = ()
     precision: Word
+
+    @model_serializer(mode="wrap")
+    def _without_empty_statistics(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = whole(self)
+        return fields if self.std else {name: value for name, value in fields.items() if name not in ("mean", "std")}
 
 
 class Tolerance(_Model):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmd_export.diffusers_loop import DiffusersLoop, chain
+from mmd_export.diffusers_loop import DiffusersLoop, chain, loop_of
 from mmd_export.errors import UsageError
 from mmd_export.plan import PredictionType, Scalar, Source, Step, StepPlan, Term
 from mmd_export.schedule import SchedulerConfig
@@ -126,7 +126,7 @@ def probe(config: SchedulerConfig, steps: int, eta: float | None = None) -> Step
     In float64 (see ``mmd_export.diffusers_loop``), so that the numbers are those of a table written by hand.
     """
     watched = _Recorder(config.class_name, 1)
-    loop = DiffusersLoop(config, steps, lambda _: watched.draw(), eta)
+    loop = loop_of(config, steps, lambda _: watched.draw(), eta)
     watched = _Recorder(config.class_name, loop.calls + 1)  # one coordinate of each kind stays unmet
     rows: list[tuple[Step, dict[tuple[Source, int], float]]] = []
     for k, timestep in enumerate(loop.timesteps[: loop.calls]):
@@ -138,6 +138,8 @@ def probe(config: SchedulerConfig, steps: int, eta: float | None = None) -> Step
         alpha, sigma = _level(loop, timestep, scale)
         rows.append((Step(timestep, alpha, sigma, (), watched.guess, scale), weights))
     prediction: PredictionType = FIXED_PREDICTION.get(config.sampler, config.prediction_type)
+    if config.get("of_flow"):
+        prediction = "flow_prediction"
     plan = StepPlan(
         solver=config.sampler,
         prediction_type=prediction,
@@ -166,6 +168,8 @@ def _scale(watched: _Recorder, scaled: Tensor, k: int) -> float:
 
 def _level(loop: DiffusersLoop, timestep: float, scale: float) -> tuple[float, float]:
     """The level of the network's input, where the class says it; (1, 0) where it does not."""
+    if loop.config.get("of_flow"):
+        return 1.0 - timestep, timestep
     if scale != 1.0:
         return scale, math.sqrt(max(1.0 - scale**2, 0.0))
     table = getattr(loop.scheduler, "alphas_cumprod", None)
@@ -222,7 +226,7 @@ def both_chains(
     shape = (2, 1, 3, 3)
     noise = torch.randn(shape, dtype=torch.float64, generator=generator)
     step_noise = torch.randn(plan.noisy_steps, *shape, dtype=torch.float64, generator=generator)
-    loop = DiffusersLoop(config, steps, lambda _: torch.zeros_like(noise), eta)
+    loop = loop_of(config, steps, lambda _: torch.zeros_like(noise), eta)
     if loop.calls != plan.step_count:
         raise UsageError(f"diffusers' {config.class_name} makes {loop.calls} calls, the plan {plan.step_count}")
     ours = UnrolledSampler(_Bent(plan), plan).chain(noise, step_noise if plan.noisy_steps else None)

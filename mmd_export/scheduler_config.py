@@ -13,7 +13,17 @@ from typing import Any, ClassVar
 
 from mmd_export.errors import UsageError
 from mmd_export.plan import PredictionType
-from mmd_export.scheduler_keys import CLASSES, FIXED_PREDICTION, FOREIGN, INERT, KEYS, choices_of
+from mmd_export.scheduler_keys import (
+    CLASSES,
+    FIXED_PREDICTION,
+    FOREIGN,
+    INERT,
+    KEYS,
+    LINEAR_SHIFT,
+    PIPELINE_SHIFT,
+    UNIT_FLOW,
+    choices_of,
+)
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
 SPACINGS = ("leading", "trailing", "linspace", "mmd-ddm")
@@ -91,6 +101,14 @@ class SchedulerConfig:
         """The setting under diffusers' name."""
         return getattr(self, key)
 
+    def get(self, key: str) -> Any:
+        """The setting, or None where the class has none of that name."""
+        return getattr(self, key, None)
+
+    def told(self, **facts: Any) -> SchedulerConfig:
+        """With what diffusers' pipelines do beside the scheduler: ``mu`` of a dynamic shift, ``of_flow`` of SCM."""
+        raise UsageError(f"scheduler {self.class_name} takes no {', '.join(facts)} from a pipeline")
+
     @property
     def sampler(self) -> str:
         """The solver that the scheduler class itself runs."""
@@ -102,7 +120,10 @@ class SchedulerConfig:
 
         EDM's v_prediction is F with its sign turned, not DDIM's v; a consistency function has other c_skip and c_out
         than EDM's F and is told 1000 times its c_noise; IPNDM's v is that of a network that is told times up to 1.
+        SCM's may be made by the pipeline, of a flow.
         """
+        if self.get("of_flow"):
+            return UNIT_FLOW
         fixed = FIXED_PREDICTION.get(self.sampler)
         if fixed == "edm" and self.prediction_type == "v_prediction":
             return "edm v_prediction"
@@ -155,6 +176,8 @@ class SchedulerConfig:
         if settings.pop("thresholding", False):
             raise UsageError("scheduler: thresholding (dynamic) is not affine and not supported; clip_sample is")
         own = {key: value for key, value in settings.items() if key in KEYS[name]}
+        if settings.get("use_dynamic_shifting") and "use_dynamic_shifting" in KEYS[name]:
+            own |= {key: settings[key] for key in PIPELINE_SHIFT if key in settings}
         for key, value in settings.items():
             if key not in own and key not in INERT and not (key in FOREIGN and value in FOREIGN[key]):
                 known = ", ".join(sorted(KEYS[name]))
@@ -178,7 +201,8 @@ class SchedulerConfig:
         kept = {key: value for key, value in shared.items() if _carries_over(class_name, key, value)}
         if FIXED_PREDICTION.get(self.sampler) != FIXED_PREDICTION.get(CLASSES[class_name]):
             kept.pop("prediction_type", None)  # EDM's v_prediction is not DDIM's
-        return SchedulerConfig.from_dict({"_class_name": class_name, **kept})
+        made = SchedulerConfig.from_dict({"_class_name": class_name, **kept})
+        return made.told(mu=self["mu"]) if self.get("mu") is not None and made.get("use_dynamic_shifting") else made
 
     def with_spacing(self, spacing: str | None) -> SchedulerConfig:
         """The same config with another ``timestep_spacing``."""
@@ -194,6 +218,12 @@ class SolverConfig(SchedulerConfig):
     def __getitem__(self, key: str) -> Any:
         return self.options[key] if key in self.options else getattr(self, key)
 
+    def get(self, key: str) -> Any:
+        return self.options[key] if key in self.options else getattr(self, key, None)
+
+    def told(self, **facts: Any) -> SchedulerConfig:
+        return replace(self, options={**self.options, **facts})
+
 
 _FIELDS = {entry.name for entry in fields(SchedulerConfig)} - {"class_name"}
 
@@ -203,11 +233,8 @@ def _config(name: str, settings: Mapping[str, Any]) -> SchedulerConfig:
     if CLASSES[name] in ("ddim", "ddpm"):
         return SchedulerConfig(class_name=name, **shared)
     options = {key: value for key, value in settings.items() if key not in _FIELDS}
-    if options.get("use_dynamic_shifting"):
-        raise UsageError(
-            "scheduler: use_dynamic_shifting takes its shift from the pipeline, image by image; a fixed graph needs a "
-            "fixed shift: set use_dynamic_shifting false and shift (or flow_shift) to exp(mu)"
-        )
+    if options.get("use_dynamic_shifting") and options["time_shift_type"] == "linear" and name not in LINEAR_SHIFT:
+        raise UsageError(f"scheduler: time_shift_type 'linear' is not supported by {name}; supported: exponential")
     spacings = [key for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if options.get(key)]
     if len(spacings) > 1:
         raise UsageError(f"scheduler: {spacings[0]} and {spacings[1]} are both on; choose one")
@@ -227,7 +254,7 @@ def _checked(name: str, key: str, value: Any) -> Any:
     """``value`` in the type of the setting's default and among its choices; raises UsageError otherwise."""
     if key == "trained_betas":
         return None if value is None else _checked_betas(value)
-    default = KEYS[name][key]
+    default = KEYS[name][key] if key in KEYS[name] else PIPELINE_SHIFT[key]
     if key == "disable_corrector" and isinstance(value, list | tuple):
         return tuple(value)
     known = choices_of(name, key)

@@ -135,6 +135,17 @@ FIXED_PREDICTION: dict[str, PredictionType] = {
     "ipndm": "v_prediction",  # eps = sigma x + alpha v
     "scm": "trigflow",
 }
+# What a network of flow predicts that is told times up to 1, as Sana Sprint's, not up to num_train_timesteps.
+UNIT_FLOW = "flow_prediction of times in [0, 1]"
+# What a dynamic shift follows from, with the pipeline's defaults where the scheduler does not say; in the order of
+# `calculate_shift` in diffusers/pipelines/stable_diffusion_3/pipeline_stable_diffusion_3.py, 0.42.
+PIPELINE_SHIFT: dict[str, float] = {
+    "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.16,
+}  # fmt: skip
+LINEAR_SHIFT = (
+    "FlowMatchEulerDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)  # others assert time_shift_type exponential
 # Let through at any value by a class that does not read them: every Stable Diffusion config carries them along.
 INERT = frozenset(
     {"dynamic_thresholding_ratio", "sample_max_value", "thresholding", "skip_prk_steps", "clip_sample",

@@ -70,6 +70,13 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], str]] = {
          "cross_attention_dim": 24, "caption_channels": 10, "timestep_scale": 0.5},
         "flow",
     ),
+    "sana-sprint": (
+        "SanaTransformer2DModel",
+        {**_TRANSFORMER, "out_channels": 4, "num_cross_attention_heads": 2, "cross_attention_head_dim": 12,
+         "cross_attention_dim": 24, "caption_channels": 10, "guidance_embeds": True, "guidance_embeds_scale": 0.2,
+         "qk_norm": "rms_norm_across_heads", "timestep_scale": 0.5},
+        "scm",
+    ),
     "sd3": (
         "SD3Transformer2DModel",
         {**_TRANSFORMER, "out_channels": 4, "joint_attention_dim": 10, "caption_projection_dim": 24,
@@ -99,6 +106,8 @@ def new_scheduler(kind: str) -> Any:
 
     if kind == "flow":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if kind == "scm":
+        return diffusers.SCMScheduler()
     if kind == "lcm":
         return diffusers.LCMScheduler(prediction_type="v_prediction")
     return diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False)

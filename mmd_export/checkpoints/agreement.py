@@ -7,7 +7,7 @@ from typing import Any
 
 from mmd_export.errors import UsageError
 from mmd_export.schedule import SchedulerConfig
-from mmd_export.scheduler_keys import FIXED_PREDICTION, KEYS
+from mmd_export.scheduler_keys import FIXED_PREDICTION, KEYS, UNIT_FLOW
 from mmd_export.solvers import of_sampler
 
 _LATENT_SCALE = ("scaling_factor", "latent_scale")
@@ -37,9 +37,13 @@ def require_agreement(
     """
     expected = scheduler.predicts
     if prediction not in (None, expected):
-        raise UsageError(
-            f"{where}: the model predicts {prediction!r}, {scheduler.class_name} expects {expected!r}; "
+        fitting = (
             "a flow-matching model goes with FlowMatchEulerDiscreteScheduler or with prediction_type flow_prediction"
+        )
+        if prediction == UNIT_FLOW:
+            fitting = "Sana Sprint (guidance_embeds) goes with SCMScheduler"
+        raise UsageError(
+            f"{where}: the model predicts {prediction!r}, {scheduler.class_name} expects {expected!r}; {fitting}"
         )
     own, total = config.get("num_train_timesteps"), scheduler.num_train_timesteps
     if own is not None and own != total:

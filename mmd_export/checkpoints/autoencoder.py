@@ -16,6 +16,7 @@ from mmd_export.errors import UsageError
 from mmd_export.quiet_diffusers import import_diffusers
 
 FOLDERS = ("vae", "vqvae")
+STATISTICS = ("latents_mean", "latents_std")
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
 
 
@@ -48,14 +49,15 @@ def read_autoencoder(pipeline: Path, network: Mapping[str, Any]) -> Autoencoder 
     autoencoder = new_autoencoder(config, where)
     settings = autoencoder.config
     require_latents(network, settings, str(pipeline))  # again, with what the class fills in
-    if settings.get("latents_mean") is not None or settings.get("latents_std") is not None:
-        return Autoencoder(reason=f"{where}: latents_mean and latents_std, a scale for each channel, are not supported")
-    weights, warnings = read_weights(folder)
-    load_strictly(autoencoder, weights, str(folder))
     scale, shift = _number(settings, "scaling_factor", 1.0, where), _number(settings, "shift_factor", 0.0, where)
     if scale == 0.0:
         raise UsageError(f"{where}: scaling_factor is 0; latents are divided by it")
-    decoder = LatentDecoder(autoencoder.eval(), scale, shift).requires_grad_(False)
+    mean, std = (_channels(settings, name, network.get("in_channels"), where) for name in STATISTICS)
+    if bool(mean) != bool(std) or (mean and shift != 0.0):
+        return Autoencoder(reason=_half_stated(settings, where))
+    weights, warnings = read_weights(folder)
+    load_strictly(autoencoder, weights, str(folder))
+    decoder = LatentDecoder(autoencoder.eval(), scale, shift, mean, std).requires_grad_(False)
     return Autoencoder(decoder, hash_weights(weights, config), "", warnings)
 
 
@@ -67,6 +69,25 @@ def new_autoencoder(config: dict[str, Any], where: str) -> Any:
     except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
         raise UsageError(f"{where}: diffusers refuses it: {error}") from error
     return autoencoder
+
+
+def _channels(settings: Mapping[str, Any], name: str, count: Any, where: str) -> tuple[float, ...]:
+    """One finite number a channel of the latent; empty where the config has none."""
+    values = settings.get(name)
+    if values is None:
+        return ()
+    if not isinstance(values, list | tuple) or len(values) != count or None in values:
+        raise UsageError(f"{where}: {name} is {values!r}; a list of {count} numbers is expected, one a latent channel")
+    return tuple(_number({name: value}, name, 0.0, where) for value in values)
+
+
+def _half_stated(settings: Mapping[str, Any], where: str) -> str:
+    """Why statistics of the channels cannot be undone: one of the two is missing, or there is a shift as well."""
+    stated = [name for name in STATISTICS if settings.get(name) is not None]
+    if len(stated) == 1:
+        (other,) = set(STATISTICS) - set(stated)
+        return f"{where}: {stated[0]} is stated and {other} is not; state both or none"
+    return f"{where}: latents_mean and shift_factor {settings['shift_factor']!r} are both stated; keep one"
 
 
 def _number(settings: Mapping[str, Any], name: str, default: float, where: str) -> float:

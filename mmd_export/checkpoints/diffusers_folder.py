@@ -34,12 +34,14 @@ from mmd_export.checkpoints.weights import (
 )
 from mmd_export.conditions import CLASS_LABELS, Condition
 from mmd_export.denoiser import DiffusersNetwork, DiffusersUNet
+from mmd_export.dynamic_shift import with_tokens
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.guidance import guidance_embedding
 from mmd_export.network_options import AS_IT_IS, Choice, NetworkOptions
 from mmd_export.plan import StepPlan
 from mmd_export.quiet_diffusers import import_diffusers
 from mmd_export.schedule import SchedulerConfig
+from mmd_export.scheduler_keys import UNIT_FLOW
 from mmd_export.tuned_precision import QUANTISATION_FILE, TunedPrecision
 
 PLAN_FILE = "plan.json"
@@ -48,6 +50,7 @@ NETWORKS = ("unet", "transformer")  # where a pipeline holds its network
 _SHARDS = "diffusion_pytorch_model-?????-of-?????.safetensors"
 _HALF_SHARDS = "diffusion_pytorch_model.fp16-?????-of-?????.safetensors"
 LCM_SCALE = 8.5  # default of diffusers' LatentConsistencyModelPipeline
+SPRINT_SCALE = 4.5  # of its SanaSprintPipeline
 
 
 def read_folder(folder: Path, name: str, licence: str | None = None, options: NetworkOptions = AS_IT_IS) -> Checkpoint:
@@ -60,10 +63,13 @@ def read_folder(folder: Path, name: str, licence: str | None = None, options: Ne
     scheduler = SchedulerConfig.from_file(scheduler_file)
     network = new_network(config, where)
     whole = _whole_config(network)
-    require_agreement(config, scheduler, where, family.prediction)
+    scheduler, predicts = _in_pipeline(scheduler, whole, family)
+    require_agreement(config, scheduler, where, predicts)
     autoencoder = read_autoencoder(folder, whole)
     channels, notes = _learned_variance(whole, family)
     shape = sample_shape(whole, where, channels)
+    if family.tokens:
+        scheduler = with_tokens(scheduler, _patches(whole, shape))
     told = _told(family, whole, folder, where, options)
     weights, warnings = read_weights(place)
     load_strictly(network, weights, str(place))
@@ -132,18 +138,38 @@ def _unconditional(family: Family, conditions: tuple[Condition, ...]) -> dict[st
     return found
 
 
+def _in_pipeline(
+    scheduler: SchedulerConfig, config: Mapping[str, Any], family: Family
+) -> tuple[SchedulerConfig, str | None]:
+    """What the pipeline makes of the scheduler, and what the network predicts: Sana Sprint makes trigflow of a flow."""
+    if not config.get("guidance_embeds"):
+        return scheduler, family.prediction
+    return scheduler.told(of_flow=True) if scheduler.sampler == "scm" else scheduler, UNIT_FLOW
+
+
 def _denoiser(
     class_name: str, network: nn.Module, config: dict[str, Any], channels: int, options: NetworkOptions
 ) -> tuple[nn.Module, _Chosen]:
     """The network behind the one signature; a distilled one has its guidance scale embedded."""
     if class_name == "UNet2DModel":
         return DiffusersUNet(network), _Chosen()
-    if not (width := config.get("time_cond_proj_dim")):
-        return DiffusersNetwork(network, channels, config.get("timestep_scale", 1.0)), _Chosen()
-    scale = LCM_SCALE if options.guidance_scale is None else options.guidance_scale
-    note = f"guidance scale {LCM_SCALE} is embedded, as LCM's; --guidance-scale S changes it"
-    chosen = _Chosen((), {"guidance_scale": scale}, (note,) if options.guidance_scale is None else ())
-    return DiffusersNetwork(network, channels, 1.0, guidance_embedding(scale, width)), chosen
+    if width := config.get("time_cond_proj_dim"):
+        scale, chosen = _embedded(options, LCM_SCALE, "LCM's")
+        return DiffusersNetwork(network, channels, 1.0, {"timestep_cond": (guidance_embedding(scale, width),)}), chosen
+    if config.get("guidance_embeds"):  # its pipeline leaves timestep_scale out
+        scale, chosen = _embedded(options, SPRINT_SCALE, "Sana Sprint's")
+        return DiffusersNetwork(
+            network, channels, 1.0, {"guidance": (scale * config["guidance_embeds_scale"],)}
+        ), chosen
+    return DiffusersNetwork(network, channels, config.get("timestep_scale", 1.0)), _Chosen()
+
+
+def _embedded(options: NetworkOptions, usual: float, whose: str) -> tuple[float, _Chosen]:
+    """The guidance scale that the network is told."""
+    if options.guidance_scale is not None:
+        return options.guidance_scale, _Chosen((), {"guidance_scale": options.guidance_scale})
+    note = f"guidance scale {usual} is embedded, as {whose}; --guidance-scale S changes it"
+    return usual, _Chosen((), {"guidance_scale": usual}, (note,))
 
 
 def _makes_latents(family: Family, config: dict[str, Any]) -> bool:
@@ -225,6 +251,12 @@ def sample_shape(config: dict[str, Any], where: str, channels: int | None = None
     if isinstance(size, list | tuple) and len(size) == 2:
         return channels, int(size[0]), int(size[1])
     raise UsageError(f"{where}: sample_size is {size!r}; an integer or two are expected")
+
+
+def _patches(config: dict[str, Any], shape: tuple[int, int, int]) -> int:
+    """The number of tokens that a transformer makes of an image (C, H, W)."""
+    side = int(config["patch_size"])
+    return (shape[1] // side) * (shape[2] // side)
 
 
 def _learned_variance(config: dict[str, Any], family: Family) -> tuple[int | None, tuple[str, ...]]:

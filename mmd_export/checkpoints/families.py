@@ -52,6 +52,7 @@ class Family:
         latent: whether its states are latents whatever the pipeline holds; None if only 1 or 3 channels are pixels.
         halves: whether a learned variance may follow the output.
         null_class: whether the label behind the last class stands for no class.
+        tokens: whether its pipeline derives a dynamic shift from the number of patches.
     """
 
     conditions: Callable[[Facts], tuple[Condition, ...]]
@@ -63,6 +64,7 @@ class Family:
     latent: bool | None = True
     halves: bool = False
     null_class: bool = False
+    tokens: bool = False
 
 
 def _text(facts: Facts, width: int) -> Condition:
@@ -144,8 +146,6 @@ def _pixart(facts: Facts) -> tuple[Condition, ...]:
 
 
 def _sana(facts: Facts) -> tuple[Condition, ...]:
-    if facts.config["guidance_embeds"]:
-        raise UsageError(f"{facts.where}: guidance_embeds is True (Sana Sprint), which is not supported; only False is")
     return _text(facts, facts.config["caption_channels"]), _mask(facts)
 
 
@@ -168,7 +168,7 @@ FAMILIES: dict[str, Family] = {
     ),
     # 77 tokens of CLIP and 256 of T5, one behind the other, as diffusers' pipeline makes them.
     "SD3Transformer2DModel": Family(
-        _sd3, text_length=333, encoders=("text_encoder_3",), prediction="flow_prediction"
+        _sd3, text_length=333, encoders=("text_encoder_3",), prediction="flow_prediction", tokens=True
     ),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from mmd_export.dynamic_shift import require_shift
 from mmd_export.errors import UsageError
 from mmd_export.plan import StepPlan
 from mmd_export.schedule import SchedulerConfig
@@ -84,6 +85,7 @@ def resolve(
     """The config of the sampler's class on the grid that is asked for, and the step count."""
     name = sampler or config.sampler
     chosen = of_sampler(config, name)
+    require_shift(config, chosen)
     if eta is not None and name not in WITH_ETA:
         raise UsageError(f"--eta {eta} belongs to --sampler ddim or tcd; the sampler is {name}")
     if timesteps is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from mmd_export.dynamic_shift import shift_of
 from mmd_export.plan import StepPlan
 from mmd_export.schedule import SchedulerConfig, linspace
 from mmd_export.solvers.dpm import Node, map_round, multistep_order, noise_of
@@ -31,7 +32,7 @@ def _grid(config: SchedulerConfig, steps: int) -> tuple[list[int], list[float]]:
         times = [sigma_to_t(sigma, logs) for sigma in sigmas]
         return truncated(map_round(times) if config["use_karras_sigmas"] else times), [*sigmas, sigmas[-1]]
     if config["use_flow_sigmas"]:
-        sigmas = [shifted(1.0 - a, config["flow_shift"]) for a in linspace(1.0, 1.0 / total, steps + 1)][:0:-1]
+        sigmas = [shifted(1.0 - a, shift_of(config)) for a in linspace(1.0, 1.0 / total, steps + 1)][:0:-1]
         return [int(sigma * total) for sigma in sigmas], [*sigmas, sigmas[-1]]
     return grid, [*(interpolate(t, table) for t in grid), table[0]]
 

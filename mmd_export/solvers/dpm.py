@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mmd_export.dynamic_shift import shift_of
 from mmd_export.errors import UsageError
 from mmd_export.plan import Scalar, StepPlan
 from mmd_export.schedule import SchedulerConfig, linspace
@@ -177,7 +178,7 @@ def _grid(config: SchedulerConfig, steps: int) -> tuple[list[int], list[float]]:
         )
         return truncated(map_round(times) if exact else times), [*sigmas, last]
     if config["use_flow_sigmas"]:
-        sigmas = [shifted(1.0 - a, config["flow_shift"]) for a in linspace(1.0, 1.0 / total, steps + 1)][:0:-1]
+        sigmas = [shifted(1.0 - a, shift_of(config)) for a in linspace(1.0, 1.0 / total, steps + 1)][:0:-1]
         return [int(sigma * total) for sigma in sigmas], [*sigmas, last]
     return grid, [*(interpolate(t, table) for t in grid), last]
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from mmd_export.plan import StepPlan
+from mmd_export.dynamic_shift import shift_of
+from mmd_export.plan import Scalar, StepPlan
 from mmd_export.schedule import SchedulerConfig, check_steps, linspace
 from mmd_export.solvers.grids import shifted, sigma_spacing, stretched
 from mmd_export.solvers.table import Table
 
 
 def _sigmas(config: SchedulerConfig, steps: int) -> list[float]:
-    """diffusers shifts the end points once and the grid between them once more."""
+    """diffusers shifts the end points by a fixed shift, and the grid between them by it or a dynamic one."""
     check_steps(config, steps)
-    total, shift = config.num_train_timesteps, config["shift"]
+    total, shift = config.num_train_timesteps, shift_of(config)
     if config.custom_timesteps:
         return [shifted(t / total, shift) for t in config.custom_timesteps]
-    low, high = shifted(1.0 / total, shift) * total, shifted(1.0, shift) * total
+    at_ends = 1.0 if config.get("use_dynamic_shifting") else shift
+    low, high = shifted(1.0 / total, at_ends) * total, shifted(1.0, at_ends) * total
     return [shifted(t / total, shift) for t in linspace(high, low, steps)]
+
+
+def _settings(config: SchedulerConfig) -> dict[str, Scalar]:
+    """The shift, and the mu that a dynamic one is of."""
+    return {"shift": shift_of(config)} | ({"mu": config["mu"]} if config.get("use_dynamic_shifting") else {})
 
 
 def flow_euler(config: SchedulerConfig, steps: int) -> StepPlan:
@@ -36,7 +43,7 @@ def flow_euler(config: SchedulerConfig, steps: int) -> StepPlan:
             table.advance((1.0 - after) * (x - sigma * output) + table.noise(after))
         else:
             table.advance(x + (after - sigma) * output)
-    return table.plan("flow-euler", config, steps, prediction="flow_prediction", settings={"shift": config["shift"]})
+    return table.plan("flow-euler", config, steps, prediction="flow_prediction", settings=_settings(config))
 
 
 def flow_heun(config: SchedulerConfig, steps: int) -> StepPlan:
@@ -51,4 +58,4 @@ def flow_heun(config: SchedulerConfig, steps: int) -> StepPlan:
             continue
         _, second = table.call(after * total, 1.0 - after, after)
         table.advance(x + (after - sigma) * (0.5 * (output + second)))
-    return table.plan("flow-heun", config, steps, prediction="flow_prediction", settings={"shift": config["shift"]})
+    return table.plan("flow-heun", config, steps, prediction="flow_prediction", settings=_settings(config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from mmd_export.dynamic_shift import shift_of
 from mmd_export.plan import StepPlan
 from mmd_export.schedule import SchedulerConfig, linspace
 from mmd_export.solvers.dpm import Node, clean_of, map_round, noise_of
@@ -42,7 +43,7 @@ def _grid(config: SchedulerConfig, steps: int) -> tuple[list[int], list[float]]:
             times = truncated(map_round(found) if config["use_karras_sigmas"] else found)
         return times, [*sigmas, sigmas[-1] if to_min else 0.0]
     if config["use_flow_sigmas"]:
-        sigmas = [shifted(s, config["flow_shift"]) for s in linspace(1.0, 1.0 / total, steps + 1)[:-1]]
+        sigmas = [shifted(s, shift_of(config)) for s in linspace(1.0, 1.0 / total, steps + 1)[:-1]]
         sigmas = stretched(sigmas, config["shift_terminal"])
         sigmas[0] -= FLOW_GAP if abs(sigmas[0] - 1.0) < FLOW_GAP else 0.0
         return [int(sigma * total) for sigma in sigmas], [*sigmas, sigmas[-1] if to_min else 0.0]

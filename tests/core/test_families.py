@@ -26,6 +26,7 @@ from tests.families import NETWORKS, new_network, save_network
 from tests.models import weights_of, write_weights
 
 TEXTS = [name for name in NETWORKS if name != "dit"]
+EMBEDDED = ("lcm", "sana-sprint")  # told their guidance scale
 LENGTH = 6
 
 
@@ -41,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def options(name: str, scale: float | None = None, form: str = "auto") -> NetworkOptions:
-    form = "auto" if scale is None or name == "lcm" else form
+    form = "auto" if scale is None or name in EMBEDDED else form
     return NetworkOptions(scale, form, text_length=LENGTH if name in TEXTS else None)
 
 
@@ -75,6 +76,10 @@ def as_pipelines_call(name: str, network: Any, x: Tensor, t: Tensor, told: dict[
     elif name == "sana":
         t = t * network.config.timestep_scale
         output = network(x, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=t)
+    elif name == "sana-sprint":
+        guidance = torch.full([1], 4.5).expand(x.shape[0]) * network.config.guidance_embeds_scale
+        masked = {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+        output = network(x, **masked, guidance=guidance, timestep=t)
     else:
         pooled = told["pooled_projections"]
         output = network(hidden_states=x, timestep=t, encoder_hidden_states=text, pooled_projections=pooled)
@@ -295,7 +300,8 @@ def test_an_autoencoder_of_another_width(tmp_path: Path) -> None:
     [
         ("text", {"out_channels": 8}, ("in_channels 4 and out_channels 8 differ",)),
         ("text", {"class_embed_type": "timestep"}, ("class_embed_type is 'timestep'", "supported: None, projection")),
-        ("sana", {"guidance_embeds": True}, ("guidance_embeds is True",)),
+        ("sana", {"guidance_embeds": True}, ("flow_prediction of times in [0, 1]", "Flow", "goes with SCMScheduler")),
+        ("sana-sprint", {"guidance_embeds": False}, ("predicts 'flow_prediction'", "SCMScheduler expects 'trigflow'")),
         ("dit", {"norm_type": "layer_norm"}, ("diffusers refuses it",)),
         ("sdxl", {"projection_class_embeddings_input_dim": 40}, ("input_dim is 40",)),
     ],

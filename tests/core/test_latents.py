@@ -34,6 +34,11 @@ from tests.models import AUTOENCODERS, LATENT, save_latent_model, save_model, we
 __all__ = ["command"]
 STEPS = 2
 SHIFTED: dict[str, Any] = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
+STATISTICS: dict[str, Any] = {
+    "scaling_factor": 0.5,
+    "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
+    "latents_std": [8.4927, 5.9022, 6.5498, 5.2299],
+}
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -74,7 +79,14 @@ def as_diffusers(folder: Path, latents: np.ndarray[Any, Any], dtype: torch.dtype
     config = json.loads((folder / "vae" / "config.json").read_text())
     vae = getattr(diffusers, config["_class_name"]).from_pretrained(folder / "vae").to(dtype).eval()
     with torch.inference_mode():
-        z = torch.from_numpy(latents).to(dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        z = torch.from_numpy(latents).to(dtype)
+        if vae.config.get("latents_mean") is not None:  # as in StableDiffusionXLPipeline
+            mean, std = (
+                torch.tensor(vae.config[name], dtype=dtype).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std")
+            )
+            z = z * std / vae.config.scaling_factor + mean
+        else:
+            z = z / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
         image: np.ndarray[Any, Any] = vae.decode(z).sample.clamp(-1, 1).numpy()
     return image
 
@@ -103,6 +115,40 @@ def test_every_autoencoder_in_the_graph(kind: str, tmp_path: Path) -> None:
     assert bundle.manifest.decoder is not None
     assert bundle.manifest.decoder.autoencoder == kind
     np.testing.assert_allclose(golden.sample, as_diffusers(folder, golden.states[-1], torch.float32), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+@pytest.mark.parametrize(("dtype", "exact"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_statistics_of_each_channel(kind: str, dtype: torch.dtype, exact: float, tmp_path: Path) -> None:
+    """latents std / scale + mean: the decoder alone, on latents that no scale of all channels fits."""
+    folder = save_latent_model(tmp_path / "model")
+    config = {**STATISTICS, "scaling_factor": 0.7}
+    edit(save_latent_model(tmp_path / "model", kind) / "vae" / "config.json", **config)
+    decoder = load_checkpoint(folder).decoder
+    assert decoder is not None
+    latents = np.random.default_rng(0).standard_normal((2, 4, 8, 8))
+    with torch.inference_mode():
+        found = decoder.to(dtype)(torch.from_numpy(latents).to(dtype)).clamp(-1, 1).numpy()
+    expected = as_diffusers(folder, latents, dtype)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=exact)
+    edit(folder / "vae" / "config.json", latents_mean=None, latents_std=None)
+    assert np.abs(as_diffusers(folder, latents, dtype) - expected).max() > 1e-3  # they matter
+
+
+def test_statistics_of_each_channel_in_the_graph(tmp_path: Path) -> None:
+    folder = save_latent_model(tmp_path / "kl", **STATISTICS)
+    bundle = build(BuildOptions(str(folder), "onnx", tmp_path / "b", steps=STEPS, batch="1..3", decode=True))
+    verify(bundle, checkpoint=str(folder)).require()
+    golden, facts = bundle.golden(), bundle.manifest.decoder
+    expected = as_diffusers(folder, golden.states[-1], torch.float64)
+    np.testing.assert_allclose(golden.sample, expected, rtol=0, atol=1e-6)
+    assert facts is not None
+    assert list(facts.mean) == STATISTICS["latents_mean"]
+    assert list(facts.std) == STATISTICS["latents_std"]
+    assert "image = D(latent std / 0.5 + mean), a std and a mean for each channel" in bundle.card
+    assert inspect(str(folder), PlanOptions())["decoder"]["std"] == facts.std
+    again = Bundle.open(bundle.folder)
+    assert again.manifest.decoder == facts
 
 
 def test_the_whole_ladder(decoded: Bundle, folder: Path) -> None:
@@ -309,7 +355,8 @@ def test_what_cannot_be_decoded_still_gives_latents(tmp_path: Path) -> None:
     decode = BuildOptions(str(folder), "onnx", tmp_path / "out", steps=STEPS, decode=True)
     for reason, changes in (
         ("autoencoder class 'AutoencoderOobleck' cannot be decoded here", {"_class_name": "AutoencoderOobleck"}),
-        ("latents_mean and latents_std", {"_class_name": "AutoencoderKL", "latents_mean": [0.0] * 4}),
+        ("latents_mean is stated and latents_std is not", {"_class_name": "AutoencoderKL", "latents_mean": [0.0] * 4}),
+        ("latents_mean and shift_factor 0.5 are both stated", {"latents_std": [1.0] * 4, "shift_factor": 0.5}),
     ):
         edit(config, **changes)
         assert load_checkpoint(folder).plan_for(STEPS).clamp_output is False
@@ -338,6 +385,9 @@ def test_what_is_refused(folder: Path, tiny: Path, tmp_path: Path) -> None:
     [
         ({"scaling_factor": 0.0}, "scaling_factor is 0; latents are divided by it"),
         ({"scaling_factor": "1"}, "scaling_factor is '1'; a number is expected"),
+        ({"latents_mean": [0.0] * 3}, r"latents_mean is \[0.0, 0.0, 0.0\]; a list of 4 numbers is expected"),
+        ({"latents_std": [1.0, None, 1.0, 1.0]}, "latents_std is .*; a list of 4 numbers is expected"),
+        ({"latents_std": [1.0, "2", 1.0, 1.0]}, "latents_std is '2'; a number is expected"),
         ({"latent_channels": 8}, "the model takes 4 channels, the autoencoder makes latents of 8"),
         ({"up_block_types": ["NoBlock"]}, "diffusers refuses it"),
         ({"layers_per_block": 2}, r"weights in .*vae do not fit the config; missing: .* \(32 in all\)"),

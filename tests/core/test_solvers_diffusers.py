@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mmd_export.diffusers_loop import DiffusersLoop
+from mmd_export.dynamic_shift import with_tokens
 from mmd_export.plan import StepPlan
 from mmd_export.plans import plan_again
 from mmd_export.probe import largest_error, probe
@@ -45,6 +46,8 @@ def crossed(**choices: tuple[Any, ...]) -> list[Settings]:
 
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+DYNAMIC = {"use_dynamic_shifting": True, "max_shift": 1.3}
+TOKENS = 900  # of the image that a dynamic shift is derived from
 FINAL = ("zero", "sigma_min")
 PLUS = ("dpmsolver++", "sde-dpmsolver++")
 CASES: dict[str, list[Settings]] = {
@@ -82,6 +85,7 @@ CASES: dict[str, list[Settings]] = {
         *crossed(sigmas=(*SIGMAS, {"use_lu_lambdas": True}), timestep_spacing=SPACINGS, solver_order=(2, 3)),
         *crossed(lower_order_final=(True, False), euler_at_final=(True, False), final_sigmas_type=FINAL),
         *crossed(flow=(FLOW,), flow_shift=(1, 3), solver_order=(2, 3)),
+        {**FLOW, **DYNAMIC},
         {"lambda_min_clipped": -5.1},
         {"beta_schedule": "squaredcos_cap_v2", "use_karras_sigmas": True},
         {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
@@ -98,12 +102,14 @@ CASES: dict[str, list[Settings]] = {
         ),
         *crossed(sigmas=SIGMAS, solver_order=(2, 3)),
         {**FLOW, "flow_shift": 3, "lower_order_final": True},
+        {**FLOW, **DYNAMIC, "lower_order_final": True},
         {"lambda_min_clipped": -5.1},
     ],
     "DEISMultistepScheduler": [
         *crossed(prediction_type=PREDICTIONS, solver_order=ORDERS, lower_order_final=(True, False)),
         *crossed(sigmas=SIGMAS, timestep_spacing=SPACINGS, solver_order=(2, 3)),
         {**FLOW, "flow_shift": 3},
+        {**FLOW, **DYNAMIC},
     ],
     "UniPCMultistepScheduler": [
         *crossed(
@@ -115,6 +121,7 @@ CASES: dict[str, list[Settings]] = {
         {**FLOW, "flow_shift": 3},
         {**FLOW, "use_karras_sigmas": True},
         {**FLOW, "shift_terminal": 0.1},
+        *crossed(flow=({**FLOW, **DYNAMIC},), time_shift_type=("exponential", "linear"), shift_terminal=(None, 0.1)),
         {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
         {"solver_order": 4, "lower_order_final": False, "final_sigmas_type": "sigma_min"},
         {"use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 20},
@@ -141,10 +148,17 @@ CASES: dict[str, list[Settings]] = {
         {"lower_order_final": False},
         {"euler_at_final": True},
     ],
-    "FlowMatchEulerDiscreteScheduler": crossed(
-        sigmas=SIGMAS, shift=(1, 3), stochastic_sampling=(False, True), invert_sigmas=(False, True),
-        shift_terminal=(None, 0.1),
-    ),
+    "FlowMatchEulerDiscreteScheduler": [
+        *crossed(
+            sigmas=SIGMAS, shift=(1, 3), stochastic_sampling=(False, True), invert_sigmas=(False, True),
+            shift_terminal=(None, 0.1),
+        ),
+        *crossed(
+            sigmas=SIGMAS, dynamic=(DYNAMIC,), shift=(1, 3), time_shift_type=("exponential", "linear"),
+            shift_terminal=(None, 0.1),
+        ),
+        {**DYNAMIC, "stochastic_sampling": True, "invert_sigmas": True},
+    ],
     "FlowMatchHeunDiscreteScheduler": [{}, {"shift": 3.0}],
     "CMStochasticIterativeScheduler": [{}, {"clip_denoised": False, "s_noise": 0.9}, {"sigma_data": 1, "rho": 5}],
     "DDIMScheduler": crossed(prediction_type=PREDICTIONS, clip_sample=(True, False), timestep_spacing=SPACINGS),
@@ -164,7 +178,7 @@ def _quiet() -> Iterator[None]:
 
 
 def config_of(class_name: str, settings: Settings) -> SchedulerConfig:
-    return SchedulerConfig.from_dict({"_class_name": class_name, **settings})
+    return with_tokens(SchedulerConfig.from_dict({"_class_name": class_name, **settings}), TOKENS)
 
 
 def plan_or_none(config: SchedulerConfig, steps: int) -> StepPlan | None:
@@ -298,6 +312,7 @@ def test_listed_timesteps(class_name: str, spacing: str) -> None:
         ("FlowMatchEulerDiscreteScheduler", {}, ((1000,), (1000, 500), (937.5, 700, 0.25))),
         ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "stochastic_sampling": True}, ((1000, 750, 62.5),)),
         ("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1, "invert_sigmas": True}, ((1000, 400, 3),)),
+        ("FlowMatchEulerDiscreteScheduler", DYNAMIC, ((1000, 750, 62.5),)),
         ("CMStochasticIterativeScheduler", {}, ((39,), (22, 0), (39, 17, 5, 0))),
         ("CMStochasticIterativeScheduler", {"clip_denoised": False, "rho": 5.0}, ((38, 22, 1),)),
     ],

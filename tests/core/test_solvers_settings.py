@@ -191,13 +191,18 @@ def test_a_plan_is_made_again_from_its_settings(options: dict[str, Any], changed
         ("DPMSolverMultistepScheduler", {"thresholding": True}, ("thresholding", "not affine")),
         ("UniPCMultistepScheduler", {"thresholding": True}, ("thresholding", "not affine")),
         ("UniPCMultistepScheduler", {"solver_p": {"a": 1}}, ("solver_p",)),
-        ("UniPCMultistepScheduler", {"use_dynamic_shifting": True}, ("use_dynamic_shifting", "flow_shift")),
+        ("UniPCMultistepScheduler", {"use_dynamic_shifting": True}, ("use_dynamic_shifting is True", "flow_shift")),
         (
             "UniPCMultistepScheduler",
             {"use_flow_sigmas": True, "use_beta_sigmas": True},
             ("use_flow_sigmas and use_beta_sigmas are both on",),
         ),
-        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, ("use_dynamic_shifting", "shift")),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {"use_dynamic_shifting": True},
+            ("use_dynamic_shifting is True", "SD3Transformer2DModel has", "shift"),
+        ),
+        ("FlowMatchHeunDiscreteScheduler", {"use_dynamic_shifting": True}, ("'use_dynamic_shifting' is unknown",)),
         ("FlowMatchEulerDiscreteScheduler", {"beta_start": 0.1}, ("'beta_start' is unknown",)),
         ("EDMDPMSolverMultistepScheduler", {"prediction_type": "sample"}, ("'sample'",)),
         (
