@@ -9,7 +9,7 @@ number of images while it tunes, so a larger batch means fewer iterations. Measu
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,10 @@ def cells(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]
     """The key of each cell and its settings beyond the config."""
     whole = make_settings({"out": "unused"}, CONFIG)
     drawn = whole.iterations * whole.batch_size
-    axes = (arguments.seeds, arguments.batches, arguments.references, arguments.estimators, arguments.kernels)
-    for seed, batch, reference, estimator, kernel in product(*axes):
+    middle = (whole.batch_size, whole.reference, whole.estimator, whole.kernel)
+    axes = (arguments.batches, arguments.references, arguments.estimators, arguments.kernels)
+    crossed = [each for each in product(*axes) if arguments.design == "full" or differing(each, middle) <= 1]
+    for seed, (batch, reference, estimator, kernel) in product(arguments.seeds, crossed):
         iterations = max(1, drawn // batch)
         values = {
             "kernel": kernel, ESTIMATOR: estimator, REFERENCE: reference, "batch_size": batch, "seed": seed,
@@ -55,8 +57,14 @@ def cells(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]
         )
 
 
+def differing(values: Sequence[object], others: Sequence[object]) -> int:
+    """In how many places two lists differ; what is no setting counts as the same."""
+    return sum(value not in (other, DEFAULT) for value, other in zip(values, others, strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--design", choices=("star", "full"), default="star")
     parser.add_argument("--kernels", nargs="+", default=sorted(KERNELS.keys() - {"polynomial"}))
     parser.add_argument("--estimators", nargs="+", default=axis(ESTIMATOR))
     parser.add_argument("--references", nargs="+", default=axis(REFERENCE))

@@ -42,8 +42,8 @@ FASHION, FASHION_BASE = "benchmarks.fashion", ROOT / "runs/fashion/training.json
 LONG = {
     "benchmarks.quantisation_aware": "4 minutes for each of 4 runs a seed",
     "benchmarks.plan_learning": "4 to 6 minutes for each of 7 runs a seed",
-    "benchmarks.mmd_ablation": "4 minutes and more for each of 108 runs",
-    "benchmarks.digits_budgets": "up to hours for each of 42 runs",
+    "benchmarks.mmd_ablation": "4 minutes and more for each of 11 runs a seed",
+    "benchmarks.digits_budgets": "20 minutes on one core for each of 42 runs",
     FASHION: "24 runs, meant for a GPU; finetune/recipes/train_fashion.py comes first",
 }
 

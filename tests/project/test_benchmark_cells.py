@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import mmd_ablation
 from benchmarks.budget_tables import (
     ablation_rows,
     beats_the_paper,
@@ -116,6 +118,20 @@ def test_the_ablation_puts_the_best_first() -> None:
     heads, rows = ablation_rows({"cells": cells})
     assert [row[0] for row in rows] == ["gaussian", "cubic"]
     assert all(len(row) == len(heads) for row in rows)
+
+
+def test_a_star_leaves_the_config_along_one_axis_at_a_time() -> None:
+    axes: dict[str, Any] = {"kernels": ["gaussian", "energy"], "estimators": ["unbiased", "biased"]}
+    axes |= {"references": ["bank"], "batches": [256, 512], "seeds": [0]}
+    star, full = (
+        [key for key, _ in mmd_ablation.cells(Namespace(design=design, **axes))] for design in ("star", "full")
+    )
+    assert sorted(star) == [
+        "energy/unbiased/bank/256/0", "gaussian/biased/bank/256/0", "gaussian/unbiased/bank/256/0",
+        "gaussian/unbiased/bank/512/0",
+    ]  # fmt: skip
+    assert len(full) == 8
+    assert set(star) <= set(full)
 
 
 def test_the_picture_is_written(tmp_path: Path) -> None:
