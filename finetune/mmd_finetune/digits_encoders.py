@@ -1,4 +1,4 @@
-"""Two small digit classifiers of different families: one for the loss, one that the loss never sees."""
+"""Small digit classifiers of different families: two for the loss, one that the loss never sees."""
 
 from __future__ import annotations
 
@@ -28,6 +28,32 @@ class ConvDigits(nn.Module):
         return features
 
 
+class ResidualDigits(nn.Module):
+    """Residual at full resolution, He et al. 2016: images (N, 1, 8, 8) in [-1, 1] -> features (N, 64)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward = nn.Conv2d(1, 48, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.GroupNorm(8, 48), nn.SiLU(), nn.Conv2d(48, 48, 3, padding=1),
+                nn.SiLU(), nn.Conv2d(48, 48, 3, padding=1),
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        self.outward = nn.Sequential(
+            nn.GroupNorm(8, 48), nn.SiLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(48 * 16, FEATURES), nn.GELU()
+        )
+        self.head = nn.Linear(FEATURES, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.inward(images)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        features: Tensor = self.outward(hidden)
+        return features
+
+
 class MlpDigits(nn.Module):
     """Fully connected, residual: images (N, 1, 8, 8) in [-1, 1] -> features (N, 64). No convolution."""
 
@@ -44,7 +70,9 @@ class MlpDigits(nn.Module):
         return features
 
 
-ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {"digits-conv": ConvDigits, "digits-mlp": MlpDigits}
+ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
+    "digits-conv": ConvDigits, "digits-residual": ResidualDigits, "digits-mlp": MlpDigits,
+}  # fmt: skip
 
 
 def class_logits(encoder: nn.Module, images: Tensor) -> Tensor:

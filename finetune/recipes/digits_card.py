@@ -43,8 +43,8 @@ shared machine; at its median pace {quiet:.0f} s. The same recipe, run again on 
 ![loss](curve.png)
 
 ## Encoders
-Two classifiers of different architecture score the samples; `digits-conv` also serves the loss of the finetuning,
-`digits-mlp` never does.
+Classifiers of different architecture: `digits-conv` and `digits-residual` serve the loss of the finetuning,
+`digits-mlp` never does, so that it can judge.
 
 | encoder | held-out accuracy |
 |---|---|

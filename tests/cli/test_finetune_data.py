@@ -19,7 +19,10 @@ from tests.cli.conftest import Command
     [
         (("--features", "inception:nowhere.pth"), "encoder inception:nowhere.pth: the file does not exist"),
         (("--holdout", "clip:./nowhere"), "encoder clip:./nowhere does not exist"),
-        (("--features", "vgg"), "encoder 'vgg' is unknown; known: digits-conv, digits-mlp, pixels, clip:ID_OR_FOLDER"),
+        (
+            ("--features", "vgg"),
+            "encoder 'vgg' is unknown; known: digits-conv, digits-mlp, digits-residual, pixels, clip:ID_OR_FOLDER",
+        ),
         (("--data", "hf:./nowhere"), "./nowhere does not exist"),
         (("--resize", "squash"), "resize is 'squash': input should be 'crop' or 'stretch'"),
         (("--crop", "1,2,3"), "crop"),

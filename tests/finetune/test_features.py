@@ -24,7 +24,7 @@ def real() -> torch.Tensor:
     return torch.from_numpy(load_digits_split().train_images).clone()
 
 
-@pytest.mark.parametrize("name", ["digits-conv", "digits-mlp", "pixels"])
+@pytest.mark.parametrize("name", ["digits-conv", "digits-residual", "digits-mlp", "pixels"])
 def test_encoder_is_frozen_and_lets_gradients_through(name: str, real: torch.Tensor) -> None:
     encoder = load_encoder(name)
     assert not encoder.network.training
@@ -38,7 +38,7 @@ def test_encoder_is_frozen_and_lets_gradients_through(name: str, real: torch.Ten
     assert float(images.grad.abs().sum()) > 0.0
 
 
-@pytest.mark.parametrize("name", ["digits-conv", "digits-mlp"])
+@pytest.mark.parametrize("name", ["digits-conv", "digits-residual", "digits-mlp"])
 def test_classifiers_know_the_held_out_scans(name: str) -> None:
     split = load_digits_split()
     predicted = load_encoder(name).logits(torch.from_numpy(split.held_out_images)).argmax(1).numpy()
@@ -52,7 +52,7 @@ def test_pixels_have_no_head(real: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("spec", ["vgg", "vgg:file.pth", "inception", "inception:", "pixels:file", ""])
 def test_unknown_encoder_lists_the_known(spec: str) -> None:
-    known = "digits-conv, digits-mlp, pixels, clip:ID_OR_FOLDER, dino:ID_OR_FOLDER, hf:ID_OR_FOLDER, inception:FILE"
+    known = "digits-conv, digits-mlp, digits-residual, pixels, clip:ID_OR_FOLDER, dino:ID_OR_FOLDER"
     with pytest.raises(UsageError, match=f"encoder '{spec}' is unknown; known: {known}"):
         load_encoder(spec)
 
