@@ -37,8 +37,8 @@ HoldoutFraction = Annotated[
 Features = Annotated[
     str | None,
     typer.Option(
-        help="encoders of the loss, comma-separated: digits-conv, digits-residual, digits-mlp, pixels, inception:FILE, "
-        "torchscript:FILE, clip:ID_OR_FOLDER, dino:..., siglip:... or hf:...; docs/encoders.md",
+        help="encoders of the loss, comma-separated: digits-conv, digits-residual, digits-mlp, pixels, random-conv, "
+        "inception:FILE, torchscript:FILE, clip:ID_OR_FOLDER, dino:..., siglip:... or hf:...; docs/encoders.md",
         show_default=False,
         rich_help_panel=_PANEL,
     ),

@@ -21,7 +21,7 @@ from tests.cli.conftest import Command
         (("--holdout", "clip:./nowhere"), "encoder clip:./nowhere does not exist"),
         (
             ("--features", "vgg"),
-            "encoder 'vgg' is unknown; known: digits-conv, digits-mlp, digits-residual, pixels, clip:ID_OR_FOLDER",
+            "encoder 'vgg' is unknown; known: digits-conv, digits-mlp, digits-residual, pixels, random-conv",
         ),
         (("--data", "hf:./nowhere"), "./nowhere does not exist"),
         (("--resize", "squash"), "resize is 'squash': input should be 'crop' or 'stretch'"),

@@ -45,6 +45,28 @@ def test_classifiers_know_the_held_out_scans(name: str) -> None:
     assert float((predicted == split.held_out_labels).mean()) > 0.96
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 5, 7), (1, 2, 2)])
+def test_random_convolutions_take_images_of_any_size(shape: tuple[int, int, int]) -> None:
+    encoder = load_encoder("random-conv")
+    require_fit(encoder, shape)
+    images = torch.rand(3, *shape) * 2.0 - 1.0
+    features = encoder(images)
+    assert features.shape == (3, 384)
+    assert torch.equal(features, load_encoder("random-conv")(images))
+    assert float((features[0] - features[1]).norm()) > 0.0
+
+
+def test_random_convolutions_have_the_variance_of_their_fan_in() -> None:
+    weights = [each for each in load_encoder("random-conv").network.parameters() if each.dim() == 4]
+    for weight in weights:
+        assert float(weight.var()) * weight[0].numel() == pytest.approx(2.0, rel=0.1)
+
+
+def test_random_convolutions_refuse_other_colours() -> None:
+    with pytest.raises(UsageError, match="random-conv takes 1 or 3 channels, the model makes 4"):
+        require_fit(load_encoder("random-conv"), (4, 8, 8))
+
+
 def test_pixels_have_no_head(real: torch.Tensor) -> None:
     with pytest.raises(UsageError, match="encoder pixels has no classifier head"):
         load_encoder("pixels").logits(real[:2])
@@ -52,7 +74,7 @@ def test_pixels_have_no_head(real: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("spec", ["vgg", "vgg:file.pth", "inception", "inception:", "pixels:file", ""])
 def test_unknown_encoder_lists_the_known(spec: str) -> None:
-    known = "digits-conv, digits-mlp, digits-residual, pixels, clip:ID_OR_FOLDER, dino:ID_OR_FOLDER"
+    known = "digits-conv, digits-mlp, digits-residual, pixels, random-conv, clip:ID_OR_FOLDER, dino:ID_OR_FOLDER"
     with pytest.raises(UsageError, match=f"encoder '{spec}' is unknown; known: {known}"):
         load_encoder(spec)
 
@@ -97,8 +119,8 @@ def test_two_encoders_of_one_name_are_refused() -> None:
 
 
 def test_hashes_tell_the_built_in_encoders_apart() -> None:
-    hashes = {load_encoder(name).sha256 for name in ("digits-conv", "digits-mlp", "pixels")}
-    assert len(hashes) == 3
+    hashes = {load_encoder(name).sha256 for name in ("digits-conv", "digits-mlp", "pixels", "random-conv")}
+    assert len(hashes) == 4
     assert all(len(value) == 64 for value in hashes)
 
 
