@@ -26,6 +26,7 @@ from mmd_export.card import model_card
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.folders import scratch_folder
+from mmd_export.heap import release_heap
 from mmd_export.measured import log_beside, measured
 from mmd_export.network_options import AS_IT_IS, NetworkOptions
 from mmd_export.plan_options import PlanOptions
@@ -103,6 +104,7 @@ def _prepare(options: BuildOptions, notify: Callable[[str], None]) -> _Prepared:
     plan = checkpoint.plan_for(**options.wanted)
     notify("running the float64 reference")
     golden = golden_arrays(checkpoint, plan, golden_count(batch), options.output)
+    release_heap()
     notify("capturing one network call")
     static = batch.smallest if batch.is_static else None
     program = export_program(
@@ -131,6 +133,7 @@ def _pack(prepared: _Prepared, options: BuildOptions, kept: tuple[str, ...], not
         if not options.verify:
             return Measured(model_card(bundle.manifest))
         notify("verifying the artefact")
+        release_heap()
         note = f"; float32 for parity: {', '.join(kept)}" if kept else ""
         return measured(bundle, runtime_for(draft.format), note)
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from mmd_export.bundle import Bundle, Golden
 from mmd_export.checkpoint import Checkpoint
 from mmd_export.errors import UsageError
-from mmd_export.parity import Comparison, Rung, compare, take
+from mmd_export.parity import Comparison, Rung, compare
 from mmd_export.plan import StepPlan, is_learned
 from mmd_export.probe import both_chains
 from mmd_export.program import SamplerProgram, export_program
-from mmd_export.reference import golden_arrays, run_chain, sampler_of
+from mmd_export.reference import golden_arrays, run_chain, run_in_parts, sampler_of
 from mmd_export.schedule import SchedulerConfig, alphas_cumprod
 from mmd_export.solvers import resolve
 from mmd_export.tolerance import EXACT, torch_tolerance
@@ -158,13 +158,7 @@ def _in_batches(
     sampler: UnrolledSampler, program: SamplerProgram, inputs: dict[str, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:
     """A captured graph takes one batch size; golden noises come in multiples of it."""
-    count = len(inputs["noise"])
-    size = program.batch or count
-    parts = [
-        run_chain(sampler, {name: take(name, array, slice(i, i + size)) for name, array in inputs.items()})
-        for i in range(0, count, size)
-    ]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return run_in_parts(sampler, inputs, program.batch or len(inputs["noise"]))
 
 
 def fresh_golden(bundle: Bundle, checkpoint: Checkpoint, plan: StepPlan, seed: int) -> Golden:

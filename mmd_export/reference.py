@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ from numpy.typing import NDArray
 from mmd_export.checkpoint import Checkpoint
 from mmd_export.denoiser import AtTimesteps
 from mmd_export.noise import sampler_noise
+from mmd_export.parity import take
 from mmd_export.plan import StepPlan
 from mmd_export.unroll import UnrolledSampler
 
 GOLDEN_SEED = 20230107
+VALUES_AT_ONCE = 4096  # of noise; a convolution in float64 unfolds its input, 72 bytes a value, of all images at once
 
 
 def sampler_of(checkpoint: Checkpoint, plan: StepPlan) -> UnrolledSampler:
@@ -46,12 +49,25 @@ def run_chain(
         return results | {"sample": sampler.finish(states[-1]).numpy()}
 
 
+def run_in_parts(
+    sampler: UnrolledSampler, inputs: dict[str, NDArray[Any]], size: int, dtype: torch.dtype = torch.float32
+) -> dict[str, NDArray[Any]]:
+    """``run_chain`` of ``size`` images at a time."""
+    rows = [slice(start, start + size) for start in range(0, len(inputs["noise"]), size)]
+    parts = [
+        run_chain(sampler, {name: take(name, array, some) for name, array in inputs.items()}, dtype) for some in rows
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def golden_arrays(
     checkpoint: Checkpoint, plan: StepPlan, count: int, output: str = "float32", seed: int = GOLDEN_SEED
 ) -> dict[str, NDArray[Any]]:
     """Inputs, states and sample from the float64 reference, rounded to what the graph takes and gives."""
     inputs = golden_inputs(checkpoint, plan, count, seed)
-    exact = run_chain(sampler_of(checkpoint.as_double(), plan), inputs, torch.float64)
+    size = max(1, VALUES_AT_ONCE // math.prod(checkpoint.shape))
+    with checkpoint.doubled() as double:
+        exact = run_in_parts(sampler_of(double, plan), inputs, size, torch.float64)
     golden = inputs | {name: array.astype(np.float32) for name, array in exact.items()}
     return golden | {"sample": to_uint8(exact["sample"])} if output == "uint8" else golden
 

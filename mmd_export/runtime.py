@@ -94,6 +94,13 @@ class ChainSession(Protocol):
 
 
 @runtime_checkable
+class WholeChain(ChainSession, Protocol):
+    """A chain session that runs the artefact as it is: its sample is what ``Session.run`` would give again."""
+
+    whole: bool
+
+
+@runtime_checkable
 class PlacedSession(Protocol):
     """A session that knows where its nodes run."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -127,6 +128,26 @@ class Checkpoint:
         """The same network and decoder in float64, on their own copy of the weights."""
         decoder = None if self.decoder is None else copy.deepcopy(self.decoder).double()
         return replace(self, denoiser=InDouble(copy.deepcopy(self.denoiser)), decoder=decoder)
+
+    @contextmanager
+    def doubled(self) -> Iterator[Checkpoint]:
+        """``as_double`` for one block, on the weights themselves: both types at once would be three times the memory.
+
+        Back in their own type, which is exact, they are what they were. What a network stores beside them is a copy.
+        """
+        modules = [module for module in (self.denoiser, self.decoder) if module is not None]
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        shared = {id(tensor): tensor for tensor in tensors if tensor.is_floating_point()}
+        types = {key: tensor.dtype for key, tensor in shared.items()}
+        denoiser = copy.deepcopy(self.denoiser, dict(shared))
+        decoder = copy.deepcopy(self.decoder, dict(shared))
+        try:
+            for tensor in shared.values():
+                tensor.data = tensor.data.double()
+            yield replace(self, denoiser=InDouble(denoiser), decoder=None if decoder is None else decoder.double())
+        finally:
+            for key, tensor in shared.items():
+                tensor.data = tensor.data.to(types[key])
 
     def of_latents(self, autoencoder: Autoencoder) -> Checkpoint:
         """The same network as one of latents, with the decoder of ``autoencoder`` if it has one."""

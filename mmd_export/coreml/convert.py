@@ -6,11 +6,13 @@ import contextlib
 import importlib
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mmd_export.coreml import half
 from mmd_export.coreml.capture import Captured
 from mmd_export.errors import NotAvailableError, UsageError, one_line
 
@@ -23,6 +25,10 @@ UNITS = ("all", "cpu", "cpu-gpu", "cpu-ane")
 DEFAULT_SYSTEM = "iOS17"
 _BITS = {"w8": 8, "w6": 6, "w4": 4}
 _LEAST_VALUES = 512  # smaller weights stay as they are: their tables would weigh as much
+
+# coremltools 9.0 imports every framework that it can convert from, if it is installed: 120 MB and 2 s for two of them
+# (coremltools/_deps/__init__.py, converters/mil/frontend/torch/load.py). Delete once it imports them when asked.
+_OTHER_SOURCES = ("executorch", "sklearn", "tensorflow", "xgboost")
 
 # The passes of coremltools' default pipeline that change something in a captured sampler; the whole graph is validated
 # after each, which is most of what conversion costs. Not among them: fuse_elementwise_to_batchnorm, which divides by
@@ -66,10 +72,6 @@ def checked_units(units: str | None) -> str:
 def convert(captured: Captured, wanted: Wanted) -> Any:
     """An MLModel that was not loaded, so that this works on any system."""
     ct = coremltools()
-    keep = captured.plan | wanted.islands
-    half = ct.precision.FLOAT32
-    if wanted.precision != "fp32":
-        half = ct.transform.FP16ComputePrecision(op_selector=lambda op: op.name not in keep)
     with _quiet():
         try:
             return ct.convert(
@@ -77,8 +79,8 @@ def convert(captured: Captured, wanted: Wanted) -> Any:
                 outputs=[_output(ct, wanted)],
                 convert_to="mlprogram",
                 minimum_deployment_target=getattr(ct.target, wanted.system),
-                compute_precision=half,
-                pass_pipeline=_pipeline(ct, wanted.precision),
+                compute_precision=ct.precision.FLOAT32,  # half precision is a pass of ours
+                pass_pipeline=_pipeline(ct, wanted.precision, captured.plan | wanted.islands),
                 skip_model_load=True,
             )
         except (
@@ -92,9 +94,22 @@ def convert(captured: Captured, wanted: Wanted) -> Any:
 
 
 def coremltools() -> Any:
-    """The package, which ships no types; importing it takes seconds."""
-    with _quiet():
+    """The package, which ships no types; importing it takes a second."""
+    with _quiet(), _without(_OTHER_SOURCES):
         return importlib.import_module("coremltools")
+
+
+@contextlib.contextmanager
+def _without(packages: tuple[str, ...]) -> Iterator[None]:
+    """As if the packages were not installed: None in sys.modules says so. Those in use already stay."""
+    hidden = [name for name in packages if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 def _output(ct: Any, wanted: Wanted) -> Any:
@@ -105,13 +120,20 @@ def _output(ct: Any, wanted: Wanted) -> Any:
     return ct.TensorType(name="sample", dtype=importlib.import_module("numpy").float32)
 
 
-def _pipeline(ct: Any, precision: str) -> Any:
-    """The passes, the last of which makes weights int8, one scale a channel, or a palette of 2^bits values.
+def _pipeline(ct: Any, precision: str, keep: frozenset[str]) -> Any:
+    """The passes; what ``keep`` names stays float32. The last makes weights int8, one scale a channel, or a palette.
 
     It is the pass of coremltools.optimize.coreml.linear_quantize_weights or palettize_weights, which would read the
     finished package again and run the whole default pipeline over it.
     """
-    pipeline = ct.PassPipeline([f"common::{name}" for name in _PASSES], "mmd_export")
+    passes = [f"common::{name}" for name in _PASSES]
+    if precision == "fp32":
+        passes.remove(half.REPLACED)
+        return ct.PassPipeline(passes, "mmd_export")
+    half.register()
+    passes[passes.index(half.REPLACED)] = half.PASS
+    pipeline = ct.PassPipeline(passes, "mmd_export")
+    pipeline.set_options(half.PASS, {"op_selector": lambda op: op.name not in keep})
     if precision not in _BITS:
         return pipeline
     cto = importlib.import_module("coremltools.optimize.coreml")

@@ -111,6 +111,26 @@ def test_the_float64_copy_leaves_the_original(tiny: Path) -> None:
     assert {p.dtype for p in checkpoint.denoiser.parameters()} == {torch.float32}
 
 
+def test_weights_are_doubled_for_one_block(tiny: Path) -> None:
+    checkpoint = load_checkpoint(tiny)
+    before = {name: value.clone() for name, value in checkpoint.denoiser.state_dict().items()}
+    copied = checkpoint.as_double().denoiser.state_dict()
+
+    def fail_inside() -> None:
+        with checkpoint.doubled() as double:
+            inside = double.denoiser.state_dict()
+            assert all(torch.equal(inside[name], value) for name, value in copied.items())
+            double.denoiser.get_submodule("network").register_buffer("stored", torch.ones((), dtype=torch.float64))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail_inside()
+    after = checkpoint.denoiser.state_dict()
+    assert after.keys() == before.keys()
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 # --- plans of a checkpoint and of a run folder
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,8 @@ from torch import fx, nn
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
-from mmd_export.coreml import capture, probe
+from mmd_export.coreml import capture, half, probe
+from mmd_export.coreml.convert import _without, coremltools
 from mmd_export.errors import NotAvailableError, ParityError, UsageError
 from mmd_export.parity import ParityReport, check_artefact
 from mmd_export.program import export_program
@@ -212,3 +215,29 @@ def test_states_are_named_and_the_plan_is_told_from_the_network(tiny_checkpoint:
     with torch.no_grad():
         (sample,) = fx.Interpreter(captured.program.graph_module).run(*probe.lifted(captured.program), noise)
         torch.testing.assert_close(sample, sampler_of(tiny_checkpoint, plan)(noise), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("constant", "wanted"), [(6e4, "fp16"), (7e4, "fp32"), (-7e4, "fp32"), (np.inf, "fp16")])
+def test_a_constant_beyond_half_precision_stays_float32(constant: float, wanted: str) -> None:
+    ct = coremltools()
+    half.register()
+    builder = importlib.import_module("coremltools.converters.mil").Builder
+    registry = importlib.import_module("coremltools.converters.mil.mil.passes.pass_registry").PASS_REGISTRY
+
+    def added(x: object) -> object:
+        return builder.add(x=x, y=np.array([1.0, constant], np.float32))
+
+    program = builder.program(input_specs=[builder.TensorSpec(shape=(2,))], opset_version=ct.target.iOS17)(added)
+    registry[half.PASS](program)
+    (add,) = program.functions["main"].find_ops(op_type="add")
+    assert {str(var.dtype.__name__) for var in (add.x, add.y)} == {wanted}
+
+
+def test_a_package_in_hiding_is_not_found_and_comes_back() -> None:
+    name = "colorsys"
+    sys.modules.pop(name, None)
+    with _without((name, "sys")), pytest.raises(ImportError):
+        importlib.import_module(name)
+    assert importlib.import_module(name).ONE_THIRD
+    with _without((name,)):
+        assert importlib.import_module(name).ONE_THIRD  # in use already

@@ -42,6 +42,8 @@ class CoreMLReferenceRuntime:
 class _Session:
     """One package read from disk."""
 
+    whole = True
+
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self._steps = bundle.golden().steps

@@ -93,8 +93,9 @@ class Evaluator:
             if name not in self.producer:
                 raise MalformedError(f"value {name!r} is given by no op and no input")
             needed.add(self.producer[name])
-            fresh = set(_read(self.program.ops[self.producer[name]])) - seen
-            fresh -= self.constants.keys() | feeds.keys()
+            fresh = {each for each in _read(self.program.ops[self.producer[name]]) if each not in self.constants}
+            fresh -= seen
+            fresh -= feeds.keys()
             seen |= fresh
             pending.extend(fresh)
         return sorted(needed)
