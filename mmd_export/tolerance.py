@@ -150,6 +150,7 @@ BASES: Mapping[tuple[str, str], Basis] = {
     ("executorch", "fp32"): Basis(1e-4, _ROUNDING, _targets("executorch", "worst_state_error", 6e-06, 4e-06)),
 }
 
+
 def artefact_tolerance(target: str, precision: str) -> Tolerance:
     """How far an artefact may be from the float64 reference at any step."""
     if target in _FROM_THE_GRAPH and (target, precision) not in BASES:
