@@ -97,15 +97,15 @@ plain_group_norm = capture.group_norm
 
 @contextmanager
 def changed(norm: Callable[..., Tensor], islands: bool) -> Iterator[None]:
-    """The target with another GroupNorm, with or without the probe."""
-    kept = capture.group_norm, probe.find_islands
+    """The target with another GroupNorm, with or without operators that stay float32."""
+    kept = capture.group_norm, probe.find_islands, probe.find_ends
     capture.group_norm = norm
     if not islands:
-        probe.find_islands = lambda *_: frozenset()
+        probe.find_islands, probe.find_ends = (lambda *_: frozenset()), (lambda *_: frozenset())
     try:
         yield
     finally:
-        capture.group_norm, probe.find_islands = kept
+        capture.group_norm, probe.find_islands, probe.find_ends = kept
 
 
 def wild(folder: Path) -> Path:
@@ -159,6 +159,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="measure one package and write its JSON")
     parser.add_argument("--precision", default="fp16")
+    parser.add_argument(
+        "--norms", action="store_true", help="the ways of writing a norm alone; packages stay as they were"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "coreml.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -167,7 +170,8 @@ def main() -> None:
             result = measure(source, arguments.precision, STEPS, Path(scratch))
             arguments.out.write_text(json.dumps(result), encoding="utf-8")
             return
-        rows = [package(model, precision, Path(scratch) / "part.json") for model, precision in PACKAGES]
+        old = json.loads(arguments.out.read_text(encoding="utf-8"))["packages"] if arguments.norms else None
+        rows = old or [package(model, precision, Path(scratch) / "part.json") for model, precision in PACKAGES]
     versions = {name: version(name) for name in ("torch", "coremltools")}
     values = {"steps": STEPS, "versions": versions, "packages": rows, "norms": norms()}
     write_result(arguments.out, "benchmarks/coreml.py", values)

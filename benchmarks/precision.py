@@ -40,7 +40,7 @@ from mmd_export.parity import artefact_rung
 from mmd_export.precision.emulate import emulated
 from mmd_export.precision.formats import GRIDS, HALVES
 from mmd_export.precision.half import to_half
-from mmd_export.precision.islands import DELICATE, islands
+from mmd_export.precision.islands import DELICATE, ends, islands
 from mmd_export.precision.lower import CALIBRATED, SCANNED, lower, typed
 from mmd_export.precision.quantise import Recipe
 from mmd_export.precision.scan import scan
@@ -223,17 +223,18 @@ def trials(judge: Judge) -> list[dict[str, Any]]:
 
 
 def island_trials(judge: Judge) -> dict[str, Any]:
-    """16 bits with the default islands, without the delicate operations, and with none but those of type."""
+    """16 bits with the default islands, and without those of one kind."""
     rows: dict[str, Any] = {}
     for name, half in HALVES.items():
         choices: dict[str, Callable[[ir.Node, str], bool]] = {
             "default": lambda _, reason: bool(reason),
+            "no ends": lambda _, reason: reason != "end",
             "norms only": lambda node, reason: reason != "operation" or "Norm" in node.op_type,
             "no delicate operations": lambda _, reason: reason != "operation",
         }
         for choice, keeps in choices.items():
             calls = replace(judge.calls, model=typed(judge.calls.model))
-            kept = islands(calls.model, scan(calls, SCANNED), half)
+            kept = {**ends(calls.model), **islands(calls.model, scan(calls, SCANNED), half)}
             chosen = {node: reason for node, reason in kept.items() if keeps(node, reason)}
             model = judge.graph(to_half(calls, chosen, half))
             scores = judge.score(judge.sample(emulated(model, half)))

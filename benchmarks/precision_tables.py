@@ -63,6 +63,21 @@ def island_rows(result: dict[str, Any]) -> Table:
     return ("16 bits", "operations of a call in float32", "rms of a pixel, to float32", "Frechet distance"), rows
 
 
+def end_rows(result: dict[str, Any]) -> Table:
+    """What of half precision was tried in float32: errors of many images."""
+    rows: list[tuple[str, ...]] = [
+        (
+            row["model"], f"`{row['target']}`, {row['run']}", str(row["images"]), row["trial"], str(row["casts"]),
+            f"{row['bytes'] / 1e6:.2f}", f"{row['worst']:.1e}", f"{row['p99']:.1e}", f"{row['median']:.1e}",
+            str(row["beyond_aim"]),
+        )
+        for row in result["rows"]
+    ]  # fmt: skip
+    heads = ("model", "artefact", "images", "in float32", "casts", "MB", "worst image", "hundredth", "middle one",
+             "above 0.01")  # fmt: skip
+    return heads, rows
+
+
 def int8_rows(result: dict[str, Any]) -> Table:
     """What was tried for int8, float32, and what ships."""
     rows: list[tuple[str, ...]] = [_trial("float32", "", result["float32"]), *(

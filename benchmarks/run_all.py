@@ -24,6 +24,7 @@ SCRIPTS = (
     "benchmarks.digits_quality",
     "benchmarks.finetune_speed",
     "benchmarks.precision",
+    "benchmarks.half_ends",
     "benchmarks.verify_time",
     "benchmarks.fault_injection",
     "benchmarks.distribution_rung",

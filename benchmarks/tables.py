@@ -27,7 +27,15 @@ from benchmarks.parity_tables import (
     tolerance_rows,
     verify_time_rows,
 )
-from benchmarks.precision_tables import Table, elsewhere_rows, int8_rows, island_rows, precision_rows, step_rows
+from benchmarks.precision_tables import (
+    Table,
+    elsewhere_rows,
+    end_rows,
+    int8_rows,
+    island_rows,
+    precision_rows,
+    step_rows,
+)
 from benchmarks.reference_tables import commands, manifest_rows, required_rows, result_rows, tool_rows
 from benchmarks.speed_tables import form_rows, gate_rows, interval, pipeline_rows
 from benchmarks.target_tables import coreml_rows, norm_rows, openvino_rows, target_rows
@@ -284,6 +292,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision_elsewhere": of_result("precision.json", elsewhere_rows),
     "precision_steps": of_result("precision.json", step_rows),
     "islands": of_result("precision.json", island_rows),
+    "half_ends": of_result("half_ends.json", end_rows),
     "int8": of_result("precision.json", int8_rows),
     "tuning_choices": of_result("plan_learning.json", choice_rows),
     "quantisation_aware": of_result("quantisation_aware.json", aware_rows),

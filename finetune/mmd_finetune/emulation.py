@@ -2,8 +2,8 @@
 
 Grids (int8, fp8, w8, w4): the layers that the target quantises, with its ranges, multiply rounded weights and, where
 activations have a grid, rounded activations; all else is float32, as in the graph. 16 bits (fp16, bf16): float32
-arithmetic with every weight and every result of an operation rounded, but those of the folded time path, as
-``mmd_export.precision.emulate`` does to the finished graph. One operation of torch may be several there.
+arithmetic with every weight and every result of an operation rounded, but those of the folded time path and at
+both ends, as ``mmd_export.precision.emulate`` does to the finished graph. One operation of torch may be several there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from mmd_export.checkpoint import Checkpoint
 from mmd_export.denoiser import timestep_tensor, typical_timestep
 from mmd_export.errors import UsageError
+from mmd_export.fx_ends import fx_ends
 from mmd_export.onnx_translate import translate
 from mmd_export.plan import StepPlan
 from mmd_export.precision.formats import GRIDS, HALVES, Grid, Half
@@ -27,7 +28,7 @@ from mmd_export.precision.lower import CALIBRATED
 from mmd_export.precision.ranges_of_layers import layer_ranges
 from mmd_export.precision.trajectory import Calls
 from mmd_export.program import export_program
-from mmd_export.specialise import TimeSplit, capture, split_time
+from mmd_export.specialise import STATE, TimeSplit, capture, split_time
 from mmd_export.tuned_precision import TunedLayer, TunedPrecision
 from mmd_finetune.fake_quantise import on_activation_grid, on_weight_grid, round_half
 
@@ -58,6 +59,7 @@ class Emulation:
     record: TunedPrecision
     half: Half | None = None
     layers: Mapping[fx.Node, QuantisedLayer] = field(default_factory=dict)
+    ends: frozenset[fx.Node] = frozenset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -92,10 +94,11 @@ class _Rounded(fx.Interpreter):
         return round_half(value, half)
 
     def _stays(self, n: fx.Node) -> bool:
-        """The time path is folded in float32; only what leaves it is stored in 16 bits."""
+        """The time path is folded in float32, only what leaves it is stored in 16 bits; the network's ends stay too."""
+        if n.op in ("get_attr", "placeholder"):
+            return all(user in self.how.split.time or user in self.how.ends for user in n.users)
         in_time = n in self.how.split.time and n not in self.crossing
-        only_time = n.op == "get_attr" and all(user in self.how.split.time for user in n.users)
-        return in_time or only_time or n.op == "output"
+        return in_time or n in self.how.ends or n.op == "output"
 
     def _on_grid(self, layer: QuantisedLayer, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, weight, *rest = args
@@ -117,9 +120,18 @@ def emulate(
     module = capture(base.denoiser, first, example, {}, dynamic_batch=True)
     split, dtype = split_time(module.graph), timestep_tensor(first).dtype
     if precision in HALVES:
-        return Emulation(module, split, dtype, TunedPrecision(precision), HALVES[precision])
+        record, ends = TunedPrecision(precision), _ends(module, split)
+        return Emulation(module, split, dtype, record, HALVES[precision], ends=ends)
     layers, record = _quantised(base, plan, precision, images, _products(module, split))
     return Emulation(module, split, dtype, record, None, layers)
+
+
+def _ends(module: fx.GraphModule, split: TimeSplit) -> frozenset[fx.Node]:
+    """What stays float32 in the target's graph, whatever its range."""
+    nodes = module.graph.nodes
+    network = {node for node in nodes if node.op == "call_function" and node not in split.time}
+    outside = {node for node in nodes if node.op == "output" or (node.op == "placeholder" and node.name == STATE)}
+    return frozenset(fx_ends(network, outside))
 
 
 def _products(module: fx.GraphModule, split: TimeSplit) -> list[fx.Node]:

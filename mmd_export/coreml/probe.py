@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from mmd_export.coreml.capture import Captured
 from mmd_export.errors import UsageError
+from mmd_export.fx_ends import fx_ends
 from mmd_export.noise import sampler_noise
 from mmd_export.program import SamplerProgram
 
@@ -38,6 +40,14 @@ def find_islands(exported: ExportedProgram, program: SamplerProgram) -> frozense
         if ranges.squares.get(node.name, 0.0) > SAFE
         or any(ranges.largest.get(each.name, 0.0) > SAFE for each in (node, *node.all_input_nodes))
     )
+
+
+def find_ends(captured: Captured) -> frozenset[str]:
+    """The names of the nodes at both ends of every call: ``mmd_export.ends``."""
+    nodes = captured.program.graph.nodes
+    network = {node for node in nodes if node.op == "call_function" and node.name not in captured.plan}
+    plan = {node for node in nodes if node.name in captured.plan or node.name == "noise"}
+    return frozenset(node.name for node in fx_ends(network, plan))
 
 
 class _Ranges(fx.Interpreter):

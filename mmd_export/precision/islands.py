@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from mmd_export.ends import giving, reading
 from mmd_export.precision.formats import Half
 from mmd_export.precision.scan import Scan, is_float
 
@@ -21,6 +22,7 @@ DELICATE = {
     "ReduceMean", "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp", "ReduceProd", "CumSum",
     "Exp", "Log", "Pow", "Sqrt", "Reciprocal", "Softplus", "ArgMax", "ArgMin", "TopK",
 }  # fmt: skip
+_PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 # They read a shape or a sign of what they are given, in whatever type it comes.
 INDIFFERENT = {"Shape", "Size"}
 
@@ -46,6 +48,27 @@ def islands(model: ir.Model, seen: Scan, half: Half) -> dict[ir.Node, str]:
         if reason := _reason(node, unsafe, seen.partial, half):
             found[node] = reason
     return found
+
+
+def ends(model: ir.Model) -> dict[ir.Node, str]:
+    """The nodes of a call from the state to the first products, and from the sum before the last product on."""
+    state = model.graph.inputs[0]
+    found = reading((use.node for use in state.uses()), ir.Node.successors, _is_product)
+    last = (node for value in model.graph.outputs if (node := value.producer()) is not None)
+    found |= giving(last, ir.Node.predecessors, _is_product, _is_sum)
+    return {node: "end" for node in model.graph if node in found and _is_of_floats(node)}
+
+
+def _is_product(node: ir.Node) -> bool:
+    return node.op_type in _PRODUCTS
+
+
+def _is_sum(node: ir.Node) -> bool:
+    return node.op_type == "Add" and all(value is not None and value.producer() is not None for value in node.inputs)
+
+
+def _is_of_floats(node: ir.Node) -> bool:
+    return node.op_type not in INDIFFERENT and any(is_float(value) for value in node.outputs)
 
 
 def promoted(model: ir.Model, values: frozenset[str]) -> dict[ir.Node, str]:

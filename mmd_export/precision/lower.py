@@ -11,7 +11,7 @@ from onnx_ir.passes import common as passes
 from mmd_export.errors import UsageError
 from mmd_export.precision.formats import GRIDS, HALVES
 from mmd_export.precision.half import to_half
-from mmd_export.precision.islands import islands, promoted
+from mmd_export.precision.islands import ends, islands, promoted
 from mmd_export.precision.quantise import Recipe, quantise
 from mmd_export.precision.scan import scan
 from mmd_export.precision.trajectory import Calls
@@ -43,7 +43,7 @@ def lower(
     if precision in HALVES:
         half = HALVES[precision]
         seen = scan(lowered, images or SCANNED)
-        kept = islands(lowered.model, seen, half) | promoted(lowered.model, float32)
+        kept = ends(lowered.model) | islands(lowered.model, seen, half) | promoted(lowered.model, float32)
         counts = ", ".join(f"{count} for their {reason}" for reason, count in sorted(Counter(kept.values()).items()))
         nodes = sum(1 for _ in lowered.model.graph)
         notify(f"{precision}: {len(kept)} of {nodes} operations of a call stay float32 ({counts or 'none'})")
