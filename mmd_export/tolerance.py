@@ -99,9 +99,9 @@ BASES: Mapping[tuple[str, str], Basis] = {
     ("onnx", "fp16"): Basis(
         1e-2,
         f"float16, norms, softmax and both ends of the network float32; {_TAIL}",
-        (_precision("fp16", 3.05e-03), _tail("onnx fp16", 3.73e-03), _of_ends("onnx", "onnxruntime", 5.39e-03)),
+        (_precision("fp16", 2.10e-03), _tail("onnx fp16", 3.73e-03), _of_ends("onnx", "onnxruntime", 5.39e-03)),
     ),
-    ("onnx", "bf16"): Basis(0.3, "bfloat16, 8 bits of each number, emulated", (_precision("bf16", 2.28e-02),)),
+    ("onnx", "bf16"): Basis(0.3, "bfloat16, 8 bits of each number, emulated", (_precision("bf16", 9.76e-03),)),
     ("onnx", "int8"): Basis(
         0.6,
         f"8-bit weights and activations; {_TAIL}",
