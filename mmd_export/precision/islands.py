@@ -15,7 +15,7 @@ from mmd_export.precision.formats import Half
 from mmd_export.precision.scan import Scan, is_float
 
 # Sums of squares and exponentials: inside them a number leaves the range, or loses digits, where neither operands nor
-# results do. On digits, in float32 arithmetic with rounded results, they change nothing (benchmarks/results/
+# results do. On digits, in float32 arithmetic with rounded results, they change little (benchmarks/results/
 # precision.json); they are for devices that keep to 16 bits inside, as onnx's reference evaluator does in the tests.
 DELICATE = {
     "InstanceNormalization", "LayerNormalization", "GroupNormalization", "LpNormalization", "Softmax", "LogSoftmax",
