@@ -41,8 +41,14 @@ if code is None:
         JOURNAL.end(code)
 sys.exit(code)
 """
-# At a terminal Ctrl-C finds the default; what is started in the background inherits an ignored SIGINT.
-FRESH = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+# At a terminal signals find the default; what is started in the background inherits an ignored SIGINT, under nohup an
+# ignored SIGHUP.
+FRESH = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 COUNTS = """
 seen = []
 signal.signal(signal.SIGINT, lambda *_: seen.append(1))
@@ -67,8 +73,8 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def started(command: list[object], **more: Any) -> Iterator[subprocess.Popen[str]]:
-    words = [sys.executable, "-c", FRESH, sys.executable, *map(str, command)]
+def started(command: list[object], before: tuple[str, ...] = (), **more: Any) -> Iterator[subprocess.Popen[str]]:
+    words = [sys.executable, "-c", FRESH, *before, sys.executable, *map(str, command)]
     pipe = subprocess.PIPE
     options = {"stdout": pipe, "stderr": pipe, "text": True, "env": environment(), **more}
     with subprocess.Popen(words, **options) as process:
@@ -145,6 +151,17 @@ def test_a_signal_to_the_command_ends_it_as_without_a_supervisor(
         assert process.communicate(timeout=20) == ("", "")
         assert process.returncode == -number
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_under_nohup_a_command_outlives_its_terminal(script: Path, way: str) -> None:
+    body = "print('ready', flush=True); time.sleep(1); print('done')"
+    with started([script, way, "build", body], before=("nohup",)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        assert process.communicate(timeout=20)[0] == "done\n"
+        assert process.returncode == 0
 
 
 @pytest.mark.parametrize("way", WAYS)
