@@ -84,6 +84,15 @@ def started(command: list[object], before: tuple[str, ...] = (), **more: Any) ->
             process.kill()
 
 
+def told(process: subprocess.Popen[str], number: signal.Signals, ready: str) -> tuple[int, str]:
+    """Exit code and the rest of stdout of a process that gets a signal once it has said ``ready``."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == ready
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=20)
+    return process.returncode, out
+
+
 def ends(command: list[object], **more: Any) -> tuple[int, str, list[str]]:
     """Exit code, stdout, and the lines of stderr."""
     with started(command, **more) as process:
@@ -157,11 +166,7 @@ def test_a_signal_to_the_command_ends_it_as_without_a_supervisor(
 def test_under_nohup_a_command_outlives_its_terminal(script: Path, way: str) -> None:
     body = "print('ready', flush=True); time.sleep(1); print('done')"
     with started([script, way, "build", body], before=("nohup",)) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGHUP)
-        assert process.communicate(timeout=20)[0] == "done\n"
-        assert process.returncode == 0
+        assert told(process, signal.SIGHUP, "ready\n") == (0, "done\n")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -176,11 +181,7 @@ print("saved")
 code = 5
 """
     with started([script, way, "demo", body]) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGTERM)
-        assert process.communicate(timeout=20)[0] == "saved\n"
-        assert process.returncode == 5
+        assert told(process, signal.SIGTERM, "ready\n") == (5, "saved\n")
 
 
 @pytest.mark.parametrize("way", WAYS)
