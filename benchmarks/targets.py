@@ -23,7 +23,7 @@ from benchmarks.common import RESULTS, ROOT, SMALL_UNET, environment, save_cifar
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
 from mmd_export.errors import MmdExportError
-from mmd_export.supervisor import how_it_ended
+from mmd_export.exit_codes import how_it_ended
 from mmd_export.targets import get_target, target_names
 from mmd_runtime.registry import runtime_for
 

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -41,13 +42,23 @@ class Journal:
             self.note(ended=code)
 
     def note(self, **facts: str | int) -> None:
-        """One line; a full disk costs no command."""
+        """One line. What cannot be written, as on a full disk where the notes are not in memory, is left out."""
         if self.descriptor is not None:
             with suppress(OSError):
                 os.write(self.descriptor, f"{json.dumps(facts)}\n".encode())
 
 
+# Of the process, as the signals are that end it: whoever makes a file, however deep, can say so.
 JOURNAL = Journal()
+
+
+def nameless_file() -> int:
+    """A descriptor of an empty file that is gone when nobody has it open; in memory where the system can."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("mmd-export")
+    descriptor, name = tempfile.mkstemp()
+    Path(name).unlink()
+    return descriptor
 
 
 @contextmanager

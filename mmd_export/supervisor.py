@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from mmd_export.errors import NotAvailableError
-from mmd_export.journal import JOURNAL, Notes, remove
+from mmd_export.exit_codes import how_it_ended, signal_name
+from mmd_export.journal import JOURNAL, Notes, nameless_file, remove
 
 # All that compile or run foreign code; finetune saves its state at a signal and runs under torchrun.
 COMMANDS = frozenset(
@@ -30,7 +30,6 @@ FORKS = sys.platform.startswith("linux")  # what macOS builds on, CoreFoundation
 
 _PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
 _NOT_ASKED_FOR = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT", "SIGSYS", "SIGTRAP", "SIGXCPU")
-_WHY = {"SIGSEGV": "crashed", "SIGABRT": "gave up", "SIGKILL": "was killed, often for want of memory"}
 _OTHER = {
     "build": ", another --target or --precision",
     **dict.fromkeys(("verify", "bench", "report", "sample", "evaluate"), ", another --runtime"),
@@ -45,34 +44,22 @@ def supervise(arguments: Sequence[str]) -> int | None:
     """The exit code of the command, which ran in a child; None in that child, and where nobody waits."""
     if (told := os.environ.pop(SUPERVISED, None)) is not None:
         parent, _, descriptor = told.partition(":")
-        if descriptor:
+        with suppress(ValueError, OSError):  # a value of the user's own
             os.set_inheritable(int(descriptor), False)
             _join(int(parent), int(descriptor))
         return None
     if not _can(arguments):
         return None
     try:
-        journal = _nameless_file()
+        journal = nameless_file()
     except OSError:  # no place for it; the command will say so if it needs one
         return None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _waited_for())
     try:
         child = _start(journal, before)
-        return _judge(arguments[0], _wait(child), Notes.read(journal)) if child else None
+        return None if child is None else _judge(arguments[0], _wait(child), Notes.read(journal))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def how_it_ended(code: int) -> str:
-    """An exit code in words; negative ones are signals."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    name = _name(code)
-    return f"{_WHY.get(name, 'was ended')} ({name})"
-
-
-def _name(code: int) -> str:
-    return {-number.value: number.name for number in signal.Signals}.get(code, f"signal {-code}")
 
 
 def _can(arguments: Sequence[str]) -> bool:
@@ -84,14 +71,8 @@ def _can(arguments: Sequence[str]) -> bool:
     return FORKS or (bool(sys.executable) and hasattr(sys.modules["__main__"], "__file__"))
 
 
-def _nameless_file() -> int:
-    descriptor, name = tempfile.mkstemp()
-    Path(name).unlink()
-    return descriptor
-
-
-def _start(journal: int, mask: Collection[int]) -> int:
-    """The child, with ``mask`` of signals blocked; 0 in a forked one, and where there can be none."""
+def _start(journal: int, mask: Collection[int]) -> int | None:
+    """The child, with ``mask`` of signals blocked; None in a forked one, and where there can be none."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
@@ -104,11 +85,13 @@ def _start(journal: int, mask: Collection[int]) -> int:
             return os.posix_spawn(sys.executable, [sys.executable, *sys.orig_argv[1:]], told, setsigmask=mask)
         child = os.fork()
     except OSError:  # no more processes are to be had, so this one does it
-        return 0
-    if child == 0:
         signal.signal(signal.SIGCHLD, of_child or signal.SIG_DFL)
-        _join(parent, journal)
-    return child
+        return None
+    if child:
+        return child
+    signal.signal(signal.SIGCHLD, of_child or signal.SIG_DFL)
+    _join(parent, journal)
+    return None
 
 
 def _join(parent: int, journal: int) -> None:
@@ -158,13 +141,17 @@ def _waited_for() -> set[signal.Signals]:
 
 
 def _next_signal() -> tuple[int, bool]:
-    """Which, and whether the child got it too, as it does from the terminal: Ctrl-C twice would mean more than once."""
+    """Which, and whether the child got it too, as it does from the keyboard: Ctrl-C twice would mean more than once.
+
+    A terminal that hangs up tells the first process of its session alone.
+    """
+    of_the_keyboard = (signal.SIGINT, signal.SIGQUIT)
     if sys.platform.startswith("linux"):
         si_kernel = 0x80
         info = signal.sigwaitinfo(_waited_for())
-        return info.si_signo, info.si_code == si_kernel
+        return info.si_signo, info.si_code == si_kernel and info.si_signo in of_the_keyboard
     number = signal.sigwait(_waited_for())
-    return number, number in (signal.SIGINT, signal.SIGQUIT) and _in_the_foreground()
+    return number, number in of_the_keyboard and _in_the_foreground()
 
 
 def _in_the_foreground() -> bool:
@@ -184,37 +171,39 @@ def _judge(command: str, ending: _Ending, notes: Notes) -> int:
     """The command's own exit code; where it could not give one, after one line that says why."""
     for path in notes.left:
         remove(path)
-    crashed = _name(ending.code) in _NOT_ASKED_FOR
+    crashed = signal_name(ending.code) in _NOT_ASKED_FOR
     if ending.code < 0 and not crashed:
         return _end_likewise(-ending.code)
     if notes.ended is not None:
         if crashed:
             _say(f"warning: {command} was done when what it called {how_it_ended(ending.code)}; its result stands")
         return notes.ended if crashed else ending.code
-    if os.environ.get(TRACEBACK):
-        sys.stderr.write(notes.trace)
-    _say(f"error: {_line(command, ending, notes)}")
+    trace = notes.trace if os.environ.get(TRACEBACK) else ""
+    _say(f"error: {_line(command, ending, notes)}", trace)
     return NotAvailableError.exit_code
 
 
-def _say(text: str) -> None:
-    if sys.stderr.isatty():  # a progress bar hides the cursor and has not ended its line
-        sys.stderr.write("\x1b[?25h\n")
-    sys.stderr.write(f"mmd-export: {text}\n")
+def _say(text: str, before: str = "") -> None:
+    with suppress(AttributeError, OSError, ValueError):  # stderr is closed or full; the exit code still tells
+        if sys.stderr.isatty():  # a progress bar hides the cursor and has not ended its line
+            sys.stderr.write("\x1b[?25h\n")
+        sys.stderr.write(f"{before}mmd-export: {text}\n")
+        sys.stderr.flush()
 
 
 def _line(command: str, ending: _Ending, notes: Notes) -> str:
-    name = _name(ending.code)
+    name = signal_name(ending.code)
     if name == "SIGKILL":
         next_move = f"free memory{_LESS.get(command, '')} and run again"
     else:
         next_move = f"try another release of what it called{_OTHER.get(command, '')}; {TRACEBACK}=1 shows the trace"
+    left = " and ".join(str(path) for path in notes.left if os.path.lexists(path))
     parts = (
         f"{command} {how_it_ended(ending.code)}",
         f", called from {notes.culprit}" if notes.culprit else "",
         f", with {ending.mebibytes:,} MiB taken" if name in ("SIGKILL", "SIGABRT") else "",
         f"; the last it said: {' '.join(notes.said.split())[:200]}" if notes.said else "",
-        f"; nothing half-made was left; {next_move}",
+        f"; {left} could not be removed; {next_move}" if left else f"; nothing half-made was left; {next_move}",
     )
     return "".join(parts)
 

@@ -11,20 +11,18 @@ from typing import Any
 
 from mmd_export.errors import MmdExportError
 from mmd_export.folders import sync
+from mmd_export.journal import temporary
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside ``path``, sync, rename: after a crash ``path`` holds the old bytes or the new ones."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two processes may write one cache file
-    try:
+    with temporary(partial.absolute()):
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
     sync(path.parent)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from mmd_export.commands.candidates import Candidate
 from mmd_export.errors import MmdExportError, NotAvailableError
-from mmd_export.supervisor import how_it_ended
+from mmd_export.exit_codes import how_it_ended
 
 RUNS = 3  # of one process after its first image; memory is the peak over all of them
 

@@ -18,8 +18,8 @@ from typing import IO, Any
 
 import mmd_export
 from mmd_export.errors import NotAvailableError
+from mmd_export.exit_codes import how_it_ended
 from mmd_export.folders import scratch_folder
-from mmd_export.supervisor import how_it_ended
 from mmd_export.trt.job import REFUSED, Job
 
 SECONDS_BETWEEN_STEPS = 10.0

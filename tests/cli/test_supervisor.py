@@ -15,9 +15,11 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from typer.main import get_group
 
-from mmd_export.cli import run
+from mmd_export.cli import app, run
 from mmd_export.errors import BundleError
+from mmd_export.supervisor import COMMANDS
 from tests.project.checks import PACKAGES, ROOT
 
 if os.name != "posix":
@@ -69,6 +71,15 @@ def environment(**more: str) -> dict[str, str]:
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("script") / "supervised.py"
     file.write_text(SUPERVISED)
+    return file
+
+
+@pytest.fixture(scope="module")
+def at_a_terminal(script: Path) -> Path:
+    """The same, after it has taken the terminal on its stderr."""
+    takes = "if os.getpid() == os.getsid(0):\n    fcntl.ioctl(2, termios.TIOCSCTTY, 0)\n"
+    file = script.with_name("at_a_terminal.py")
+    file.write_text(SUPERVISED.replace("code = supervisor", f"{takes}code = supervisor"))
     return file
 
 
@@ -141,6 +152,29 @@ def test_a_library_that_crashes_on_its_way_out_spoils_no_result(script: Path, wa
     assert err == ["mmd-export: warning: verify was done when what it called crashed (SIGSEGV); its result stands"]
 
 
+def test_what_cannot_be_removed_is_named(script: Path, tmp_path: Path) -> None:
+    made = "with temporary(Path('/proc/self/status')): ctypes.string_at(0)"
+    code, _, err = ends([script, "fork", "verify", made], cwd=tmp_path)
+    assert (code, len(err)) == (3, 1)
+    assert "; /proc/self/status could not be removed; " in err[0]
+    assert "half-made" not in err[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has files in memory")
+@pytest.mark.parametrize("way", WAYS)
+def test_notes_need_no_disk(script: Path, way: str) -> None:
+    body = "print(os.readlink(f'/proc/self/fd/{JOURNAL.descriptor}'))"
+    assert ends([script, way, "verify", body])[1].startswith("/memfd:mmd-export")
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+def test_a_crash_that_cannot_be_told_keeps_its_exit_code(script: Path, redirection: str) -> None:
+    body = "import ctypes; ctypes.string_at(0)"
+    command = f'exec "$0" "$1" fork verify "{body}" {redirection}'
+    done = subprocess.run(["/bin/sh", "-c", command, sys.executable, str(script)], env=environment(), check=False)
+    assert done.returncode == 3
+
+
 def test_the_trace_of_a_crash_is_shown_on_demand(script: Path) -> None:
     _, _, err = ends([script, "fork", "verify", "ctypes.string_at(0)"], env=environment(MMD_EXPORT_TRACEBACK="1"))
     assert err[0] == "Fatal Python error: Segmentation fault"
@@ -194,12 +228,11 @@ def test_sigint_to_the_command_arrives_once(script: Path, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_ctrl_c_at_a_terminal_arrives_once(script: Path, way: str) -> None:
-    takes = "if os.getpid() == os.getsid(0):\n    fcntl.ioctl(2, termios.TIOCSCTTY, 0)\n"
-    file = script.with_name("at_a_terminal.py")
-    file.write_text(SUPERVISED.replace("code = supervisor", f"{takes}code = supervisor"))
+def test_ctrl_c_at_a_terminal_arrives_once(at_a_terminal: Path, way: str) -> None:
     master, terminal = pty.openpty()
-    with started([file, way, "demo", COUNTS], stdin=terminal, stderr=terminal, start_new_session=True) as process:
+    with started(
+        [at_a_terminal, way, "demo", COUNTS], stdin=terminal, stderr=terminal, start_new_session=True
+    ) as process:
         os.close(terminal)
         assert process.stdout is not None
         assert process.stdout.readline() == "ready True\n"
@@ -207,6 +240,21 @@ def test_ctrl_c_at_a_terminal_arrives_once(script: Path, way: str) -> None:
         assert process.communicate(timeout=20)[0] == "seen 1\n"
         assert process.returncode == 0
     os.close(master)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_terminal_that_hangs_up_ends_the_command(at_a_terminal: Path, tmp_path: Path, way: str) -> None:
+    body = "with temporary(Path('x').absolute()): Path('x').touch(); print('ready', flush=True); time.sleep(60)"
+    master, terminal = pty.openpty()
+    options: dict[str, Any] = {"stdin": terminal, "stderr": terminal, "start_new_session": True, "cwd": tmp_path}
+    with started([at_a_terminal, way, "build", body], **options) as process:
+        os.close(terminal)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        os.close(master)
+        assert process.communicate(timeout=20)[0] == ""
+        assert process.returncode == -signal.SIGHUP
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -234,11 +282,20 @@ def runs(process: int) -> bool:
 
 @pytest.mark.parametrize(
     ("command", "more"),
-    [("finetune", {}), ("--help", {}), ("build", {"LOCAL_RANK": "0"}), ("build", {"MMD_EXPORT_SUPERVISED": "0"})],
+    [
+        ("finetune", {}),
+        ("--help", {}),
+        ("build", {"LOCAL_RANK": "0"}),
+        *(("build", {"MMD_EXPORT_SUPERVISED": value}) for value in ("0", "a:b", "0:99")),
+    ],
 )
 def test_what_runs_in_one_process(script: Path, command: str, more: dict[str, str]) -> None:
     with started([script, "fork", command, "print(os.getpid())"], env=environment(**more)) as process:
         assert process.communicate(timeout=20)[0] == f"{process.pid}\n"
+
+
+def test_every_command_but_finetune_is_waited_for() -> None:
+    assert {*COMMANDS, "finetune"} == set(get_group(app).commands)
 
 
 NETWORK = """

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from mmd_export.errors import NotAvailableError
-from mmd_export.supervisor import how_it_ended
+from mmd_export.exit_codes import how_it_ended
 from mmd_export.trt import worker
 from mmd_export.trt.job import Job
 from mmd_export.trt.lint import engine_faults, require_buildable
