@@ -60,10 +60,15 @@ class OnnxTarget:
         from mmd_export.onnx_compose import compose
         from mmd_export.onnx_lint import report, require_clean
         from mmd_export.onnx_loop import compose_loop
+        from mmd_export.onnx_upsample import convolve_before_upsampling
         from mmd_export.precision.lower import lower
         from mmd_export.precision.quantise import Recipe
 
         exact, spec = exact_calls(program), graph_spec(program, options.output)
+        if options.precision == "fp32":  # grids and islands of the others are those of the network's own layers
+            convolve_before_upsampling(exact.model)
+            if spec.decoder is not None:
+                convolve_before_upsampling(spec.decoder[0])
         form = chosen_form(options.form, program.plan.step_count)
         # TensorRT takes a scale that is a constant, not one that a loop reads from a table.
         recipe = Recipe(per_step=form == "unrolled")
