@@ -124,7 +124,9 @@ def _place(environment: Mapping[str, Any]) -> tuple[str, str]:
     """Machine and libraries."""
     packages = environment.get("packages", {})
     named = [f"{name} {packages[name]}" for name in ("torch", "onnxruntime", "openvino") if name in packages]
-    machine = f"{environment['cpu']}, {environment['cores']} cores" if "cpu" in environment else "a CPU, 2 threads"
+    machine = f"a CPU, {environment.get('threads', 2)} threads"
+    if "cpu" in environment:
+        machine = f"{environment['cpu']}, {environment['cores']} cores"
     return str(environment.get("gpu") or machine), ", ".join(named)
 
 

@@ -43,6 +43,7 @@ def test_a_file_whose_parts_come_from_two_machines_has_two_rows(
         "a.json": {"environment": NEW, "environments": {"x": OLD, "y": NEW, "z": OLD}},
         "b.json": {"environment": OLD, "environments": {"x": NEW, "y": NEW}},
         "c.json": {"environment": OLD},
+        "d.json": {"environments": {"denoiser": {"threads": 2}, "encoder": {"threads": 1}}},
     }
     for name, result in files.items():
         (tmp_path / name).write_text(json.dumps({"script": "benchmarks/s.py", **result}))
@@ -51,4 +52,6 @@ def test_a_file_whose_parts_come_from_two_machines_has_two_rows(
         ("`a.json`: y", "`benchmarks.s`", "new, 2 cores", "torch 2.13"),
         ("`b.json`", "`benchmarks.s`", "new, 2 cores", "torch 2.13"),
         ("`c.json`", "`benchmarks.s`", "old, 2 cores", "torch 2.11"),
+        ("`d.json`: denoiser", "`benchmarks.s`", "a CPU, 2 threads", ""),
+        ("`d.json`: encoder", "`benchmarks.s`", "a CPU, 1 threads", ""),
     ]
