@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class CellFile:
     def measure(self, key: str, settings: Mapping[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The cell ``key``: from the file if it was measured with these settings, else from ``work``."""
         settings = json.loads(json.dumps(dict(settings)))
+        self.cells = self._read()  # other processes may have measured it meanwhile
         cell = self.cells.get(key)
         if cell is not None and cell["settings"] == settings:
             return cell
@@ -46,12 +48,27 @@ class CellFile:
 
     def _write(self, key: str, found: dict[str, Any]) -> None:
         """One more cell, beside those that other processes have measured meanwhile."""
+        with self._alone():
+            self.cells = self._read() | {key: found}
+            values = {"script": self.script, "environment": environment(), **self.facts, "cells": self.cells}
+            partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
+            partial.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            partial.replace(self.path)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process writes the file; Windows and file systems without locks do not keep them apart.
+
+        The lock is on a file beside it, which stays: the file itself is another one after each ``replace``.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.cells = self._read() | {key: found}
-        values = {"script": self.script, "environment": environment(), **self.facts, "cells": self.cells}
-        partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
-        partial.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        with self.path.with_name(f".{self.path.name}.lock").open("wb") as lock:
+            if os.name != "nt":
+                import fcntl
+
+                with suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
 
 def digest(settings: Mapping[str, Any]) -> str:

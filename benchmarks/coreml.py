@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import RESULTS, ROOT, save_cifar10, save_small, write_result
+from benchmarks.common import RESULTS, ROOT, environment, save_cifar10, save_small, write_result
 from mmd_export.build import MIN_GOLDEN
 from mmd_export.checkpoint import load_checkpoint
 from mmd_export.coreml import capture, convert, probe
@@ -155,6 +154,20 @@ def package(model: str, precision: str, part: Path) -> dict[str, Any]:
     return {"model": model, "precision": precision, **result}
 
 
+def all_measured(scratch: Path) -> dict[str, Any]:
+    """Packages and norms."""
+    packages = [package(model, precision, scratch / "part.json") for model, precision in PACKAGES]
+    environments = {"packages": environment(), "norms": environment()}
+    return {"steps": STEPS, "packages": packages, "norms": norms(), "environments": environments}
+
+
+def norms_measured(old: dict[str, Any]) -> dict[str, Any]:
+    """``old`` with other norms; its packages keep the environment that they were measured in."""
+    of_packages = old.get("environments", {}).get("packages", old.get("environment"))
+    kept = {"steps": old["steps"], "packages": old["packages"]}
+    return {**kept, "norms": norms(), "environments": {"packages": of_packages, "norms": environment()}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="measure one package and write its JSON")
@@ -170,10 +183,10 @@ def main() -> None:
             result = measure(source, arguments.precision, STEPS, Path(scratch))
             arguments.out.write_text(json.dumps(result), encoding="utf-8")
             return
-        old = json.loads(arguments.out.read_text(encoding="utf-8"))["packages"] if arguments.norms else None
-        rows = old or [package(model, precision, Path(scratch) / "part.json") for model, precision in PACKAGES]
-    versions = {name: version(name) for name in ("torch", "coremltools")}
-    values = {"steps": STEPS, "versions": versions, "packages": rows, "norms": norms()}
+        if arguments.norms:
+            values = norms_measured(json.loads(arguments.out.read_text(encoding="utf-8")))
+        else:
+            values = all_measured(Path(scratch))
     write_result(arguments.out, "benchmarks/coreml.py", values)
 
 

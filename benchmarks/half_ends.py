@@ -24,6 +24,7 @@ from benchmarks.common import RESULTS, save_cifar10, write_result
 from benchmarks.precision import session_of
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.coreml import probe
+from mmd_export.coreml.capture import Captured
 from mmd_export.noise import sampler_noise
 from mmd_export.onnx_calls import exact_calls, graph_spec, unrolled
 from mmd_export.plan import StepPlan
@@ -58,8 +59,7 @@ def _chosen(choose: Callable[[ir.Model], list[ir.Node]]) -> Keeps:
 
 def _all_but_inner(model: ir.Model) -> list[ir.Node]:
     inner = set(_convolutions(model)[1:-1])
-    floats = (node for node in model.graph if node.op_type != "Shape" and node not in inner)
-    return list(floats)
+    return [node for node in model.graph if node.op_type != "Shape" and node not in inner]
 
 
 # The last is too many casts to ship; it shows what is left.
@@ -75,6 +75,11 @@ TRIALS: dict[str, Keeps] = {
     ),
     "both ends, as shipped": ends,
     "all but the inner convolutions": _chosen(_all_but_inner),
+}
+# What stands in for the target's own finder of ends.
+COREML_TRIALS: dict[str, Callable[[Captured], frozenset[str]]] = {
+    "no operator for its place": lambda _: frozenset(),
+    "both ends, as shipped": probe.find_ends,
 }
 
 
@@ -140,8 +145,7 @@ def coreml_rows() -> Iterator[dict[str, Any]]:
     dynamic = export_program(checkpoint.denoiser, plan, checkpoint.shape, None)
     session = session_of(unrolled(exact_calls(dynamic), graph_spec(dynamic, "float32")))
     exact = session.run(["sample"], {"noise": np.concatenate(given)})[0]
-    for trial, found in (("no operator for its place", frozenset()), ("both ends, as shipped", None)):
-        find = probe.find_ends if found is None else (lambda _: frozenset())
+    for trial, find in COREML_TRIALS.items():
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(probe, "find_ends", find):
             compiled = get_target("coreml").compile(program, Path(folder), CompileOptions("fp16"))
             package = Path(folder) / "model.mlpackage"

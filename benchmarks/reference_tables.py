@@ -6,7 +6,7 @@ import importlib
 import json
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -106,18 +106,28 @@ def _code(names: list[str]) -> str:
 
 
 def result_rows() -> Table:
-    """Every result file: the script that wrote it, on which machine, with which libraries."""
+    """Every result file: the script that wrote it, on which machine, with which libraries; by part if they differ."""
     rows: list[tuple[str, ...]] = []
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        environment = result.get("environment", {})
-        packages = environment.get("packages", {})
-        named = [f"{name} {packages[name]}" for name in ("torch", "onnxruntime", "openvino") if name in packages]
-        machine = f"{environment['cpu']}, {environment['cores']} cores" if "cpu" in environment else "a CPU, 2 threads"
-        device = environment.get("gpu") or machine
         script = str(result.get("script", "")).removesuffix(".py").replace("/", ".")
-        rows.append((f"`{path.name}`", f"`{script}`" if script else "", str(device), ", ".join(named)))
+        parts_by_place: dict[tuple[str, str], list[str]] = {}
+        for part, environment in result.get("environments", {"all": result.get("environment", {})}).items():
+            parts_by_place.setdefault(_place(environment), []).append(part)
+        for place, parts in parts_by_place.items():
+            of_parts = f": {', '.join(parts)}" if len(parts_by_place) > 1 else ""
+            rows.append((f"`{path.name}`{of_parts}", f"`{script}`" if script else "", *place))
     return ("file", "script", "machine", "with"), rows
+
+
+def _place(environment: Mapping[str, Any]) -> tuple[str, str]:
+    """Machine and libraries."""
+    packages = environment.get("packages", {})
+    named = [f"{name} {packages[name]}" for name in ("torch", "onnxruntime", "openvino") if name in packages]
+    machine = f"a CPU, {environment.get('threads', 2)} threads"
+    if "cpu" in environment:
+        machine = f"{environment['cpu']}, {environment['cores']} cores"
+    return str(environment.get("gpu") or machine), ", ".join(named)
 
 
 def tool_rows(speed: dict[str, Any], artefacts: dict[str, Any]) -> Table:

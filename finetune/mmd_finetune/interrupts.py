@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+# mmd_export.supervisor passes on what a process group has got already, and cannot tell a group's signal from its own.
+ONE_SIGNAL = 0.5  # seconds
 
 
 class StoppedError(KeyboardInterrupt):
@@ -15,12 +19,14 @@ class StoppedError(KeyboardInterrupt):
 class Interrupts:
     """Remembers the first SIGINT or SIGTERM in ``pending``. Inert off the main thread.
 
-    The second one stops at once; not if ``patient``: torchrun passes a Ctrl-C on that the terminal has sent already.
+    The second one stops at once, unless it comes within ``ONE_SIGNAL`` of the first, which is the same signal once
+    more; and not if ``patient``: torchrun passes a Ctrl-C on that the terminal has sent already.
     """
 
     def __init__(self, *, patient: bool = False) -> None:
         self.pending = False
         self._patient = patient
+        self._first = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def give_way(self) -> None:
@@ -41,6 +47,7 @@ class Interrupts:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        if self.pending and not self._patient:
+        if not self.pending:
+            self._first, self.pending = time.monotonic(), True  # in this order: a handler may be interrupted
+        elif not self._patient and time.monotonic() - self._first >= ONE_SIGNAL:
             raise KeyboardInterrupt
-        self.pending = True

@@ -55,6 +55,61 @@ SPRINT_SCALE = 4.5  # of its SanaSprintPipeline
 
 def read_folder(folder: Path, name: str, licence: str | None = None, options: NetworkOptions = AS_IT_IS) -> Checkpoint:
     """The network in ``folder``, its ``unet/`` or ``transformer/``; raises UsageError that names the file at fault."""
+    found = _read_configs(folder)
+    family, whole, where = found.family, found.whole, str(found.config_file)
+    autoencoder = read_autoencoder(folder, whole)
+    channels, notes = _learned_variance(whole, family)
+    shape = sample_shape(whole, where, channels)
+    scheduler = with_tokens(found.scheduler, _patches(whole, shape)) if family.tokens else found.scheduler
+    told = _told(family, whole, folder, where, options)
+    weights, warnings = read_weights(found.config_file.parent)
+    load_strictly(found.network, weights, str(found.config_file.parent))
+    class_name = found.config["_class_name"]
+    denoiser, chosen = _denoiser(class_name, found.network.eval(), whole, shape[0], options)
+    checkpoint = Checkpoint(
+        name=name,
+        folder=folder,
+        denoiser=denoiser.requires_grad_(False),
+        scheduler=scheduler,
+        shape=shape,
+        sha256=hash_weights(weights, found.config, scheduler),
+        conditions=told.conditions,
+        unconditional=_unconditional(family, told.conditions),
+        options={**told.options, **chosen.options},
+        latent=_makes_latents(family, whole),
+        prediction=family.prediction,
+        plan=_plan(folder / PLAN_FILE),
+        tuned_precision=_tuned_precision(folder / QUANTISATION_FILE),
+        licence=licence,
+        warnings=(*warnings, *notes, *told.warnings, *chosen.warnings),
+        configs={path: file.read_bytes() for path, file in found.files.items()},
+    )
+    return _pixels(checkpoint) if autoencoder is None else checkpoint.of_latents(autoencoder)
+
+
+@dataclass(frozen=True)
+class _Configs:
+    """What the configs of a folder tell.
+
+    Attributes:
+        config_file: the network's; its weights lie beside it.
+        config: what it holds; ``whole`` has the class's own defaults too.
+        network: untrained.
+        scheduler: as the pipeline makes it.
+        files: by the name that each has in a run folder.
+    """
+
+    config_file: Path
+    config: dict[str, Any]
+    whole: dict[str, Any]
+    family: Family
+    network: nn.Module
+    scheduler: SchedulerConfig
+    files: Mapping[str, Path]
+
+
+def _read_configs(folder: Path) -> _Configs:
+    """Network and scheduler, which agree."""
     place = next((folder / part for part in NETWORKS if (folder / part).is_dir()), folder)
     scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     config_file, scheduler_file = place / "config.json", scheduler_folder / "scheduler_config.json"
@@ -65,46 +120,28 @@ def read_folder(folder: Path, name: str, licence: str | None = None, options: Ne
     whole = _whole_config(network)
     scheduler, predicts = _in_pipeline(scheduler, whole, family)
     require_agreement(config, scheduler, where, predicts)
-    autoencoder = read_autoencoder(folder, whole)
-    channels, notes = _learned_variance(whole, family)
-    shape = sample_shape(whole, where, channels)
-    if family.tokens:
-        scheduler = with_tokens(scheduler, _patches(whole, shape))
-    told = _told(family, whole, folder, where, options)
-    weights, warnings = read_weights(place)
-    load_strictly(network, weights, str(place))
-    denoiser, chosen = _denoiser(config["_class_name"], network.eval(), whole, shape[0], options)
     files = {f"{family.folder}/config.json": config_file, "scheduler/scheduler_config.json": scheduler_file}
     if (index := folder / "model_index.json").is_file():
         files[index.name] = index
-    plan_file, precision_file = folder / PLAN_FILE, folder / QUANTISATION_FILE
-    checkpoint = Checkpoint(
-        name=name,
-        folder=folder,
-        denoiser=denoiser.requires_grad_(False),
-        scheduler=scheduler,
-        shape=shape,
-        sha256=hash_weights(weights, config, scheduler),
-        conditions=told.conditions,
-        unconditional=_unconditional(family, told.conditions),
-        options={**told.options, **chosen.options},
-        latent=_makes_latents(family, whole),
-        prediction=family.prediction,
-        plan=StepPlan.from_dict(read_json(plan_file)) if plan_file.is_file() else None,
-        tuned_precision=(
-            TunedPrecision.from_dict(read_json(precision_file), str(precision_file))
-            if precision_file.is_file()
-            else None
-        ),
-        licence=licence,
-        warnings=(*warnings, *notes, *told.warnings, *chosen.warnings),
-        configs={path: file.read_bytes() for path, file in files.items()},
-    )
-    if autoencoder is not None:
-        return checkpoint.of_latents(autoencoder)
-    if checkpoint.latent or shape[0] in PICTURES:
+    return _Configs(config_file, config, whole, family, network, scheduler, files)
+
+
+def _plan(file: Path) -> StepPlan | None:
+    """What the model was tuned for, if it was."""
+    return StepPlan.from_dict(read_json(file)) if file.is_file() else None
+
+
+def _tuned_precision(file: Path) -> TunedPrecision | None:
+    """The arithmetic that it was tuned in, if that was not float32."""
+    return TunedPrecision.from_dict(read_json(file), str(file)) if file.is_file() else None
+
+
+def _pixels(checkpoint: Checkpoint) -> Checkpoint:
+    """A model without an autoencoder; a number of channels that no picture has is a warning."""
+    channels = checkpoint.shape[0]
+    if checkpoint.latent or channels in PICTURES:
         return checkpoint
-    assumed = f"{shape[0]} channels and no vae/ beside them: taken for pixels in [-1, 1] and clamped, not for latents"
+    assumed = f"{channels} channels and no vae/ beside them: taken for pixels in [-1, 1] and clamped, not for latents"
     return replace(checkpoint, warnings=(*checkpoint.warnings, assumed))
 
 

@@ -12,11 +12,12 @@ from mmd_export.errors import UsageError
 from mmd_finetune.digits import load_digits_split
 from mmd_finetune.encoder_source import Source
 from mmd_finetune.encoders import digits as digits_family
-from mmd_finetune.encoders import families
+from mmd_finetune.encoders import families, random_conv
 from mmd_finetune.features import Encoder, encoder_forms, load_encoder, load_encoders, require_fit
 from mmd_finetune.kernels import KERNELS
 from mmd_finetune.mmd import unbiased_mmd2
 from mmd_finetune.reference import make_reference
+from recipes import draw_random_conv
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +50,33 @@ def test_classifiers_know_the_held_out_scans(name: str) -> None:
 def test_random_convolutions_take_images_of_any_size(shape: tuple[int, int, int]) -> None:
     encoder = load_encoder("random-conv")
     require_fit(encoder, shape)
-    images = torch.rand(3, *shape) * 2.0 - 1.0
+    images = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
     features = encoder(images)
     assert features.shape == (3, 384)
     assert torch.equal(features, load_encoder("random-conv")(images))
-    assert float((features[0] - features[1]).norm()) > 0.0
+    torch.testing.assert_close(encoder(images[1:2]), features[1:2])  # whatever it is in a batch with
+    assert float(torch.pdist(features).min()) > 0.25 * float(features.norm(dim=1).max())  # images lie far apart
+
+
+def test_random_convolutions_are_the_same_everywhere_and_draw_nothing() -> None:
+    before = torch.get_rng_state()
+    encoder = load_encoder("random-conv")
+    assert torch.equal(torch.get_rng_state(), before)
+    # A run goes on only with the encoders that it began with, and features on disk are found by it.
+    assert encoder.sha256 == "4aa105c3aeb0657de2ed128748641fdd6c624793b7f715d82b04c74fb7a765d5"
+
+
+def test_random_convolutions_are_those_of_the_recipe() -> None:
+    stored, drawn = load_file(random_conv.WEIGHTS), draw_random_conv.drawn()
+    assert stored.keys() == drawn.keys()
+    for name, weight in drawn.items():
+        torch.testing.assert_close(stored[name], weight, rtol=1e-5, atol=1e-6)  # last bits are those of the CPU
+
+
+def test_absent_random_convolutions_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_conv, "WEIGHTS", tmp_path / "random-conv.safetensors")
+    with pytest.raises(UsageError, match=r"encoder random-conv: weights .* cannot be read .*; install again"):
+        load_encoder("random-conv")
 
 
 def test_random_convolutions_have_the_variance_of_their_fan_in() -> None:

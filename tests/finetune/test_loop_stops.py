@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from mmd_export.checkpoint import load_checkpoint
 from mmd_export.errors import MmdExportError, UsageError
-from mmd_finetune import features, loop, objective
+from mmd_finetune import features, interrupts, loop, objective
 from mmd_finetune.features import Encoder, load_encoder
 from mmd_finetune.files import write_json
+from mmd_finetune.interrupts import Interrupts
 from mmd_finetune.loop import Report, tune
 from mmd_finetune.metrics import sampling
 from mmd_finetune.run_folder import RunFolder
@@ -332,20 +334,38 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(
     assert without_seconds(log_of(tiny_settings.out)) == without_seconds(log_of(whole.folder))
 
 
-def test_the_second_signal_stops_at_once(tiny_settings: FinetuneSettings) -> None:
-    from mmd_finetune.interrupts import Interrupts
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What the handler reads; ``now`` is set by the test."""
+    fake = SimpleNamespace(now=100.0)
+    fake.monotonic = lambda: fake.now
+    monkeypatch.setattr(interrupts, "time", fake)
+    return fake
 
-    with Interrupts() as interrupts:
+
+def test_the_second_signal_stops_at_once(clock: SimpleNamespace) -> None:
+    with Interrupts() as seen:
         deliver(signal.SIGINT)
-        assert interrupts.pending
+        assert seen.pending
+        clock.now += interrupts.ONE_SIGNAL
         with pytest.raises(KeyboardInterrupt):
             deliver(signal.SIGTERM)
 
 
-def test_of_several_processes_a_signal_never_stops_at_once() -> None:
-    from mmd_finetune.interrupts import Interrupts
+def test_a_signal_that_comes_twice_at_once_is_one(clock: SimpleNamespace) -> None:
+    with Interrupts() as seen:
+        deliver(signal.SIGTERM)
+        clock.now += 0.9 * interrupts.ONE_SIGNAL
+        deliver(signal.SIGTERM)  # from the process group and once more from the parent that waits
+        assert seen.pending
+        clock.now += 0.2 * interrupts.ONE_SIGNAL  # counted from the first
+        with pytest.raises(KeyboardInterrupt):
+            deliver(signal.SIGTERM)
 
-    with Interrupts(patient=True) as interrupts:
+
+def test_of_several_processes_a_signal_never_stops_at_once(clock: SimpleNamespace) -> None:
+    with Interrupts(patient=True) as seen:
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             deliver(number)
-        assert interrupts.pending
+            clock.now += 10.0 * interrupts.ONE_SIGNAL
+        assert seen.pending

@@ -27,6 +27,7 @@ SHIPPED = (
     "mmd_finetune/encoders/digits-conv.safetensors",
     "mmd_finetune/encoders/digits-mlp.safetensors",
     "mmd_finetune/encoders/digits-residual.safetensors",
+    "mmd_finetune/encoders/random-conv.safetensors",
     "mmd_export/report/report.html.j2",
     "mmd_export/py.typed",
     "mmd_export/kits/files/LICENSE",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,32 @@ def test_a_cell_is_measured_once_and_again_with_other_settings(tmp_path: Path) -
     written = json.loads(path.read_text())
     assert (written["script"], written["draws"], set(written["cells"])) == ("script", 5, {"a", "b"})
     assert {"device", "threads", "torch"} <= set(written["cells"]["a"]["where"])
-    assert [entry.name for entry in path.parent.iterdir()] == ["cells.json"]
+    assert {entry.name for entry in path.parent.iterdir()} == {"cells.json", ".cells.json.lock"}
+
+
+def test_what_another_process_has_measured_is_not_measured_again(tmp_path: Path) -> None:
+    one, other = (CellFile(tmp_path / "cells.json", "script", {}) for _ in range(2))
+    other.measure("a", {}, lambda: {"value": 1})
+    assert one.measure("a", {}, lambda: pytest.fail("it was measured again"))["value"] == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no flock on Windows")
+def test_two_that_write_at_once_lose_no_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (CellFile(tmp_path / "cells.json", "script", {}) for _ in range(2))
+    writer = threading.Thread(target=other.measure, args=("b", {}, lambda: {"value": 2}))
+    real = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if writer.ident is None:  # the first has read the file and is about to replace it
+            writer.start()
+            writer.join(0.2)
+        return real(self, target)
+
+    monkeypatch.setattr("benchmarks.cells.environment", lambda: {"cpu": "this one"})
+    monkeypatch.setattr(Path, "replace", replace)
+    one.measure("a", {}, lambda: {"value": 1})
+    writer.join()
+    assert set(json.loads((tmp_path / "cells.json").read_text())["cells"]) == {"a", "b"}
 
 
 def test_a_failing_cell_loses_no_other(tmp_path: Path) -> None:

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import math
+from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 
-from mmd_export.checkpoints.weights import hash_weights
+from mmd_export.checkpoints.weights import hash_weights, load_strictly, read_safetensors
+from mmd_export.errors import UsageError
 from mmd_finetune.encoder import Encoder, Family, frozen
 from mmd_finetune.encoder_source import Source
 
+WEIGHTS = Path(__file__).with_name("random-conv.safetensors")
 WIDTHS = (32, 64, 96)
 POSITIONS = 2  # along each side, of the last map's means
-SEED = 1
 
 
 class RandomConv(nn.Module):
     """Images (N, 1 or 3, H, W), H and W at least 2, to the last map's means over quarters, (N, 384).
 
-    Weights are normal with the variance 2 / fan-in (He et al. 2015), biases zero. Naeem et al. 2020 (arXiv 2002.09797)
-    measure with such an embedding where no trained one fits the data.
+    Weights are normal with the variance 2 / fan-in (He et al. 2015), biases zero, drawn once by
+    ``finetune/recipes/draw_random_conv.py``; until they are loaded the convolutions hold anything. Naeem et al. 2020
+    (arXiv 2002.09797) measure with such an embedding where no trained one fits the data.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(SEED)
         layers: list[nn.Module] = []
         for i, (inner, outer) in enumerate(zip((3, *WIDTHS), WIDTHS, strict=False)):
-            conv = nn.Conv2d(inner, outer, 3, stride=1 if i == 0 else 2, padding=1, bias=False)
-            spread = math.sqrt(2.0 / (9 * inner))
-            conv.weight = nn.Parameter(spread * torch.randn(conv.weight.shape, generator=generator))
+            # Default weights would be drawn from the global generator, which is the caller's.
+            conv = skip_init(nn.Conv2d, inner, outer, 3, stride=1 if i == 0 else 2, padding=1, bias=False)
             layers += [conv, nn.GroupNorm(8, outer), nn.SiLU()]
         self.layers = nn.Sequential(*layers)
 
@@ -41,9 +41,14 @@ class RandomConv(nn.Module):
 
 
 def _load(source: Source) -> Encoder:
-    network = frozen(RandomConv())
-    sha256 = hash_weights(dict(network.state_dict()), {"architecture": source.kind})
-    return Encoder(source.kind, network, channels=(1, 3), sha256=sha256)
+    network = RandomConv()
+    try:
+        weights = read_safetensors(WEIGHTS)
+        load_strictly(network, weights, str(WEIGHTS))
+    except UsageError as error:
+        raise UsageError(f"encoder {source.kind}: {error}; install again") from error
+    sha256 = hash_weights(weights, {"architecture": source.kind})
+    return Encoder(source.kind, frozen(network), channels=(1, 3), sha256=sha256)
 
 
 FAMILY = Family(("random-conv",), "", _load)
