@@ -25,6 +25,7 @@ SCRIPTS = (
     "benchmarks.finetune_speed",
     "benchmarks.precision",
     "benchmarks.half_ends",
+    "benchmarks.steep_plans",
     "benchmarks.verify_time",
     "benchmarks.fault_injection",
     "benchmarks.distribution_rung",

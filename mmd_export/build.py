@@ -250,7 +250,7 @@ def _draft(
         checkpoint=reference_to(checkpoint),
         decoder=None if decoder is None else DecoderInfo(**decoder.facts()),
         toolchain={},
-        tolerance=artefact_tolerance(target.name, options.precision),
+        tolerance=artefact_tolerance(target.name, options.precision, program.plan.output_gain),
         graph=GraphInfo(nodes=0, unique_weight_bytes=0, op_counts={}),
         deferred=recipe if options.defer else None,
     )

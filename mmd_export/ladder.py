@@ -133,7 +133,7 @@ def stage_rungs(bundle: Bundle, checkpoint: Checkpoint, plan: StepPlan) -> list[
     captured = None if program.decoder is None else program.decoder.runner()
     special = _in_batches(UnrolledSampler(program.denoiser, plan, decoder=checkpoint.decoder), program, inputs)
     exported = _in_batches(UnrolledSampler(program.runner(), plan, decoder=captured), program, inputs)
-    atol = torch_tolerance().atol
+    atol = torch_tolerance(plan.output_gain).atol
     if program.decoder is not None:
         exact["sample"] = again["sample"]
     third = _states("golden ", again, exact) + _states("", plain, exact)

@@ -112,6 +112,20 @@ class StepPlan:
         """What the network is told, call by call."""
         return tuple(step.timestep for step in self.steps)
 
+    @property
+    def output_gain(self) -> float:
+        """The largest factor by which a step multiplies outputs of the network, and their rounding with them."""
+        gains = []
+        for step in self.steps:
+            factors: dict[int, float] = {}
+            for term in step.update:
+                clean = self.steps[term.index].clean if term.source == "clean" else None
+                if term.source == "output" or clean is not None:
+                    factor = term.weight if clean is None else term.weight * clean[1]
+                    factors[term.index] = factors.get(term.index, 0.0) + factor
+            gains.append(sum(map(abs, factors.values())))
+        return max(gains)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; ``from_dict`` gives the equal plan back, bit for bit."""
         plan = {name: getattr(self, name) for name in ("solver", "prediction_type", "clip", "initial_scale")}

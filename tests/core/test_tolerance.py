@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,21 @@ import pytest
 
 from benchmarks.fault_injection import HONEST
 from mmd_export.errors import NotAvailableError
+from mmd_export.plan import Step, StepPlan, Term
 from mmd_export.targets import get_target, target_names
-from mmd_export.tolerance import BASES, Measurement, artefact_tolerance, mean_tolerance, uint8_tolerance
+from mmd_export.tolerance import (
+    BASES,
+    BY_GAIN,
+    Measurement,
+    artefact_tolerance,
+    mean_tolerance,
+    torch_tolerance,
+    uint8_tolerance,
+)
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-CITED = [(key, measurement) for key, basis in BASES.items() for measurement in basis.measured]
+EVERY = {**BASES, ("torch", "by gain"): BY_GAIN}
+CITED = [(key, measurement) for key, basis in EVERY.items() for measurement in basis.measured]
 
 
 def found(value: Any, path: tuple[str, ...]) -> Iterator[float]:
@@ -43,7 +54,7 @@ def test_a_cited_number_is_the_one_in_the_file(key: tuple[str, str], measurement
     result = json.loads((RESULTS / measurement.file).read_text(encoding="utf-8"))
     largest = max(found(result, measurement.path))
     assert measurement.value == float(f"{largest:.2e}"), f"{key}: {measurement.file} says {largest}"
-    assert largest < BASES[key].atol
+    assert largest < EVERY[key].atol
 
 
 def test_a_number_that_moved_is_noticed() -> None:
@@ -62,6 +73,27 @@ def test_every_precision_has_a_tolerance_with_its_reason() -> None:
         artefact_tolerance("onnx", "fp2")
     cited = {target for (target, _), basis in BASES.items() if basis.measured}
     assert {"onnx", "openvino", "coreml"} <= cited
+
+
+def test_a_plan_that_multiplies_outputs_multiplies_their_rounding() -> None:
+    rows = json.loads((RESULTS / "steep_plans.json").read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        assert row["error"] < artefact_tolerance("onnx", "fp32", row["gain"]).atol, row
+    assert any(row["error"] > artefact_tolerance("onnx", "fp32").atol for row in rows)
+    steep = torch_tolerance(157.4)
+    assert steep.atol == 0.0039
+    assert steep.reason.endswith("; here 157")
+    assert torch_tolerance(3.9) == torch_tolerance()
+    assert artefact_tolerance("onnx", "fp16", 157.4) == artefact_tolerance("onnx", "fp16")
+
+
+def test_the_gain_of_a_plan_counts_direct_and_clean_terms_of_one_output_together() -> None:
+    first = Step(9, 0.1, 0.9, (Term("state", 0, 0.5), Term("output", 0, -2.0), Term("clean", 0, 3.0)), (1.0, -4.0))
+    second = Step(0, 0.9, 0.1, (Term("output", 0, 1.0), Term("output", 1, -2.5), Term("noise", 0, 50.0)))
+    assert StepPlan("test", "epsilon", (first, second), clip=1.0).output_gain == 14.0
+    assert (
+        StepPlan("test", "epsilon", (replace(first, update=(Term("state", 0, 1.0),)), second), 1.0).output_gain == 3.5
+    )
 
 
 def test_the_mean_of_honest_artefacts_is_within_its_tolerance() -> None:
