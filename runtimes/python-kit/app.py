@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("sample.png"), help="PNG file to write")
     parser.add_argument("--self-test", action="store_true", help="run the golden noise and compare")
     options = parser.parse_args(arguments)
+    if options.count < 1:
+        parser.error(f"--count is {options.count}; it must be at least 1")
     try:
         sampler = open_bundle(options.bundle)
         if options.self_test:

@@ -51,6 +51,12 @@ def test_a_seed_gives_a_picture(project: Path, tmp_path: Path) -> None:
     assert len(np.unique(np.asarray(Image.open(out)))) > 20
 
 
+def test_no_images_are_refused(project: Path) -> None:
+    done = run(project, "--count", 0)
+    assert done.returncode == 2
+    assert "--count is 0; it must be at least 1" in done.stderr
+
+
 def test_a_damaged_bundle_is_refused(project: Path, attacks: Path) -> None:
     done = run(project, "--bundle", attacks / "edited-artefact", "--self-test")
     assert done.returncode == 5
