@@ -18,7 +18,7 @@ from mmd_export.comparison import FORCED, FRESH, NO_LIMITS, Comparison, Limits, 
 from mmd_export.error_budget import ErrorBudget, error_budget
 from mmd_export.errors import UsageError
 from mmd_export.parity_report import RUNGS, Coverage, Culprit, ParityReport, Rung
-from mmd_export.runtime import ChainSession, RunOptions, Runtime, Session, WholeChain, placement_of
+from mmd_export.runtime import ChainSession, RunOptions, Runtime, Session, placement_of, runs_whole
 from mmd_export.tolerance import mean_tolerance, uint8_tolerance
 
 __all__ = [
@@ -60,7 +60,7 @@ def check_artefact(
     """Rung 6 of a bundle in ``runtime``, which must work here; ``fresh``: on these noises too."""
     require_outputs(bundle, limits)
     chain = None if runtime.unseen else runtime.open_chain(bundle, options)
-    session = None if isinstance(chain, WholeChain) else runtime.open(bundle, options)
+    session = None if runs_whole(chain) else runtime.open(bundle, options)
     rung = artefact_rung(bundle, session, chain, runtime.unseen, limits, fresh)
     return replace(rung, placement=None if session is None else placement_of(session))
 
