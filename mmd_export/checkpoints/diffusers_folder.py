@@ -73,7 +73,7 @@ def read_folder(folder: Path, name: str, licence: str | None = None, options: Ne
     told = _told(family, whole, folder, where, options)
     weights, warnings = read_weights(place)
     load_strictly(network, weights, str(place))
-    denoiser, chosen = _denoiser(config["_class_name"], network.eval(), whole, shape[0], options)
+    denoiser, chosen = _denoiser(family, network.eval(), whole, shape[0], options)
     files = {f"{family.folder}/config.json": config_file, "scheduler/scheduler_config.json": scheduler_file}
     if (index := folder / "model_index.json").is_file():
         files[index.name] = index
@@ -142,21 +142,21 @@ def _in_pipeline(
     scheduler: SchedulerConfig, config: Mapping[str, Any], family: Family
 ) -> tuple[SchedulerConfig, str | None]:
     """What the pipeline makes of the scheduler, and what the network predicts: Sana Sprint makes trigflow of a flow."""
-    if not config.get("guidance_embeds"):
+    if not family.is_sprint(config):
         return scheduler, family.prediction
     return scheduler.told(of_flow=True) if scheduler.sampler == "scm" else scheduler, UNIT_FLOW
 
 
 def _denoiser(
-    class_name: str, network: nn.Module, config: dict[str, Any], channels: int, options: NetworkOptions
+    family: Family, network: nn.Module, config: dict[str, Any], channels: int, options: NetworkOptions
 ) -> tuple[nn.Module, _Chosen]:
     """The network behind the one signature; a distilled one has its guidance scale embedded."""
-    if class_name == "UNet2DModel":
+    if type(network).__name__ == "UNet2DModel":
         return DiffusersUNet(network), _Chosen()
     if width := config.get("time_cond_proj_dim"):
         scale, chosen = _embedded(options, LCM_SCALE, "LCM's")
         return DiffusersNetwork(network, channels, 1.0, {"timestep_cond": (guidance_embedding(scale, width),)}), chosen
-    if config.get("guidance_embeds"):  # its pipeline leaves timestep_scale out
+    if family.is_sprint(config):  # its pipeline leaves timestep_scale out
         scale, chosen = _embedded(options, SPRINT_SCALE, "Sana Sprint's")
         return DiffusersNetwork(
             network, channels, 1.0, {"guidance": (scale * config["guidance_embeds_scale"],)}
