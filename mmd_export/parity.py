@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmd_export.bundle import Bundle, Golden, batch_axis
+from mmd_export.bundle import Bundle, Golden, take
 from mmd_export.comparison import FORCED, FRESH, NO_LIMITS, Comparison, Limits, compare
 from mmd_export.error_budget import ErrorBudget, error_budget
 from mmd_export.errors import UsageError
@@ -34,7 +34,6 @@ __all__ = [
     "chunks",
     "compare",
     "require_outputs",
-    "take",
 ]
 
 
@@ -47,11 +46,6 @@ def chunks(bundle: Bundle, golden: Golden | None = None) -> Iterator[tuple[dict[
         rows = slice(start, start + size)
         yield {name: take(name, array, rows) for name, array in golden.inputs.items()}, rows
         start += size
-
-
-def take(name: str, array: NDArray[Any], rows: slice) -> NDArray[Any]:
-    """The images ``rows`` of an input; those of ``step_noise`` lie on axis 1."""
-    return np.ascontiguousarray(array[:, rows] if batch_axis(name) else array[rows])
 
 
 def check_artefact(
