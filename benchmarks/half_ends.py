@@ -1,8 +1,9 @@
-"""Which operators of a network in half precision are worth float32: errors of many samples -> results/half_ends.json.
+"""Which operators of a network in 16 bits are worth float32: errors of many samples -> results/half_ends.json.
 
 The ONNX graph is run twice: by onnxruntime, which joins nodes without rounding between them, and with every result
-rounded, the most that a device may do. Core ML is reference evaluation. Errors are those of the sample against the
-float32 graph. The weights of the ddpm-cifar10 architecture are random and predict v.
+rounded, the most that a device may do; in bfloat16, for which onnxruntime's CPU has no kernels, in the second way only.
+Core ML is reference evaluation. Errors are those of the sample against the float32 graph. The weights of the
+ddpm-cifar10 architecture are random and predict v.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from benchmarks.common import RESULTS, save_cifar10, write_result
 from benchmarks.precision import session_of
+from benchmarks.precision_tables import AIM
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.coreml import probe
 from mmd_export.coreml.capture import Captured
@@ -29,7 +31,7 @@ from mmd_export.noise import sampler_noise
 from mmd_export.onnx_calls import exact_calls, graph_spec, unrolled
 from mmd_export.plan import StepPlan
 from mmd_export.precision.emulate import emulated
-from mmd_export.precision.formats import FP16
+from mmd_export.precision.formats import BF16, FP16, Half
 from mmd_export.precision.half import to_half
 from mmd_export.precision.islands import ends, islands
 from mmd_export.precision.lower import SCANNED, typed
@@ -40,7 +42,6 @@ from mmd_runtime.mil.evaluate import Evaluator
 from mmd_runtime.mil.program import read_package
 
 STEPS, SEED = 5, 5
-AIM = 0.01
 CIFAR10 = "ddpm-cifar10 architecture"
 IMAGES = {"digits": 512, CIFAR10: 16}
 COREML_IMAGES = 64
@@ -102,8 +103,8 @@ def noises(checkpoint: Checkpoint, plan: StepPlan, count: int, rows: int) -> Ite
         yield sampler_noise(SEED, rows, checkpoint.shape, plan.noisy_steps, first=first)["noise"]
 
 
-def onnx_rows(name: str, source: str, trials: Mapping[str, Keeps]) -> Iterator[dict[str, Any]]:
-    """Each trial, run in both ways."""
+def onnx_rows(name: str, source: str, trials: Mapping[str, Keeps], half: Half = FP16) -> Iterator[dict[str, Any]]:
+    """Each trial, run in every way that there is."""
     checkpoint = load_checkpoint(source)
     plan = checkpoint.plan_for(STEPS, sampler="ddim")
     program = export_program(checkpoint.denoiser, plan, checkpoint.shape, None, checkpoint.conditions)
@@ -118,17 +119,19 @@ def onnx_rows(name: str, source: str, trials: Mapping[str, Keeps]) -> Iterator[d
     seen = scan(replace(calls, model=typed(calls.model)), SCANNED)
     for trial, keeps in trials.items():
         lowered = replace(calls, model=typed(calls.model))
-        kept = {**keeps(lowered.model), **islands(lowered.model, seen, FP16)}
-        whole = unrolled(to_half(lowered, kept, FP16), spec)
+        kept = {**keeps(lowered.model), **islands(lowered.model, seen, half)}
+        whole = unrolled(to_half(lowered, kept, half), spec)
         facts = {
             "casts": sum(node.op_type == "Cast" for node in whole.graph),
             "kept_in_a_call": len(kept),
             "bytes": len(ir.to_proto(whole).SerializeToString()),
         }
-        for how, model in (("onnxruntime", whole), ("every result rounded", emulated(whole, FP16))):
+        ways = {"onnxruntime": whole} if half is FP16 else {}
+        for how, model in (ways | {"every result rounded": emulated(whole, half)}).items():
             yield {
                 "model": name,
                 "target": "onnx",
+                "precision": half.name,
                 "run": how,
                 "trial": trial,
                 **facts,
@@ -153,8 +156,8 @@ def coreml_rows() -> Iterator[dict[str, Any]]:
             samples = np.concatenate([evaluator.run({"noise": part}, ["sample"])["sample"] for part in given])
             size = sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
         facts = {"casts": compiled.graph["op_counts"].get("cast", 0), "bytes": size}
-        ways = {"model": "digits", "target": "coreml", "run": "reference evaluation", "trial": trial}
-        yield {**ways, **facts, **spread(samples, exact)}
+        how = {"target": "coreml", "precision": "fp16", "run": "reference evaluation"}
+        yield {"model": "digits", **how, "trial": trial, **facts, **spread(samples, exact)}
 
 
 def main() -> None:
@@ -165,7 +168,13 @@ def main() -> None:
     shipped = {name: TRIALS[name] for name in ("no operator for its place", "both ends, as shipped")}
     with tempfile.TemporaryDirectory() as folder:
         cifar10 = str(save_cifar10(Path(folder) / "ddpm-cifar10", "v_prediction"))
-        for found in (onnx_rows("digits", "digits", TRIALS), coreml_rows(), onnx_rows(CIFAR10, cifar10, shipped)):
+        for found in (
+            onnx_rows("digits", "digits", TRIALS),
+            coreml_rows(),
+            onnx_rows(CIFAR10, cifar10, shipped),
+            onnx_rows("digits", "digits", shipped, BF16),
+            onnx_rows(CIFAR10, cifar10, shipped, BF16),
+        ):
             for row in found:
                 rows.append({"images": COREML_IMAGES if row["target"] == "coreml" else IMAGES[row["model"]], **row})
                 print(rows[-1], flush=True)

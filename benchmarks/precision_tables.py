@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 Table: TypeAlias = tuple[tuple[str, ...], list[tuple[str, ...]]]
+AIM = 0.01  # of an image, in 16 bits
 _FORCED = " teacher-forced"
 
 
@@ -67,14 +68,14 @@ def end_rows(result: dict[str, Any]) -> Table:
     """What of half precision was tried in float32: errors of many images."""
     rows: list[tuple[str, ...]] = [
         (
-            row["model"], f"`{row['target']}`, {row['run']}", str(row["images"]), row["trial"], str(row["casts"]),
-            f"{row['bytes'] / 1e6:.2f}", f"{row['worst']:.1e}", f"{row['p99']:.1e}", f"{row['median']:.1e}",
-            str(row["beyond_aim"]),
+            row["model"], f"`{row['target']}` `{row['precision']}`, {row['run']}", str(row["images"]), row["trial"],
+            str(row["casts"]), f"{row['bytes'] / 1e6:.2f}", f"{row['worst']:.1e}", f"{row['p99']:.1e}",
+            f"{row['median']:.1e}", str(row["beyond_aim"]),
         )
         for row in result["rows"]
     ]  # fmt: skip
     heads = ("model", "artefact", "images", "in float32", "casts", "MB", "worst image", "hundredth", "middle one",
-             "above 0.01")  # fmt: skip
+             f"above {AIM:g}")  # fmt: skip
     return heads, rows
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from mmd_export.bisect import asked_step, find, question_of
-from mmd_export.bundle import Bundle, Golden
+from mmd_export.bundle import Bundle, Golden, take
 from mmd_export.comparison import FRESH, Comparison
 from mmd_export.onnx_calls import exact_calls, graph_spec, unrolled
-from mmd_export.parity import Culprit, Rung, chunks, take
+from mmd_export.parity import Culprit, Rung, chunks
 
 if TYPE_CHECKING:
     from mmd_export.checkpoint import Checkpoint

@@ -58,6 +58,7 @@ __all__ = [
     "Tolerance",
     "batch_axis",
     "require_free",
+    "take",
     "update_card",
     "write_bundle",
 ]
@@ -357,3 +358,8 @@ def _check_golden_array(where: str, array: NDArray[Any], spec: TensorSpec, count
         raise BundleError(f"{where}: '{spec.name}' is {found}, the manifest says {says}; {_AGAIN}")
     if not np.isfinite(array).all():
         raise BundleError(f"{where}: '{spec.name}' holds {int((~np.isfinite(array)).sum())} NaN or infinite values")
+
+
+def take(name: str, array: NDArray[Any], rows: slice) -> NDArray[Any]:
+    """The images ``rows`` of an input; those of ``step_noise`` lie on axis 1."""
+    return np.ascontiguousarray(array[:, rows] if batch_axis(name) else array[rows])

@@ -24,6 +24,7 @@ from torch import Tensor
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.quiet_diffusers import import_diffusers
 from mmd_export.schedule import SchedulerConfig, betas, timestep_grid
+from mmd_export.scheduler_keys import DYNAMIC
 
 Draw = Callable[[Any], Tensor]
 _WIDER: dict[str, dict[str, Any]] = {
@@ -154,7 +155,7 @@ class DiffusersLoop:
     def _set_timesteps(self, steps: int) -> None:
         """A grid of diffusers, or the listed one where its class takes a list."""
         listed = self.config.is_given_grid
-        told = {"mu": self.config["mu"]} if self.config.get("use_dynamic_shifting") else {}
+        told = {"mu": self.config["mu"]} if self.config.get(DYNAMIC) else {}
         if self.config.sampler == "scm" and steps != 2:
             self.scheduler.set_timesteps(steps, intermediate_timesteps=None)  # its default belongs to 2 steps
         elif not listed:

@@ -9,9 +9,7 @@ import math
 
 from mmd_export.errors import UsageError
 from mmd_export.scheduler_config import SchedulerConfig
-from mmd_export.scheduler_keys import KEYS, PIPELINE_SHIFT
-
-DYNAMIC = "use_dynamic_shifting"
+from mmd_export.scheduler_keys import DYNAMIC, KEYS, PIPELINE_SHIFT
 
 
 def with_tokens(config: SchedulerConfig, tokens: int) -> SchedulerConfig:

@@ -28,7 +28,8 @@ def reading(first: Iterable[N], after: Neighbours[N], is_product: Asks[N]) -> se
 def giving(last: Iterable[N], before: Neighbours[N], is_product: Asks[N], is_sum: Asks[N]) -> set[N]:
     """From the nodes ``last``, which give the output, over the last product to the sum before it, included.
 
-    A sum adds what the network computed to what it computed; without one the product before the last ends it.
+    A sum adds what the network computed to what it computed: a node that reads the state, or another node. Without one
+    the product before the last ends it.
     """
     found: set[N] = set()
     seen: set[tuple[N, bool]] = set()

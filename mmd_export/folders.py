@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all: written beside their place, synced, then renamed."""
+"""Folders and files that appear complete or not at all: written beside their place, then renamed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, BinaryIO
 
 from mmd_export.errors import MmdExportError, UsageError
 from mmd_export.journal import temporary
@@ -43,6 +43,27 @@ def staged_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
             _publish(partial, place, replace)
         except OSError as error:
             raise MmdExportError(_os_error_line(error, place, partial)) from error
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` for a file that takes its place when the block ends well, and vanishes otherwise."""
+    place = path.absolute()
+    partial = _beside(place, "partial")
+    with temporary(partial):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(place)
+
+
+@contextmanager
+def output_file(path: Path) -> Iterator[BinaryIO]:
+    """The same, open; MmdExportError where the disk refuses."""
+    try:
+        with staged_file(path) as partial, partial.open("wb") as file:
+            yield file
+    except OSError as error:
+        raise MmdExportError(f"cannot write {path}: {error.strerror or error}; free the cause and run again") from error
 
 
 @contextmanager
@@ -140,14 +161,11 @@ def _os_error_line(error: OSError, place: Path, partial: Path) -> str:
 
 def write_text(path: Path, text: str, flag: str = "") -> None:
     """A text file that appears complete or not at all; ``flag`` is the option that named it."""
-    partial = _beside(path.absolute(), "partial")
-    with temporary(partial):
-        try:
-            path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with staged_file(path) as partial:
             partial.write_text(text, encoding="utf-8", newline="\n")
-            partial.replace(path)
-        except OSError as error:
-            raise UsageError(f"{flag} {path} cannot be written: {error.strerror or error}".strip()) from error
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be written: {error.strerror or error}".strip()) from error
 
 
 def read_object(path: Path, flag: str, advice: str) -> dict[str, Any]:

@@ -81,12 +81,22 @@ class DecoderInfo(_Model):
     With statistics of each channel it is D(latent std / scale + mean); without them the manifest leaves both out.
     """
 
+    model_config = ConfigDict(json_schema_extra={"dependentRequired": {"mean": ["std"], "std": ["mean"]}})
+
     autoencoder: Annotated[str, Field(min_length=1)]
     scale: Finite
     shift: Finite
     mean: tuple[Finite, ...] = ()
     std: tuple[Finite, ...] = ()
     precision: Word
+
+    @model_validator(mode="after")
+    def _can_be_computed(self) -> Self:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels, std {len(self.std)}; each channel has both")
+        if self.scale == 0.0 or 0.0 in self.std:
+            raise ValueError(f"scale is {self.scale:g} and std {list(self.std)}; a latent times 0 is none")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_empty_statistics(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:

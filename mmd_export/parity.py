@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmd_export.bundle import Bundle, Golden, batch_axis
+from mmd_export.bundle import Bundle, Golden, take
 from mmd_export.comparison import FORCED, FRESH, NO_LIMITS, Comparison, Limits, compare
 from mmd_export.error_budget import ErrorBudget, error_budget
 from mmd_export.errors import UsageError
 from mmd_export.parity_report import RUNGS, Coverage, Culprit, ParityReport, Rung
-from mmd_export.runtime import ChainSession, RunOptions, Runtime, Session, WholeChain, placement_of
+from mmd_export.runtime import ChainSession, RunOptions, Runtime, Session, placement_of, runs_whole
 from mmd_export.tolerance import mean_tolerance, uint8_tolerance
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "chunks",
     "compare",
     "require_outputs",
-    "take",
 ]
 
 
@@ -49,18 +48,13 @@ def chunks(bundle: Bundle, golden: Golden | None = None) -> Iterator[tuple[dict[
         start += size
 
 
-def take(name: str, array: NDArray[Any], rows: slice) -> NDArray[Any]:
-    """The images ``rows`` of an input; those of ``step_noise`` lie on axis 1."""
-    return np.ascontiguousarray(array[:, rows] if batch_axis(name) else array[rows])
-
-
 def check_artefact(
     bundle: Bundle, runtime: Runtime, options: RunOptions, limits: Limits | None = None, fresh: Golden | None = None
 ) -> Rung:
     """Rung 6 of a bundle in ``runtime``, which must work here; ``fresh``: on these noises too."""
     require_outputs(bundle, limits)
     chain = None if runtime.unseen else runtime.open_chain(bundle, options)
-    session = None if isinstance(chain, WholeChain) else runtime.open(bundle, options)
+    session = None if runs_whole(chain) else runtime.open(bundle, options)
     rung = artefact_rung(bundle, session, chain, runtime.unseen, limits, fresh)
     return replace(rung, placement=None if session is None else placement_of(session))
 

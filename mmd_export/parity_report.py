@@ -197,7 +197,8 @@ class Culprit:
 class ParityReport:
     """Every rung that was asked for, in order. ``detail`` says what the runtime is.
 
-    ``unchecked``: what else was not looked at; ``culprit``: what ``--bisect`` found; ``artefact_sha256``: the bundle's.
+    ``unchecked``: what else was not looked at; ``culprit``: what ``--bisect`` found; ``artefact_sha256``: the bundle's;
+    ``advice``: the next move where rung 6 fails as an honest device may.
     """
 
     bundle: str
@@ -207,6 +208,7 @@ class ParityReport:
     unchecked: tuple[str, ...] = ()
     culprit: Culprit | None = None
     artefact_sha256: str = ""
+    advice: str = ""
 
     @property
     def passed(self) -> bool:
@@ -240,6 +242,7 @@ class ParityReport:
         for rung in self.rungs:
             if rung.verdict == "failed":
                 found = f"; {self.culprit.message}" if self.culprit is not None else ""
+                found += f"; {self.advice}" if self.advice and rung.number == ARTEFACT else ""
                 raise ParityError(
                     f"bundle {self.bundle}: rung {rung.number} ({rung.title}) failed: {_reason(rung)}{found}"
                 )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmd_export.errors import MmdExportError, NotAvailableError, UsageError
-from mmd_export.journal import temporary
+from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.folders import output_file
 
 SMALLEST_TILE = 48  # pixels; an 8x8 digit is not legible below
 _GAP = 2
@@ -60,13 +59,5 @@ def save_grid(images: NDArray[Any], path: Path, columns: int | None = None, scal
         raise NotAvailableError(f"pictures need Pillow ({error}); pip install pillow") from error
     sheet = grid(images, columns, scale)
     picture = Image.fromarray(sheet[:, :, 0] if sheet.shape[2] == 1 else sheet)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with temporary(partial.absolute()):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                picture.save(file, format="PNG")
-            partial.replace(path)
-        except OSError as error:
-            why = error.strerror or error
-            raise MmdExportError(f"cannot write {path}: {why}; free the cause and run again") from error
+    with output_file(path) as file:
+        picture.save(file, format="PNG")

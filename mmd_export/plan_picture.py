@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmd_export.errors import MmdExportError, NotAvailableError
-from mmd_export.journal import temporary
+from mmd_export.errors import NotAvailableError
+from mmd_export.folders import output_file
 from mmd_export.plan import Source, StepPlan
 
 if TYPE_CHECKING:
@@ -32,16 +31,8 @@ def save_plan_picture(plan: StepPlan, path: Path) -> None:
     _draw_times(times, plan)
     _draw_levels(levels, plan)
     _draw_weights(weights, plan)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with temporary(partial.absolute()):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                figure.savefig(file, format="png", metadata={"Software": None})
-            partial.replace(path)
-        except OSError as error:
-            why = error.strerror or error
-            raise MmdExportError(f"cannot write {path}: {why}; free the cause and run again") from error
+    with output_file(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})
 
 
 def _draw_times(axes: Axes, plan: StepPlan) -> None:

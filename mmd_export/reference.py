@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmd_export.bundle import take
 from mmd_export.checkpoint import Checkpoint
 from mmd_export.denoiser import AtTimesteps
 from mmd_export.noise import sampler_noise
-from mmd_export.parity import take
 from mmd_export.plan import StepPlan
 from mmd_export.unroll import UnrolledSampler
 

@@ -94,13 +94,6 @@ class ChainSession(Protocol):
 
 
 @runtime_checkable
-class WholeChain(ChainSession, Protocol):
-    """A chain session that runs the artefact as it is: its sample is what ``Session.run`` would give again."""
-
-    whole: bool
-
-
-@runtime_checkable
 class PlacedSession(Protocol):
     """A session that knows where its nodes run."""
 
@@ -175,6 +168,11 @@ class ProviderRuntime(Protocol):
 def placement_of(session: Session) -> Placement | None:
     """Where the nodes run, of a session that can tell."""
     return session.placement if isinstance(session, PlacedSession) else None
+
+
+def runs_whole(chain: ChainSession | None) -> bool:
+    """Whether the chain says ``whole``: it runs the artefact as it is, and its sample is that of ``Session.run``."""
+    return getattr(chain, "whole", False) is True
 
 
 def as_float32(values: Any) -> NDArray[np.float32]:

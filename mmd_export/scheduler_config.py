@@ -15,6 +15,7 @@ from mmd_export.errors import UsageError
 from mmd_export.plan import PredictionType
 from mmd_export.scheduler_keys import (
     CLASSES,
+    DYNAMIC,
     FIXED_PREDICTION,
     FOREIGN,
     INERT,
@@ -176,7 +177,7 @@ class SchedulerConfig:
         if settings.pop("thresholding", False):
             raise UsageError("scheduler: thresholding (dynamic) is not affine and not supported; clip_sample is")
         own = {key: value for key, value in settings.items() if key in KEYS[name]}
-        if settings.get("use_dynamic_shifting") and "use_dynamic_shifting" in KEYS[name]:
+        if settings.get(DYNAMIC) and DYNAMIC in KEYS[name]:
             own |= {key: settings[key] for key in PIPELINE_SHIFT if key in settings}
         for key, value in settings.items():
             if key not in own and key not in INERT and not (key in FOREIGN and value in FOREIGN[key]):
@@ -202,7 +203,7 @@ class SchedulerConfig:
         if FIXED_PREDICTION.get(self.sampler) != FIXED_PREDICTION.get(CLASSES[class_name]):
             kept.pop("prediction_type", None)  # EDM's v_prediction is not DDIM's
         made = SchedulerConfig.from_dict({"_class_name": class_name, **kept})
-        return made.told(mu=self["mu"]) if self.get("mu") is not None and made.get("use_dynamic_shifting") else made
+        return made.told(mu=self["mu"]) if self.get("mu") is not None and made.get(DYNAMIC) else made
 
     def with_spacing(self, spacing: str | None) -> SchedulerConfig:
         """The same config with another ``timestep_spacing``."""
@@ -233,7 +234,7 @@ def _config(name: str, settings: Mapping[str, Any]) -> SchedulerConfig:
     if CLASSES[name] in ("ddim", "ddpm"):
         return SchedulerConfig(class_name=name, **shared)
     options = {key: value for key, value in settings.items() if key not in _FIELDS}
-    if options.get("use_dynamic_shifting") and options["time_shift_type"] == "linear" and name not in LINEAR_SHIFT:
+    if options.get(DYNAMIC) and options["time_shift_type"] == "linear" and name not in LINEAR_SHIFT:
         raise UsageError(f"scheduler: time_shift_type 'linear' is not supported by {name}; supported: exponential")
     spacings = [key for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if options.get(key)]
     if len(spacings) > 1:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mmd_export.plan import PredictionType
 
+DYNAMIC = "use_dynamic_shifting"
 _BETAS: dict[str, Any] = {
     "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
     "trained_betas": None, "prediction_type": "epsilon",
@@ -21,7 +22,7 @@ _GRID = {"timestep_spacing": "linspace", "steps_offset": 0}
 _CLIP = {"clip_sample": True, "clip_sample_range": 1.0}
 _SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 _FLOW = {
-    "use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False, "time_shift_type": "exponential",
+    "use_flow_sigmas": False, "flow_shift": 1.0, DYNAMIC: False, "time_shift_type": "exponential",
 }  # fmt: skip
 _DDIM = {**_BETAS, **_CLIP, **_GRID, "timestep_spacing": "leading", "set_alpha_to_one": True,
          "rescale_betas_zero_snr": False, "variance_type": "fixed_small"}  # fmt: skip
@@ -77,7 +78,7 @@ KEYS: dict[str, dict[str, Any]] = {
         "lower_order_final": True, "euler_at_final": False,
     },
     "FlowMatchEulerDiscreteScheduler": {
-        **_SIGMAS, "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False, "base_shift": 0.5,
+        **_SIGMAS, "num_train_timesteps": 1000, "shift": 1.0, DYNAMIC: False, "base_shift": 0.5,
         "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096, "invert_sigmas": False,
         "shift_terminal": None, "time_shift_type": "exponential", "stochastic_sampling": False,
     },

@@ -35,6 +35,26 @@ class Plain(nn.Module):
         return output
 
 
+class Residual(Plain):
+    """Its sum adds what the first product gave to what was made of it; transposed at both ends, a shift behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(13)
+            self.first = nn.ConvTranspose2d(1, 8, 3, padding=1)  # type: ignore[assignment]
+            self.inner = nn.Conv2d(8, 8, 3, padding=1)
+            self.last = nn.ConvTranspose2d(8, 1, 3, padding=1)  # type: ignore[assignment]
+            self.shift = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        h = self.first(x)
+        inner = self.inner(h).reshape(x.shape[0], 8, 8, 8)  # reads the size of the state, not the state
+        h = h + torch.tanh(inner + self.time(timestep.to(x.dtype).reshape(1, 1) / 1000).reshape(1, 8, 1, 1))
+        output: Tensor = self.last(torch.sigmoid(h + self.shift.reshape(1, 8, 1, 1)))
+        return output
+
+
 class Labelled(Plain):
     """Adds the label's own constant."""
 

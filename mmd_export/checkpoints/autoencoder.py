@@ -53,6 +53,8 @@ def read_autoencoder(pipeline: Path, network: Mapping[str, Any]) -> Autoencoder 
     if scale == 0.0:
         raise UsageError(f"{where}: scaling_factor is 0; latents are divided by it")
     mean, std = (_channels(settings, name, network.get("in_channels"), where) for name in STATISTICS)
+    if 0.0 in std:
+        raise UsageError(f"{where}: latents_std is {list(std)}; a channel times 0 is none")
     if bool(mean) != bool(std) or (mean and shift != 0.0):
         return Autoencoder(reason=_half_stated(settings, where))
     weights, warnings = read_weights(folder)

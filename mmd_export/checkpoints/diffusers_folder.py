@@ -64,8 +64,7 @@ def read_folder(folder: Path, name: str, licence: str | None = None, options: Ne
     told = _told(family, whole, folder, where, options)
     weights, warnings = read_weights(found.config_file.parent)
     load_strictly(found.network, weights, str(found.config_file.parent))
-    class_name = found.config["_class_name"]
-    denoiser, chosen = _denoiser(class_name, found.network.eval(), whole, shape[0], options)
+    denoiser, chosen = _denoiser(family, found.network.eval(), whole, shape[0], options)
     checkpoint = Checkpoint(
         name=name,
         folder=folder,
@@ -179,21 +178,21 @@ def _in_pipeline(
     scheduler: SchedulerConfig, config: Mapping[str, Any], family: Family
 ) -> tuple[SchedulerConfig, str | None]:
     """What the pipeline makes of the scheduler, and what the network predicts: Sana Sprint makes trigflow of a flow."""
-    if not config.get("guidance_embeds"):
+    if not family.is_sprint(config):
         return scheduler, family.prediction
     return scheduler.told(of_flow=True) if scheduler.sampler == "scm" else scheduler, UNIT_FLOW
 
 
 def _denoiser(
-    class_name: str, network: nn.Module, config: dict[str, Any], channels: int, options: NetworkOptions
+    family: Family, network: nn.Module, config: dict[str, Any], channels: int, options: NetworkOptions
 ) -> tuple[nn.Module, _Chosen]:
     """The network behind the one signature; a distilled one has its guidance scale embedded."""
-    if class_name == "UNet2DModel":
+    if type(network).__name__ == "UNet2DModel":
         return DiffusersUNet(network), _Chosen()
     if width := config.get("time_cond_proj_dim"):
         scale, chosen = _embedded(options, LCM_SCALE, "LCM's")
         return DiffusersNetwork(network, channels, 1.0, {"timestep_cond": (guidance_embedding(scale, width),)}), chosen
-    if config.get("guidance_embeds"):  # its pipeline leaves timestep_scale out
+    if family.is_sprint(config):  # its pipeline leaves timestep_scale out
         scale, chosen = _embedded(options, SPRINT_SCALE, "Sana Sprint's")
         return DiffusersNetwork(
             network, channels, 1.0, {"guidance": (scale * config["guidance_embeds_scale"],)}

@@ -53,6 +53,7 @@ class Family:
         halves: whether a learned variance may follow the output.
         null_class: whether the label behind the last class stands for no class.
         tokens: whether its pipeline derives a dynamic shift from the number of patches.
+        sprint: whether ``guidance_embeds`` of its config makes it Sana Sprint's, which has the guidance scale embedded.
     """
 
     conditions: Callable[[Facts], tuple[Condition, ...]]
@@ -65,6 +66,11 @@ class Family:
     halves: bool = False
     null_class: bool = False
     tokens: bool = False
+    sprint: bool = False
+
+    def is_sprint(self, config: Config) -> bool:
+        """Whether this network of the class is Sana Sprint's."""
+        return self.sprint and bool(config.get("guidance_embeds"))
 
 
 def _text(facts: Facts, width: int) -> Condition:
@@ -164,7 +170,7 @@ FAMILIES: dict[str, Family] = {
         _pixart, text_length=300, tokenizer=True, encoders=("text_encoder",), halves=True
     ),
     "SanaTransformer2DModel": Family(
-        _sana, text_length=300, tokenizer=True, encoders=("text_encoder",), prediction="flow_prediction"
+        _sana, text_length=300, tokenizer=True, encoders=("text_encoder",), prediction="flow_prediction", sprint=True
     ),
     # 77 tokens of CLIP and 256 of T5, one behind the other, as diffusers' pipeline makes them.
     "SD3Transformer2DModel": Family(

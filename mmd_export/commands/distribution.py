@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmd_export.bundle import Bundle
+from mmd_export.bundle import Bundle, take
 from mmd_export.comparison import NO_LIMITS, Limits
 from mmd_export.distribution import (
     LEAST_COUNT,
@@ -23,7 +23,7 @@ from mmd_export.distribution import (
 )
 from mmd_export.errors import UsageError
 from mmd_export.noise import sampler_noise
-from mmd_export.parity import Rung, take
+from mmd_export.parity import Rung
 from mmd_export.plan import StepPlan
 from mmd_export.runtime import RunOptions, Session
 from mmd_runtime.chunks import run_in_batches

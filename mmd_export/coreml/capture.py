@@ -24,10 +24,14 @@ _ATEN = torch.ops.aten
 
 @dataclass(frozen=True)
 class Captured:
-    """``plan`` names the nodes of the sampler's own arithmetic, which stays float32 whatever the precision."""
+    """``plan`` names the nodes that stay float32 whatever the precision: the sampler's own arithmetic, the decoder.
+
+    ``last``: the state that the decoder reads.
+    """
 
     program: ExportedProgram
     plan: frozenset[str]
+    last: str
 
 
 class _Program(SamplerProgram):
@@ -57,12 +61,13 @@ def capture(program: SamplerProgram, output: str) -> Captured:
     if program.decoder is not None:
         fields = fields | {"decoder": _Decoder(**vars(program.decoder))}
     exported = unroll(_Program(**fields), states=True).run_decompositions({})
-    plan = _name_states(exported, program.plan.step_count, program.plan.clamp_output or program.decoder is not None)
+    steps = program.plan.step_count
+    plan = _name_states(exported, steps, program.plan.clamp_output or program.decoder is not None)
     if output == "uint8":
         plan |= _append_levels(exported)
     exported.graph.lint()
     exported.graph_module.recompile()
-    return Captured(exported, frozenset(plan))
+    return Captured(exported, frozenset(plan), f"state_{steps}")
 
 
 def rewrite(module: nn.Module) -> None:
@@ -126,7 +131,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def _name_states(exported: ExportedProgram, steps: int, finished: bool) -> set[str]:
-    """Name the states, leave ``sample`` as the only output; returns the names of the plan's arithmetic.
+    """Name the states, leave ``sample`` as the only output; returns the names of all but the network's calls.
 
     ``finished``: something follows the last state. The converter keeps the name of hardtanh and not that of clamp, and
     drops a product with 1.0 together with its name, so that is left out here.
@@ -159,10 +164,10 @@ def _leave_out(node: fx.Node) -> None:
 
 
 def _in_network(node: fx.Node) -> bool:
-    """Whether the node comes from a call of the network or from the decoder."""
+    """Whether the node comes from a call of the network; the decoder is none, whatever its parts are called."""
     stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
     paths = [str(entry[0]).split(".") for entry in stack.values()]
-    return any("denoiser" in path or "decoder" in path for path in paths)
+    return any("denoiser" in path for path in paths)
 
 
 def _append_levels(exported: ExportedProgram) -> set[str]:

@@ -72,6 +72,7 @@ def checked_units(units: str | None) -> str:
 def convert(captured: Captured, wanted: Wanted) -> Any:
     """An MLModel that was not loaded, so that this works on any system."""
     ct = coremltools()
+    keep = half.Float32(captured.plan | wanted.islands, captured.last)
     with _quiet():
         try:
             return ct.convert(
@@ -80,7 +81,7 @@ def convert(captured: Captured, wanted: Wanted) -> Any:
                 convert_to="mlprogram",
                 minimum_deployment_target=getattr(ct.target, wanted.system),
                 compute_precision=ct.precision.FLOAT32,  # half precision is a pass of ours
-                pass_pipeline=_pipeline(ct, wanted.precision, captured.plan | wanted.islands),
+                pass_pipeline=_pipeline(ct, wanted.precision, keep),
                 skip_model_load=True,
             )
         except (
@@ -120,8 +121,8 @@ def _output(ct: Any, wanted: Wanted) -> Any:
     return ct.TensorType(name="sample", dtype=importlib.import_module("numpy").float32)
 
 
-def _pipeline(ct: Any, precision: str, keep: frozenset[str]) -> Any:
-    """The passes; what ``keep`` names stays float32. The last makes weights int8, one scale a channel, or a palette.
+def _pipeline(ct: Any, precision: str, keep: half.Float32) -> Any:
+    """The passes; what ``keep`` holds stays float32. The last makes weights int8, one scale a channel, or a palette.
 
     It is the pass of coremltools.optimize.coreml.linear_quantize_weights or palettize_weights, which would read the
     finished package again and run the whole default pipeline over it.
@@ -133,7 +134,7 @@ def _pipeline(ct: Any, precision: str, keep: frozenset[str]) -> Any:
     half.register()
     passes[passes.index(half.REPLACED)] = half.PASS
     pipeline = ct.PassPipeline(passes, "mmd_export")
-    pipeline.set_options(half.PASS, {"op_selector": lambda op: op.name not in keep})
+    pipeline.set_options(half.PASS, {"op_selector": lambda op: op not in keep})
     if precision not in _BITS:
         return pipeline
     cto = importlib.import_module("coremltools.optimize.coreml")

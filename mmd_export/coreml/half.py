@@ -29,6 +29,36 @@ def register() -> None:
     passes.register_pass(namespace="mmd_export", override=True)(half)
 
 
+class Float32:
+    """The operations that stay float32: those of ``names``, and all that depend on the value ``last``.
+
+    coremltools 9.0 gives the name of a node of torch to its operation, but to the result alone of a linear layer
+    (converters/mil/frontend/torch/ops.py, linear); it puts ``_inversed_`` before it where a division becomes a product
+    (mil/passes/defs/optimize_elementwise_binary.py), and passes that merge operations name the new one themselves. So
+    names are looked for in all these places, and a decoder is told by what it reads. Delete once names are kept.
+    """
+
+    def __init__(self, names: frozenset[str], last: str) -> None:
+        self.names, self.last = names, last
+        self._behind: frozenset[str] | None = None  # of the operations before the first is changed
+
+    def __contains__(self, op: Any) -> bool:
+        if self._behind is None:
+            self._behind = _behind(op.enclosing_block.operations, self.last)
+        named = {op.name, *(var.name for var in op.outputs)}
+        return op.name in self._behind or any(name.removeprefix("_inversed_") in self.names for name in named)
+
+
+def _behind(operations: Any, last: str) -> frozenset[str]:
+    """The names of the operations that depend on the value ``last``."""
+    values, found = {last}, set()
+    for op in operations:
+        if any(var.name in values for var in op.get_flattened_inputs()):
+            found.add(op.name)
+            values |= {var.name for var in op.outputs}
+    return frozenset(found)
+
+
 def _constants(op: Any) -> list[Any]:
     """The float32 constants among the inputs of ``op``."""
     flat = op.get_flattened_inputs()

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from mmd_export.coreml.capture import Captured
+from mmd_export.coreml.half import LARGEST_HALF
 from mmd_export.errors import UsageError
 from mmd_export.fx_ends import fx_ends
 from mmd_export.noise import sampler_noise
@@ -21,7 +22,6 @@ from mmd_export.program import SamplerProgram
 
 PROBE_SEED = 20240229
 PROBE_RUNS = 2
-LARGEST_HALF = 65504.0
 SAFE = LARGEST_HALF / 4  # of what is stored, and of the squares in a norm: other noises may reach twice as far
 
 

@@ -25,6 +25,7 @@ DELICATE = {
 _PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 # They read a shape or a sign of what they are given, in whatever type it comes.
 INDIFFERENT = {"Shape", "Size"}
+_NO_RESULTS = {"Constant", *INDIFFERENT}
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,30 @@ def islands(model: ir.Model, seen: Scan, half: Half) -> dict[ir.Node, str]:
 def ends(model: ir.Model) -> dict[ir.Node, str]:
     """The nodes of a call from the state to the first products, and from the sum before the last product on."""
     state = model.graph.inputs[0]
-    found = reading((use.node for use in state.uses()), ir.Node.successors, _is_product)
-    last = (node for value in model.graph.outputs if (node := value.producer()) is not None)
-    found |= giving(last, ir.Node.predecessors, _is_product, _is_sum)
-    return {node: "end" for node in model.graph if node in found and _is_of_floats(node)}
+
+    def after(node: ir.Node) -> list[ir.Node]:
+        return [each for each in node.successors() if _is_of_floats(each)]
+
+    def before(node: ir.Node) -> list[ir.Node]:
+        return [each for each in node.predecessors() if _is_of_floats(each)]
+
+    def is_sum(node: ir.Node) -> bool:
+        """A weight, and what is made of weights alone such as a reshaped bias, was not computed."""
+        added = [each for each in before(node) if before(each) or state in each.inputs]
+        return node.op_type == "Add" and len(added) > 1
+
+    first = [use.node for use in state.uses() if _is_of_floats(use.node)]
+    last = [node for value in model.graph.outputs if (node := value.producer()) is not None]
+    found = reading(first, after, _is_product) | giving(last, before, _is_product, is_sum)
+    return {node: "end" for node in model.graph if node in found}
 
 
 def _is_product(node: ir.Node) -> bool:
     return node.op_type in _PRODUCTS
 
 
-def _is_sum(node: ir.Node) -> bool:
-    return node.op_type == "Add" and all(value is not None and value.producer() is not None for value in node.inputs)
-
-
 def _is_of_floats(node: ir.Node) -> bool:
-    return node.op_type not in INDIFFERENT and any(is_float(value) for value in node.outputs)
+    return node.op_type not in _NO_RESULTS and any(is_float(value) for value in node.outputs)
 
 
 def promoted(model: ir.Model, values: frozenset[str]) -> dict[ir.Node, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmd_export.dynamic_shift import shift_of
 from mmd_export.plan import Scalar, StepPlan
 from mmd_export.schedule import SchedulerConfig, check_steps, linspace
+from mmd_export.scheduler_keys import DYNAMIC
 from mmd_export.solvers.grids import shifted, sigma_spacing, stretched
 from mmd_export.solvers.table import Table
 
@@ -15,14 +16,14 @@ def _sigmas(config: SchedulerConfig, steps: int) -> list[float]:
     total, shift = config.num_train_timesteps, shift_of(config)
     if config.custom_timesteps:
         return [shifted(t / total, shift) for t in config.custom_timesteps]
-    at_ends = 1.0 if config.get("use_dynamic_shifting") else shift
+    at_ends = 1.0 if config.get(DYNAMIC) else shift
     low, high = shifted(1.0 / total, at_ends) * total, shifted(1.0, at_ends) * total
     return [shifted(t / total, shift) for t in linspace(high, low, steps)]
 
 
 def _settings(config: SchedulerConfig) -> dict[str, Scalar]:
     """The shift, and the mu that a dynamic one is of."""
-    return {"shift": shift_of(config)} | ({"mu": config["mu"]} if config.get("use_dynamic_shifting") else {})
+    return {"shift": shift_of(config)} | ({"mu": config["mu"]} if config.get(DYNAMIC) else {})
 
 
 def flow_euler(config: SchedulerConfig, steps: int) -> StepPlan:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmd_export.folders import staged_file
+
 VARIABLE = "MMD_EXPORT_CACHE"
 ENGINES = "engines"
 
@@ -70,7 +72,5 @@ def store(folder: Path, key: str, engine: Path, said: Mapping[str, Any]) -> None
 
 
 def _place(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(data)
-    partial.replace(path)
+    with staged_file(path) as partial:
+        partial.write_bytes(data)

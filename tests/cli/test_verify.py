@@ -9,12 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
+from mmd_export.commands.verify import device_advice
+from mmd_export.comparison import NO_LIMITS, Limits, compare
+from mmd_export.errors import ParityError
 from mmd_export.manifest import GOLDEN_NAME
+from mmd_export.parity_report import ParityReport, Rung
 from tests.cli.conftest import Command
+from tests.export.bundles import draft
 
 
 def report_of(command: Command, *arguments: object) -> tuple[int, dict[str, object], str]:
@@ -100,6 +106,28 @@ def test_tolerances_from_the_command_line(command: Command, digits_bundle: Path)
     assert code == 0
     assert report["rungs"][-1]["required_atol"] == 0.0  # type: ignore[index]
     assert report["error_budget"]["first_step"] is None  # type: ignore[index]
+
+
+def test_a_device_that_rounds_more_is_told_what_it_may_do() -> None:
+    exact = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 1, 8, 8)
+
+    def report(off: float, runtime: str, precision: str = "fp16", limits: Limits = NO_LIMITS) -> ParityReport:
+        found = exact.copy()
+        found[0, 0, 3, 4] += off
+        rung = Rung(6, (compare("sample", found, exact),), atol=1e-2, mean=1e-2 / 8, limits=limits)
+        advice = device_advice(draft(precision=precision), runtime, rung)
+        return ParityReport("b", runtime, (rung,), advice=advice)
+
+    with pytest.raises(ParityError, match=r"is 0.01; a device that .* by 0.012; pass --atol 0.03 if .*:cuda is one"):
+        report(0.012, "onnxruntime:cuda").require()
+    asked = Limits({"": 1e-3})
+    for other in (
+        report(0.012, "onnxruntime"), report(0.012, "onnxruntime:cpu"), report(0.04, "onnxruntime:cuda"),
+        report(0.012, "onnxruntime:cuda", "fp32"), report(0.012, "onnxruntime:cuda", limits=asked),
+    ):  # fmt: skip
+        assert not other.passed
+        assert other.advice == ""
+    assert report(0.001, "onnxruntime:cuda").passed
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def edit(path: Path, **changes: Any) -> None:
         ({"scaling_factor": "1"}, "scaling_factor is '1'; a number is expected"),
         ({"latents_mean": [0.0] * 3}, r"latents_mean is \[0.0, 0.0, 0.0\]; a list of 4 numbers is expected"),
         ({"latents_std": [1.0, None, 1.0, 1.0]}, "latents_std is .*; a list of 4 numbers is expected"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 0.0, 1.0, 1.0]}, r"latents_std is \[1.0, 0.0, .*is none"),
         ({"latents_std": [1.0, "2", 1.0, 1.0]}, "latents_std is '2'; a number is expected"),
         ({"latent_channels": 8}, "the model takes 4 channels, the autoencoder makes latents of 8"),
         ({"up_block_types": ["NoBlock"]}, "diffusers refuses it"),

@@ -13,13 +13,13 @@ from benchmarks.bisection import KINDS, planted, scale_weight, spoilt
 from benchmarks.faults import Lab
 from mmd_export.bisect import call_value
 from mmd_export.blame import blame, checkpoint_graph, worst_place
-from mmd_export.bundle import Bundle, Golden
+from mmd_export.bundle import Bundle, Golden, take
 from mmd_export.commands.verify import verify
 from mmd_export.comparison import NO_LIMITS, Limits
 from mmd_export.errors import NotAvailableError, ParityError, UsageError
 from mmd_export.graph_parts import GraphParts
 from mmd_export.ladder import fresh_golden
-from mmd_export.parity import Culprit, Rung, check_artefact, take
+from mmd_export.parity import Culprit, Rung, check_artefact
 from mmd_export.runtime import RunOptions
 from mmd_runtime.registry import runtime_for
 

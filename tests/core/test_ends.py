@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import pytest
+from torch import fx
 
 from mmd_export.checkpoint import load_checkpoint
 from mmd_export.coreml.capture import capture
@@ -15,6 +17,7 @@ from mmd_export.onnx_calls import exact_calls
 from mmd_export.precision.islands import ends
 from mmd_export.precision.lower import lower, typed
 from mmd_export.program import SamplerProgram, export_program
+from mmd_finetune.emulation import emulate
 
 # name -> what it reads; p: products, s: sums
 GRAPHS = {
@@ -86,9 +89,47 @@ def test_every_call_of_a_captured_sampler(program: SamplerProgram) -> None:
     assert kinds.count("layer_norm") == kinds.count("silu") == 2
 
 
-def test_a_run_folder_is_emulated_as_it_ships(tiny: Path) -> None:
-    from mmd_finetune.emulation import emulate
+SHIFTED = """
+<ir_version: 10, opset_import: ["" : 20]>
+g (float[1, 4] x, float[4, 4] w, float[4] b, int64[2] row) => (float[1, 4] y) {
+    h = MatMul (x, w)
+    inner = MatMul (h, w)
+    sum = Add (h, inner)
+    bias = Reshape (b, row)
+    shifted = Add (sum, bias)
+    half = Constant <value = float {0.5}> ()
+    moved = Add (shifted, half)
+    y = MatMul (moved, w)
+}
+"""
 
+
+def test_weights_and_constants_in_onnx_are_not_computed() -> None:
+    proto = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(SHIFTED))
+    found = ends(ir.serde.deserialize_model(proto))
+    assert [node.outputs[0].name for node in found] == ["h", "sum", "bias", "shifted", "moved", "y"]
+
+
+def kind(node: fx.Node) -> str:
+    return str(node.target).split(".")[1]
+
+
+def test_a_small_network_has_the_same_ends_everywhere() -> None:
+    checkpoint = load_checkpoint("python:tests.foreign_nets:Residual")
+    plan = checkpoint.plan_for(1)
+    program = export_program(checkpoint.denoiser, plan, checkpoint.shape, 1)
+    in_onnx = [node.op_type for node in ends(typed(exact_calls(program).model))]
+    assert in_onnx == ["ConvTranspose", "Add", "Add", "Sigmoid", "ConvTranspose"]
+    captured = capture(program, "float32")
+    found = find_ends(captured)
+    in_coreml = [kind(node) for node in captured.program.graph.nodes if node.name in found]
+    assert in_coreml == ["conv_transpose2d", "add", "view", "add", "sigmoid", "conv_transpose2d"]
+    emulation = emulate(checkpoint, plan, "fp16")
+    in_emulation = [kind(node) for node in emulation.module.graph.nodes if node in emulation.ends]
+    assert in_emulation == ["conv_transpose2d", "add", "reshape", "add", "sigmoid", "conv_transpose2d"]
+
+
+def test_a_run_folder_is_emulated_as_it_ships(tiny: Path) -> None:
     checkpoint = load_checkpoint(tiny)
     emulation = emulate(checkpoint, checkpoint.plan_for(2), "fp16")
     products = [node for node in emulation.module.graph.nodes if "conv2d" in str(node.target)]

@@ -16,12 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmd_export.build import BuildOptions, build
 from mmd_export.checkpoint import SAFETENSORS, Checkpoint, load_checkpoint
+from mmd_export.checkpoints.diffusers_folder import _in_pipeline
+from mmd_export.checkpoints.families import FAMILIES
 from mmd_export.conditions import names_of
 from mmd_export.errors import UsageError
 from mmd_export.network_options import AS_IT_IS, NetworkOptions
 from mmd_export.plan import StepPlan
 from mmd_export.program import export_program
 from mmd_export.reference import golden_inputs, run_chain, sampler_of
+from mmd_export.schedule import SchedulerConfig
+from mmd_export.scheduler_keys import UNIT_FLOW
 from tests.families import NETWORKS, new_network, save_network
 from tests.models import weights_of, write_weights
 
@@ -359,3 +363,13 @@ def test_the_per_step_baseline(folders: Callable[[str], Path]) -> None:
     found = per_step_session(checkpoint, plan, 2, 1)(given)
     expected = run_chain(sampler_of(checkpoint, plan), given)["sample"]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_only_a_family_that_says_so_has_sprints() -> None:
+    config, family = {"guidance_embeds": True}, FAMILIES["SanaTransformer2DModel"]
+    assert family.is_sprint(config)
+    assert not family.is_sprint({"guidance_embeds": None})
+    assert not replace(family, sprint=False).is_sprint(config)  # as Flux, whose guidance_embeds mean another thing
+    scheduler = SchedulerConfig.from_dict({"_class_name": "SCMScheduler"})
+    assert _in_pipeline(scheduler, config, family)[1] == UNIT_FLOW
+    assert _in_pipeline(scheduler, config, replace(family, sprint=False)) == (scheduler, family.prediction)

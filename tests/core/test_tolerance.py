@@ -17,6 +17,7 @@ from mmd_export.targets import get_target, target_names
 from mmd_export.tolerance import (
     BASES,
     BY_GAIN,
+    ON_A_DEVICE,
     Measurement,
     artefact_tolerance,
     mean_tolerance,
@@ -24,7 +25,8 @@ from mmd_export.tolerance import (
     uint8_tolerance,
 )
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 EVERY = {**BASES, ("torch", "by gain"): BY_GAIN}
 CITED = [(key, measurement) for key, basis in EVERY.items() for measurement in basis.measured]
 
@@ -55,6 +57,14 @@ def test_a_cited_number_is_the_one_in_the_file(key: tuple[str, str], measurement
     largest = max(found(result, measurement.path))
     assert measurement.value == float(f"{largest:.2e}"), f"{key}: {measurement.file} says {largest}"
     assert largest < EVERY[key].atol
+
+
+@pytest.mark.parametrize("key", BASES, ids=" ".join)
+def test_no_tolerance_outgrows_what_was_measured(key: tuple[str, str]) -> None:
+    """fp32 has one tolerance everywhere; one of a lower precision follows its own measurements."""
+    basis = BASES[key]
+    most = 60 if key[1] == "fp32" else 10
+    assert basis.atol <= most * max(measurement.value for measurement in basis.measured)
 
 
 def test_a_number_that_moved_is_noticed() -> None:
@@ -110,3 +120,12 @@ def test_levels_of_bytes_follow_the_tolerance() -> None:
         found = uint8_tolerance(atol)
         assert found[0] == levels
         assert found[1] == pytest.approx(mean)
+
+
+def test_the_page_says_what_a_device_may_reach() -> None:
+    rows = json.loads((RESULTS / "half_ends.json").read_text(encoding="utf-8"))["rows"]
+    kind = {"model": "digits", "precision": "fp16", "run": "every result rounded", "trial": "both ends, as shipped"}
+    (row,) = (each for each in rows if kind.items() <= each.items())
+    page = " ".join((ROOT / "docs" / "precision.md").read_text(encoding="utf-8").split())
+    assert f"may reach {row['worst']:.1e} on digits, for {row['beyond_aim']} of {row['images']} images" in page
+    assert f"--atol {ON_A_DEVICE['onnx', 'fp16'].atol:g}` allows it" in page

@@ -18,7 +18,7 @@ from mmd_export.bundle import Bundle
 from mmd_export.cli import app, run
 from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, ParityError
 from mmd_export.parity import ParityReport, check_artefact
-from mmd_export.runtime import RunOptions, WholeChain
+from mmd_export.runtime import RunOptions, runs_whole
 from mmd_runtime.coreml import require_system
 from mmd_runtime.coreml_reference import RUNTIME
 from mmd_runtime.mil.program import Type, read_package
@@ -130,7 +130,7 @@ def test_the_copy_passes(copy: Bundle) -> None:
 
 def test_the_package_is_read_once_and_run_once(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = RUNTIME.open_chain(copy, RunOptions())
-    assert isinstance(chain, WholeChain)
+    assert runs_whole(chain)
     golden = copy.golden()
     inputs = {name: array[:1] for name, array in golden.inputs.items()}
     whole = RUNTIME.open(copy, RunOptions()).run(inputs)["sample"]

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from mmd_export.target_options import TargetOptions
 from mmd_export.targets import CompileOptions, get_target
 from mmd_runtime.coreml_reference import RUNTIME
 from mmd_runtime.mil.evaluate import Evaluator
-from mmd_runtime.mil.program import Program, Type, read_package
+from mmd_runtime.mil.program import Program, Ref, Type, read_package
 from tests.families import save_network
 
 Built = Callable[..., Bundle]
@@ -115,12 +117,54 @@ def test_unknown_options(tiny: Path, tmp_path: Path, options: TargetOptions, mes
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("decode", [False, True])
-def test_latents_and_their_decoder(built: Built, latent: Path, decode: bool) -> None:
-    bundle = built(latent, decode=decode)
-    assert worst(bundle) <= 1e-4
+@pytest.mark.parametrize(("precision", "decode", "most"), [("fp32", False, 1e-4), ("fp16", True, 1e-2)])
+def test_latents_and_their_decoder(built: Built, latent: Path, precision: str, decode: bool, most: float) -> None:
+    bundle = built(latent, precision=precision, decode=decode)
+    assert worst(bundle) <= most
     assert bundle.gives_latents is not decode
     assert Evaluator(program_of(bundle)).types["sample"].shape == ((1, 3, 16, 16) if decode else (1, 4, 8, 8))
+
+
+def test_a_decoder_behind_half_precision_is_float32(built: Built, latent: Path) -> None:
+    bundle = built(latent, precision="fp16", decode=True)
+    program, last = program_of(bundle), f"state_{bundle.golden().steps}"
+    behind = {last}
+    types: dict[bool, set[str]] = {True: set(), False: set()}  # of convolutions, behind the last state or before
+    for op in program.ops:
+        read = {given.name for several in op.inputs.values() for given in several if isinstance(given, Ref)}
+        if not read.isdisjoint(behind):
+            behind |= {name for name, _ in op.outputs}
+        if op.kind == "conv":
+            types[not read.isdisjoint(behind)].add(op.outputs[0][1].dtype)
+    assert types == {True: {"fp32"}, False: {"fp16", "fp32"}}
+    found = Evaluator(program).run({"noise": bundle.golden().noise[:1]}, [last, "sample"])
+    decoder = load_checkpoint(latent).decoder
+    assert decoder is not None
+    with torch.inference_mode():
+        image = decoder(torch.from_numpy(found[last])).clamp(-1, 1).numpy()
+    np.testing.assert_allclose(found["sample"], image, rtol=0, atol=1e-5)
+
+
+def test_names_that_the_converter_changes_are_kept_all_the_same() -> None:
+    def op(name: str, result: str, *reads: str) -> Any:
+        given = [SimpleNamespace(name=each) for each in reads]
+        return SimpleNamespace(name=name, outputs=[SimpleNamespace(name=result)], get_flattened_inputs=lambda: given)
+
+    ops = [
+        op("_inversed_div", "_inversed_div", "x"), op("linear_0", "linear", "_inversed_div"), op("inner", "inner", "x"),
+        op("add", "state_1", "linear", "inner"), op("transpose_0", "t", "state_1"), op("y", "y", "t"),
+    ]  # fmt: skip
+    for each in ops:
+        each.enclosing_block = SimpleNamespace(operations=ops)
+    keep = half.Float32(frozenset({"div", "linear"}), "state_1")
+    assert [each.name for each in ops if each not in keep] == ["inner", "add"]
+
+
+def test_what_the_decoder_is_called_makes_it_no_network() -> None:
+    node = fx.Graph().placeholder("x")
+    for path, inside in (("sampler.sampler.denoiser", True), ("sampler.sampler.decoder", False), ("sampler", False)):
+        node.meta["nn_module_stack"] = {"a": (path, nn.Module)}
+        assert capture._in_network(node) is inside
 
 
 def test_a_transformer_with_text(built: Built, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from mmd_export.bundle import (
     write_bundle,
 )
 from mmd_export.errors import BundleError, ParityError, UsageError
-from mmd_export.manifest import canonical_json, schema_text
+from mmd_export.manifest import DecoderInfo, canonical_json, schema_text
 from tests.export.bundles import CARD, ROOT, SHAPE, artefact, contents, draft, golden, left_beside, make
 
 
@@ -171,6 +171,24 @@ def test_the_manifest_is_plain_text_in_canonical_form(out: Path) -> None:
 def test_a_wrong_draft_is_refused(changes: Mapping[str, Any]) -> None:
     with pytest.raises(ValueError, match="validation error"):
         draft(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": (0.5,)}, "mean has 1 channels, std 0; each channel has both"),
+        ({"std": (0.5,)}, "mean has 0 channels, std 1"),
+        ({"mean": (0.0,) * 3, "std": (1.0,) * 4}, "mean has 3 channels, std 4"),
+        ({"mean": (0.0, 0.0), "std": (1.0, 0.0)}, r"scale is 1 and std \[1.0, 0.0\]; a latent times 0 is none"),
+        ({"scale": 0.0}, r"scale is 0 and std \[\]"),
+    ],
+)
+def test_a_decoder_that_cannot_be_computed(changes: dict[str, Any], message: str) -> None:
+    """Nothing of it may get lost on the way to the file: mean without std did."""
+    whole: dict[str, Any] = {"autoencoder": "AutoencoderKL", "scale": 1.0, "shift": 0.0, "precision": "fp32"}
+    assert DecoderInfo(**whole, mean=(0.0,), std=(2.0,)).model_dump()["mean"] == (0.0,)
+    with pytest.raises(ValueError, match=message):
+        DecoderInfo(**{**whole, **changes})
 
 
 def test_batch_check_names_both_values_and_the_next_move() -> None:

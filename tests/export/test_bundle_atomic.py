@@ -7,17 +7,21 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from mmd_export import folders
+from mmd_export import folders, journal
 from mmd_export.bundle import (
     Bundle,
     require_free,
     write_bundle,
 )
 from mmd_export.errors import MmdExportError, UsageError
+from mmd_export.journal import Journal, Notes
 from tests.export.bundles import CARD, ROOT, contents, draft, golden, left_beside, make
 
 
@@ -181,3 +185,20 @@ def test_a_file_size_limit_is_one_line_and_leaves_nothing(out: Path) -> None:
     assert "File too large" in text
     assert text.count("\n") == 1
     assert list(out.parent.iterdir()) == []
+
+
+def test_a_file_is_noted_until_it_is_in_place(tmp_path: Path) -> None:
+    """So that whoever waits for the command can clear it away after a crash."""
+    place = tmp_path / "new" / "a.json"
+    with tempfile.TemporaryFile() as notes:
+        with mock.patch.object(journal, "JOURNAL", Journal(notes.fileno())):
+            with folders.staged_file(place) as partial:
+                partial.write_text("half")
+                assert Notes.read(notes.fileno()).left == (partial,)
+                assert not place.exists()
+            with suppress(ValueError), folders.staged_file(place) as other:
+                other.write_text("worse")
+                raise ValueError
+        assert Notes.read(notes.fileno()).left == ()
+    assert place.read_text() == "half"
+    assert list(place.parent.iterdir()) == [place]

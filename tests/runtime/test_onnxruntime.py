@@ -14,6 +14,7 @@ import pytest
 
 from mmd_export.bundle import BatchSpec, Bundle
 from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, UsageError
+from mmd_export.parity import check_artefact
 from mmd_export.runtime import ChainSession, RunOptions, Runtime, Session
 from mmd_runtime import registry
 from mmd_runtime.chunks import run_in_batches
@@ -231,3 +232,21 @@ def test_a_missing_package_is_named_with_its_pip_line(bundle: Bundle, monkeypatc
     assert RUNTIME.availability().install == "pip install 'mmd-export[onnx]'"
     with pytest.raises(NotAvailableError, match=r"needs the onnx package.*pip install 'mmd-export\[onnx\]'"):
         RUNTIME.open_chain(bundle, OPTIONS)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_artefact_is_opened_again_unless_the_chain_runs_it_whole(
+    static: Bundle, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    chain: Any = RUNTIME.open_chain(static, OPTIONS)
+    session, opened = RUNTIME.open(static, OPTIONS), []
+
+    def note(*_: Any) -> Session:
+        opened.append(session)
+        return session
+
+    chain.whole = whole
+    monkeypatch.setattr(type(RUNTIME), "open_chain", lambda *_: chain)
+    monkeypatch.setattr(type(RUNTIME), "open", note)
+    assert check_artefact(static, RUNTIME, OPTIONS).passed
+    assert len(opened) == (0 if whole else 1)

@@ -114,6 +114,21 @@ def test_what_is_stored_is_found_whole_or_not_at_all(tmp_path: Path) -> None:
     assert len(list(folder.iterdir())) == 2
 
 
+def test_an_engine_that_could_not_be_stored_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, folder = tmp_path / "engine", tmp_path / "cache"
+    engine.write_bytes(b"an engine")
+    whole = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        whole(self, data[:4])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        store(folder, key_of({}), engine, {"version": "1"})
+    assert list(folder.iterdir()) == []
+
+
 def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder(tmp_path / "given") == tmp_path / "given"
     monkeypatch.setenv("MMD_EXPORT_CACHE", str(tmp_path / "named"))
