@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mmd_export import __version__
 from mmd_export.checkpoint import BUILT_IN
 from tests.cli.conftest import Command
 
@@ -142,9 +143,30 @@ def test_unknown_runtime(command: Command, digits_bundle: Path) -> None:
     fails(command, 2, "unknown", "verify", digits_bundle, "--runtime", "abacus")
 
 
-def test_unknown_command_and_missing_option(command: Command) -> None:
-    assert command("fly")[0] == 2
-    assert command("build", "digits")[0] == 2
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("fly",), "No such command 'fly'; see mmd-export --help"),
+        (("bild",), "No such command 'bild'. Did you mean 'build'; see mmd-export --help"),
+        (("build", "digits"), "Missing option '--target'; see mmd-export build --help"),
+        (("bench", "b", "--chekpoint", "d"), "--chekpoint (Possible options: --checkpoint); see mmd-export bench --h"),
+        (("bench", "b", "--rounds", "many"), "Invalid value 'many' for '--rounds': Input should be a valid integer"),
+        (("verify", "b", "--seed"), "Option '--seed' requires an argument; see mmd-export verify --help"),
+        (("verify", "b", "c"), "(c); see mmd-export verify --help"),
+    ],
+)
+def test_wrong_usage_is_one_line(command: Command, arguments: tuple[str, ...], says: str) -> None:
+    code, out, err = command(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("mmd-export: error: ")
+    assert says in err
+
+
+def test_no_command_gets_the_help_and_version_its_number(command: Command) -> None:
+    code, out, err = command()
+    assert (code, err) == (2, "")
+    assert "Commands" in out
+    assert command("--version") == (0, f"mmd-export {__version__}\n", "")
 
 
 def test_a_full_disk_leaves_nothing(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
