@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlencode
@@ -100,8 +101,13 @@ def with_ema_if_given(model: str | None, ema: str | None) -> str | None:
 
 def positive(flag: str, value: int | None) -> None:
     """Raise UsageError for a number below 1."""
-    if value is not None and value < 1:
-        raise UsageError(f"{flag} is {value}; it must be at least 1")
+    at_least(flag, value, 1)
+
+
+def at_least(flag: str, value: float | None, least: int) -> None:
+    """Raise UsageError for a number below ``least``, and for one that is not finite."""
+    if value is not None and not least <= value < math.inf:
+        raise UsageError(f"{flag} is {value:g}; it must be at least {least}")
 
 
 JunitFile = Annotated[Path | None, typer.Option("--junit", help="also write JUnit XML", show_default=False)]
