@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from safetensors.numpy import load_file, save_file
 
 from mmd_export import __version__
 from mmd_export.checkpoint import BUILT_IN
+from mmd_export.cli import app
 from tests.cli.conftest import Command
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -160,6 +163,18 @@ def test_wrong_usage_is_one_line(command: Command, arguments: tuple[str, ...], s
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("mmd-export: error: ")
     assert says in err
+
+
+def test_help_keeps_its_brackets(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich takes [output:] for markup unless it is escaped, and drops it."""
+    monkeypatch.setenv("COLUMNS", "300")
+    for name, each in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        _, out, _ = command(name, "--help")
+        texts = (each.help, each.epilog, *(getattr(param, "help", None) for param in each.params))
+        kept = re.findall(r"\[.*?\]", " ".join(filter(None, texts)).replace("\\[", "["))
+        assert [part for part in kept if part not in out] == [], name
+        assert "\\[" not in out
+    assert "[output:]value" in command("verify", "--help")[1]
 
 
 def test_no_command_gets_the_help_and_version_its_number(command: Command) -> None:
