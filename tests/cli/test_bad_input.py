@@ -142,6 +142,15 @@ def test_not_a_bundle(command: Command, tmp_path: Path) -> None:
     fails(command, 2, "is not a bundle", "verify", tmp_path)
 
 
+def test_a_file_of_a_bundle_is_told_from_a_missing_folder(command: Command, digits_bundle: Path) -> None:
+    fails(command, 2, f"is a file of a bundle; give its folder {digits_bundle}", "verify", digits_bundle / "model.onnx")
+
+
+def test_a_runtime_of_another_format_names_those_that_fit(command: Command, digits_bundle: Path) -> None:
+    says = "runtime openvino opens openvino; onnx runs in onnxruntime, or build with a --target that makes openvino"
+    fails(command, 2, says, "sample", digits_bundle, "--runtime", "openvino")
+
+
 def test_unknown_runtime(command: Command, digits_bundle: Path) -> None:
     fails(command, 2, "unknown", "verify", digits_bundle, "--runtime", "abacus")
 

@@ -313,4 +313,4 @@ def test_a_damaged_reference_is_refused(command: Command, digits_bundle: Path, t
     (damaged / "golden.safetensors").unlink()
     code, _, err = command("bench", digits_bundle, "--against", damaged, "--max-regression", "5%", *QUICK)
     assert code == 5
-    assert "'golden.safetensors' is missing" in err
+    assert f"{damaged}: bundle digits-2: 'golden.safetensors' is missing" in err  # both are called digits-2
