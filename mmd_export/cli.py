@@ -45,6 +45,7 @@ from mmd_export.cli_options import (
     Timesteps,
     TunedModel,
     listed,
+    png,
     with_ema,
     with_ema_if_given,
 )  # fmt: skip
@@ -252,6 +253,7 @@ def sample(
     from mmd_export.commands.sample import SampleOptions, draw
     from mmd_export.pictures import save_grid
 
+    png("--out", out)
     network = NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
     options = SampleOptions(
         with_ema(source, ema), seed, count, runtime, checkpoint, class_label, network, tuple(condition or ()),
@@ -284,12 +286,15 @@ def inspect(
 ) -> None:
     """Show the plan as a table, sizes, op counts and provenance."""
     from mmd_export.commands.inspect import inspect as look
-    from mmd_export.commands.inspect import plan_rows, plot_plan
+    from mmd_export.commands.inspect import plan_rows, plot_plan, require_plan
     from mmd_export.plan import StepPlan
 
+    png("--plot", plot)
     options = PlanOptions(steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps))
     network = NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
     facts = look(with_ema(source, ema), options, network)
+    if plot:
+        require_plan(facts)
     hidden = ("plan", "files", "graph", "parity", "manifest_sha256", "tuned_precision")
     flat = {key: value for key, value in facts.items() if key not in hidden and value not in (None, [], {})}
     flat |= {"tuned_precision": tuned["precision"]} if (tuned := facts.get("tuned_precision")) else {}

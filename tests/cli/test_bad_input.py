@@ -142,6 +142,30 @@ def test_not_a_bundle(command: Command, tmp_path: Path) -> None:
     fails(command, 2, "is not a bundle", "verify", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("sample", "--out", "grid.jpg"), "--out is grid.jpg, pictures are written as PNG; name it grid.png"),
+        (("inspect", "--plot", "plan.pdf"), "--plot is plan.pdf, pictures are written as PNG; name it plan.png"),
+        (("evaluate", "--plot", "values.svg"), "--plot is values.svg, pictures are written as PNG; name it values.png"),
+        (("inspect", "--json", "."), "--json . cannot be written: it is a folder; name another file"),
+        (("verify", "--junit", f"{__file__}/a.xml"), f"/a.xml cannot be written: {__file__} is no folder; name"),
+        (("bench", "--summary", "."), "--summary . cannot be written: it is a folder; name another file"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_read(
+    command: Command, arguments: tuple[str, ...], says: str
+) -> None:
+    name, *options = arguments
+    fails(command, 2, says, name, "nowhere", *options)
+
+
+def test_a_plan_that_is_not_known_is_refused_before_the_table(command: Command, tmp_path: Path) -> None:
+    code, out, err = command("inspect", "digits", "--plot", tmp_path / "plan.png")
+    assert (code, out) == (2, "")
+    assert "no plan is known to draw; give --steps or --timesteps" in err
+
+
 def test_a_file_of_a_bundle_is_told_from_a_missing_folder(command: Command, digits_bundle: Path) -> None:
     fails(command, 2, f"is a file of a bundle; give its folder {digits_bundle}", "verify", digits_bundle / "model.onnx")
 
