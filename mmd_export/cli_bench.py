@@ -95,7 +95,10 @@ def bench(
     summary: SummaryFile = None,
     json: JsonFile = None,
 ) -> None:
-    """Measure latency, interleaved with torch eager and with the usual one-step session called K times."""
+    """Measure latency, interleaved with torch eager and with the usual one-step session called K times.
+
+    Both take the checkpoint: --checkpoint, where it is not built in.
+    """
     from mmd_export import ci_files
     from mmd_export.commands import bench as command
     from mmd_export.commands.bench_gate import Gates
