@@ -30,7 +30,7 @@ def commands() -> str:
     command = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="mmd-export")
     _, _, rest = text.partition("**Commands**:")
-    rest = rest[rest.index("## ") :].replace("&#x27;", "'").replace("&quot;", '"')
+    rest = rest[rest.index("## ") :].replace("&#x27;", "'").replace("&quot;", '"').replace(r"\[", "[")
     rest = re.sub(r"^\* `--help`: .*\n", "", rest, flags=re.MULTILINE)
     rest = re.sub(r"\*\*Usage\*\*:\n\n```console\n\$ (.*)\n```", r"```text\n\1\n```", rest)
     rest = re.sub(r"^Example: (mmd-export .*)$", r"Example: `\1`", rest, flags=re.MULTILINE)

@@ -126,12 +126,16 @@ class Bundle:
         """Check manifest, files, hashes and golden tensors; ``UsageError`` if it is no bundle, else ``BundleError``."""
         place = Path(folder)
         manifest = parse_manifest(_read_manifest(place), place.name or str(place))
+        bundle = cls(folder=place, manifest=manifest)
         try:
             _check_files(place, manifest)
+            bundle.golden()
         except OSError as error:
             raise BundleError(f"bundle {manifest.name}: cannot be read: {error}; {_AGAIN}") from error
-        bundle = cls(folder=place, manifest=manifest)
-        bundle.golden()
+        except BundleError as error:
+            if place.name == manifest.name:
+                raise
+            raise BundleError(f"{place}: {error}") from error  # several bundles may have one name
         return bundle
 
     @property
@@ -276,7 +280,10 @@ def _read_manifest(folder: Path) -> bytes:
     try:
         status = path.lstat()
     except (OSError, ValueError):
+        if folder.is_file() and (folder.parent / MANIFEST_NAME).is_file():
+            raise UsageError(f"{folder} is a file of a bundle; give its folder {folder.parent}") from None
         reason = f"it has no {MANIFEST_NAME}" if folder.is_dir() else "there is no such folder"
+        reason = "it is a file" if folder.is_file() else reason
         raise UsageError(f"{folder} is not a bundle: {reason}; make one with mmd-export build --out") from None
     if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_MANIFEST:
         raise BundleError(f"bundle {folder.name}: {MANIFEST_NAME} is no plain file of at most 64 MiB; {_AGAIN}")

@@ -10,10 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
+from mmd_export import __version__
 from mmd_export.cli_bench import BENCH_EXAMPLES, REPORT_EXAMPLES, bench, report
 from mmd_export.cli_build import BUILD_EXAMPLES, FINALIZE_EXAMPLES, build, finalize
 from mmd_export.cli_data import Balance, Crop, FeatureCacheSwitch, Features, Flip, Holdout, HoldoutFraction, Resize
 from mmd_export.cli_embed import EMBED_EXAMPLES, embed
+from mmd_export.cli_errors import usage_line
 from mmd_export.cli_evaluate import EVALUATE_EXAMPLE, evaluate
 from mmd_export.cli_finetune import (
     Autocast,
@@ -43,6 +45,7 @@ from mmd_export.cli_options import (
     Timesteps,
     TunedModel,
     listed,
+    png,
     with_ema,
     with_ema_if_given,
 )  # fmt: skip
@@ -58,7 +61,7 @@ from mmd_export.cli_tuning import (
     TunedIn,
 )
 from mmd_export.cli_verify import VERIFY_EXAMPLES, verify
-from mmd_export.errors import MmdExportError, NotAvailableError, is_out_of_memory
+from mmd_export.errors import MmdExportError, NotAvailableError, UsageError, is_out_of_memory
 from mmd_export.journal import JOURNAL
 from mmd_export.network_options import NetworkOptions
 from mmd_export.plan_options import PlanOptions
@@ -77,6 +80,21 @@ app = typer.Typer(
     "4 parity failed, 5 bundle damaged, 6 latency gate failed, 130 interrupted.",
     rich_markup_mode="rich",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        show(f"mmd-export {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    """What stands before the command; the help is that of ``app``."""
 
 
 @app.command(epilog="Example: mmd-export demo --out demo")
@@ -235,6 +253,7 @@ def sample(
     from mmd_export.commands.sample import SampleOptions, draw
     from mmd_export.pictures import save_grid
 
+    png("--out", out)
     network = NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
     options = SampleOptions(
         with_ema(source, ema), seed, count, runtime, checkpoint, class_label, network, tuple(condition or ()),
@@ -267,12 +286,15 @@ def inspect(
 ) -> None:
     """Show the plan as a table, sizes, op counts and provenance."""
     from mmd_export.commands.inspect import inspect as look
-    from mmd_export.commands.inspect import plan_rows, plot_plan
+    from mmd_export.commands.inspect import plan_rows, plot_plan, require_plan
     from mmd_export.plan import StepPlan
 
+    png("--plot", plot)
     options = PlanOptions(steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps))
     network = NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
     facts = look(with_ema(source, ema), options, network)
+    if plot:
+        require_plan(facts)
     hidden = ("plan", "files", "graph", "parity", "manifest_sha256", "tuned_precision")
     flat = {key: value for key, value in facts.items() if key not in hidden and value not in (None, [], {})}
     flat |= {"tuned_precision": tuned["precision"]} if (tuned := facts.get("tuned_precision")) else {}
@@ -317,12 +339,10 @@ def run(entry: Callable[..., Any], arguments: list[str] | None = None) -> int:
     import os
 
     try:
-        entry(args=arguments, standalone_mode=True)
+        ended = entry(args=arguments, standalone_mode=False)
+        code = ended if isinstance(ended, int) else 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-        if code == INTERRUPTED:  # typer's answer to KeyboardInterrupt
-            say("interrupted; nothing half-written was left, saved states are kept (finetune --resume [--finish])")
-        return code
     except MmdExportError as error:
         line = " ".join(str(error).split())
         if is_out_of_memory(error) and not isinstance(error, NotAvailableError):
@@ -330,6 +350,10 @@ def run(entry: Callable[..., Any], arguments: list[str] | None = None) -> int:
         say(f"error: {line}")
         return error.exit_code
     except Exception as error:
+        if (wrong := usage_line(error, sys.argv[1:] if arguments is None else arguments)) is not None:
+            if wrong:
+                say(f"error: {wrong}")
+            return UsageError.exit_code
         if os.environ.get(TRACEBACK):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400].rstrip(":")
@@ -337,7 +361,9 @@ def run(entry: Callable[..., Any], arguments: list[str] | None = None) -> int:
             return _out_of_memory(reason)
         say(f"unexpected error: {reason}; set {TRACEBACK}=1 for the traceback")
         return 1
-    return 0
+    if code == INTERRUPTED:  # typer's answer to KeyboardInterrupt
+        say("interrupted; nothing half-written was left, saved states are kept (finetune --resume [--finish])")
+    return code
 
 
 def _out_of_memory(reason: str) -> int:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mmd_export.batch import BatchSpec
-from mmd_export.cli_options import CheckpointOption, JsonFile, JunitFile, RuntimeName, SummaryFile, positive
+from mmd_export.cli_options import (
+    CheckpointOption,
+    JsonFile,
+    JunitFile,
+    RuntimeName,
+    SummaryFile,
+    at_least,
+    positive,
+)
 from mmd_export.cli_output import say, show, show_table, write_json
 from mmd_export.errors import UsageError
 
 BENCH_EXAMPLES = "Example: mmd-export bench new.bundle --against old.bundle --max-regression 5%"
 REPORT_EXAMPLES = "Example: mmd-export report digits-5.bundle -o report.html"
 _GATE_PANEL = "Gate"
+_MOST_THREADS_A_CORE = 4  # more only wait for each other, and a thousand of them never end
 
 
 def bench(
@@ -84,14 +95,17 @@ def bench(
     summary: SummaryFile = None,
     json: JsonFile = None,
 ) -> None:
-    """Measure latency, interleaved with torch eager and with the usual one-step session called K times."""
+    """Measure latency, interleaved with torch eager and with the usual one-step session called K times.
+
+    Both take the checkpoint: --checkpoint, where it is not built in.
+    """
     from mmd_export import ci_files
     from mmd_export.commands import bench as command
     from mmd_export.commands.bench_gate import Gates
     from mmd_export.commands.candidates import BenchOptions
     from mmd_export.commands.cards import write_latency
 
-    positive("--rounds", rounds)
+    _require_counts(rounds, seconds, threads, cold)
     options = BenchOptions(
         tuple(bundles), tuple(against or ()), runtime, checkpoint, rounds, seconds, threads, bound,
         _sizes(batches), _percentiles(percentiles), cold, cuda_graph,
@@ -147,9 +161,22 @@ def report(
     from mmd_export.commands.report import ReportOptions
     from mmd_export.commands.report import report as make
 
+    at_least("--seconds", seconds, 0)
     options = ReportOptions(tuple(bundles), out, tuple(verify or ()), bench, runtime, checkpoint, seconds, update_card)
     make(options, say)
     show(f"{out}: {out.stat().st_size / 1e3:.0f} kB, {len(bundles)} bundles")
+
+
+def _require_counts(rounds: int | None, seconds: float | None, threads: int, cold: int) -> None:
+    """Raise UsageError for what is no number of rounds, seconds, threads or processes."""
+    positive("--rounds", rounds)
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise UsageError(f"--seconds is {seconds:g}; it must be above 0, or leave it out")
+    at_least("--threads", threads, 0)
+    at_least("--cold", cold, 0)
+    cores = os.cpu_count() or 1
+    if threads > (most := cores * _MOST_THREADS_A_CORE):
+        raise UsageError(f"--threads is {threads}, this machine has {cores} cores; give at most {most}")
 
 
 def _sizes(text: str | None) -> tuple[int, ...]:
@@ -167,7 +194,13 @@ def _sizes(text: str | None) -> tuple[int, ...]:
 
 def _percentiles(text: str | None) -> tuple[float, ...]:
     """``--percentiles``."""
+    if text is None:
+        return ()
+    from mmd_export.latency import require_reported
+
     try:
-        return () if text is None else tuple(float(part) for part in text.split(","))
+        found = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise UsageError(f"--percentiles is {text!r}; give a list such as 50,90,99") from None
+    require_reported(found)
+    return found

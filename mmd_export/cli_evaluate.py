@@ -23,6 +23,7 @@ from mmd_export.cli_options import (
     Steps,
     Timesteps,
     listed,
+    png,
     positive,
     with_ema,
 )
@@ -86,6 +87,7 @@ def evaluate(
 ) -> None:
     """Score samples against real images: any metrics on any encoders, each with a bootstrap interval."""
     positive("--real-count", real_count)
+    png("--plot", plot)
     if bootstrap < 0:
         raise UsageError(f"--bootstrap is {bootstrap}; it must be at least 0")
     from mmd_export.commands import evaluate as command

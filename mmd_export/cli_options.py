@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlencode
@@ -68,8 +70,39 @@ RuntimeName = Annotated[
 CheckpointOption = Annotated[
     str | None, typer.Option("--checkpoint", help="the model or run folder a bundle was built from", show_default=False)
 ]
+
+
+def _can_be_written(option: typer.CallbackParam, path: Path | None) -> Path | None:
+    """``path``; raises UsageError now for what could not be written once the work is done."""
+    if path is None or path == Path("-"):
+        return path
+    try:
+        reason = _why_not(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise UsageError(f"{option.opts[0]} {path} cannot be written: {reason}; name another file")
+    return path
+
+
+def _why_not(path: Path) -> str:
+    """Why no file can be written at ``path``, whose folders are made; "" if nothing speaks against it."""
+    if path.is_dir():
+        return "it is a folder"
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if there != path and not there.is_dir():
+        return f"{there} is no folder"
+    return "" if os.access(there, os.W_OK) else f"{there} is read-only"
+
+
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="also write the numbers to this file (- for stdout)", show_default=False)
+    Path | None,
+    typer.Option(
+        "--json",
+        help="also write the numbers to this file (- for stdout)",
+        show_default=False,
+        callback=_can_be_written,
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what stands at --out")]
 SkipVerify = Annotated[bool, typer.Option("--skip-verify", help="write the bundle without measuring parity")]
@@ -100,12 +133,31 @@ def with_ema_if_given(model: str | None, ema: str | None) -> str | None:
 
 def positive(flag: str, value: int | None) -> None:
     """Raise UsageError for a number below 1."""
-    if value is not None and value < 1:
-        raise UsageError(f"{flag} is {value}; it must be at least 1")
+    at_least(flag, value, 1)
 
 
-JunitFile = Annotated[Path | None, typer.Option("--junit", help="also write JUnit XML", show_default=False)]
+def at_least(flag: str, value: float | None, least: int) -> None:
+    """Raise UsageError for a number below ``least``, and for one that is not finite."""
+    if value is not None and not least <= value < math.inf:
+        raise UsageError(f"{flag} is {value:g}; it must be at least {least}")
+
+
+def png(flag: str, path: Path | None) -> None:
+    """Raise UsageError for a picture that is to be called something else than what it is."""
+    if path is not None and path.suffix.lower() not in ("", ".png"):
+        raise UsageError(f"{flag} is {path}, pictures are written as PNG; name it {path.with_suffix('.png')}")
+
+
+JunitFile = Annotated[
+    Path | None,
+    typer.Option("--junit", help="also write JUnit XML", show_default=False, callback=_can_be_written),
+]
 SummaryFile = Annotated[
     Path | None,
-    typer.Option("--summary", help="append a Markdown summary, as to $GITHUB_STEP_SUMMARY", show_default=False),
+    typer.Option(
+        "--summary",
+        help="append a Markdown summary, as to $GITHUB_STEP_SUMMARY",
+        show_default=False,
+        callback=_can_be_written,
+    ),
 ]

@@ -30,14 +30,16 @@ def verify(
     atol: Annotated[
         list[str] | None,
         typer.Option(
-            help="[output:]value instead of the bundle's tolerance, as in sample:1e-3; repeatable", show_default=False
+            help=r"\[output:]value instead of the bundle's tolerance, as in sample:1e-3; repeatable", show_default=False
         ),
     ] = None,
     rtol: Annotated[
         list[str] | None,
-        typer.Option(help="[output:]value: so much of each reference value besides; repeatable", show_default=False),
+        typer.Option(help=r"\[output:]value: so much of each reference value besides; repeatable", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the fresh noises, with --checkpoint")] = 1,
+    seed: Annotated[
+        int | None, typer.Option(help="of the fresh noises, with --checkpoint; default 1", show_default=False)
+    ] = None,
     distribution: Annotated[
         bool, typer.Option("--distribution", help="rung 7 too: many samples, MMD with a p-value, Frechet distance")
     ] = False,
@@ -66,13 +68,18 @@ def verify(
     """
     from mmd_export import ci_files
     from mmd_export.bundle import Bundle
+    from mmd_export.commands.verify import FRESH_SEED
     from mmd_export.commands.verify import verify as check
     from mmd_export.comparison import Limits
 
+    if seed is not None and checkpoint is None:
+        raise UsageError(
+            f"--seed {seed} is of fresh noises, which need the checkpoint; add --checkpoint or leave it out"
+        )
     limits = Limits(parse_limits("--atol", atol or ()), parse_limits("--rtol", rtol or ()))
     given = {"count": count, "features": features, "against": None if against is None else str(against), "level": level}
     report = check(
-        Bundle.open(bundle), runtime, checkpoint, say, limits=limits, seed=seed,
+        Bundle.open(bundle), runtime, checkpoint, say, limits=limits, seed=FRESH_SEED if seed is None else seed,
         distribution=_options(distribution, given), bisect=bisect,
     )  # fmt: skip
     show_report(report, json)
@@ -127,6 +134,8 @@ def show_report(report: ParityReport, json: Path | None) -> None:
         say(placement.summary)
     if report.culprit is not None:
         say(f"bisect: {report.culprit.message}")
+    if report.passed:
+        say(f"passed: {sum(not rung.skipped for rung in report.rungs)} of {len(report.rungs)} rungs checked")
 
 
 def rung_rows(report: ParityReport) -> Iterator[tuple[str, ...]]:

@@ -167,11 +167,17 @@ def noise_note(ratio: Ratio, resolution: float = RESOLUTION) -> str:
     )
 
 
-def require_rounds(rounds: int, percentiles: Sequence[float]) -> None:
-    """Raise UsageError if a percentile needs more rounds."""
+def require_reported(percentiles: Sequence[float]) -> None:
+    """Raise UsageError for a percentile that no summary has."""
     for percent in percentiles:
         if percent not in PERCENTILES:
             raise UsageError(f"percentile {percent:g} is not reported; p50, p90 and p99 are")
+
+
+def require_rounds(rounds: int, percentiles: Sequence[float]) -> None:
+    """Raise UsageError if a percentile is not reported or needs more rounds."""
+    require_reported(percentiles)
+    for percent in percentiles:
         if rounds < (least := rounds_for(percent)):
             raise UsageError(f"p{percent:g} takes at least {least} rounds, this run has {rounds}; raise --rounds")
 

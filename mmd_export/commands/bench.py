@@ -101,14 +101,19 @@ def bench(
         return _gated(bundles, batches, options, gates, notify)
     against = options.against or default_baselines(bundles[0], options)
     checkpoints = Checkpoints(options.checkpoint)
+    if left_out := _left_out(bundles[0], against):
+        notify(left_out)
     found: tuple[Candidate, ...] = ()
+    seconds = SECONDS if options.seconds is None else options.seconds
     latencies: dict[int, LatencyReport] = {}
     devices: dict[str, tuple[float, ...]] = {}
     for batch in batches:
-        notify(f"preparing {', '.join(each.name for each in bundles)} {' '.join(against)}, batch {batch}")
+        notify(f"preparing {', '.join((*(each.name for each in bundles), *against))}, batch {batch}")
         found = candidates_of(bundles, against, batch, options, checkpoints)
+        if batch == batches[0]:
+            _tell(found, notify)
         calls = {each.name: each.open() for each in found}
-        rounds = options.rounds or affordable_rounds(calls, (options.seconds or SECONDS) / len(batches))
+        rounds = options.rounds or affordable_rounds(calls, seconds / len(batches))
         require_rounds(rounds, options.percentiles)
         notify(f"measuring {len(calls)} candidates, {rounds} interleaved rounds")
         latencies[batch] = measure(calls, rounds, rest=REST)
@@ -149,6 +154,7 @@ def _gated(
     plan = gate_plan(options)
     found = candidates_of(bundles, gates.against(options), batches[0], options, Checkpoints(options.checkpoint))
     settled = settled_gates(gates, found, len(bundles), batches[0], options)
+    _tell(found, notify)
     notify(f"measuring {len(found)} candidates in blocks, at most {plan.seconds:g} s")
     blocks = measure_blocks({each.name: each.open for each in found}, plan, settled.limits)
     settled.save(blocks)
@@ -170,6 +176,20 @@ def default_baselines(bundle: Bundle, options: BenchOptions) -> tuple[str, ...]:
     """torch eager and the per-step session where the checkpoint is at hand."""
     known = options.checkpoint is not None or bundle.manifest.checkpoint.name in BUILT_IN
     return DEFAULT_BASELINES if known else ()
+
+
+def _left_out(bundle: Bundle, against: Sequence[str]) -> str:
+    """Why nothing is measured beside the bundles, "" if something is."""
+    if against:
+        return ""
+    name = bundle.manifest.checkpoint.name
+    return f"torch and per-step are left out: the checkpoint {name!r} was not given; pass --checkpoint MODEL"
+
+
+def _tell(found: Sequence[Candidate], notify: Callable[[str], None]) -> None:
+    """What each candidate runs in."""
+    for each in found:
+        notify(each.told)
 
 
 def affordable_rounds(run: Mapping[str, Callable[[], object]], seconds: float) -> int:

@@ -73,6 +73,15 @@ class Candidate:
         """Of the artefact, where it is a bundle's."""
         return None if self.bundle is None else self.bundle.artefact_sha256
 
+    @property
+    def told(self) -> str:
+        """What it runs in, and that this is not the engine where a bundle is still to be compiled."""
+        recipe = None if self.bundle is None else self.bundle.manifest.deferred
+        if self.bundle is None or recipe is None:
+            return f"{self.name} runs in {self.runs_in}"
+        engine = f"not the {recipe.format} engine; run mmd-export finalize {self.bundle.folder} first"
+        return f"{self.name} runs in {self.runs_in}, {engine}"
+
 
 def inputs_of(bundle: Bundle, batch: int) -> dict[str, NDArray[Any]]:
     """The first golden inputs as a batch of that size, from the first image again where there are too few."""

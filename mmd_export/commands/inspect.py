@@ -80,12 +80,17 @@ def plan_rows(plan: StepPlan) -> list[tuple[str, ...]]:
     return rows
 
 
+def require_plan(facts: dict[str, Any]) -> None:
+    """Raise UsageError if ``inspect``'s facts hold no plan to draw."""
+    if "plan" not in facts:
+        raise UsageError(f"{facts['name']}: no plan is known to draw; give --steps or --timesteps")
+
+
 def plot_plan(facts: dict[str, Any], path: Path) -> None:
     """Draw the plan of ``inspect``'s facts as a PNG; raises UsageError if no plan is known."""
     from mmd_export.plan_picture import save_plan_picture
 
-    if "plan" not in facts:
-        raise UsageError(f"{facts['name']}: no plan is known to draw; give --steps or --timesteps")
+    require_plan(facts)
     save_plan_picture(StepPlan.from_dict(facts["plan"]), path)
 
 

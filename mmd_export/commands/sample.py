@@ -30,7 +30,8 @@ PART = 256
 class SampleOptions(PlanOptions):
     """``source``: BUNDLE, RUN or MODEL; the options of the plan and ``network`` are for a MODEL only.
 
-    ``conditions``: ``name=FILE`` for what the network is told besides class labels.
+    ``runtime`` and ``checkpoint`` are for a BUNDLE only. ``conditions``: ``name=FILE`` for what the network is told
+    besides class labels.
     """
 
     source: str
@@ -127,6 +128,9 @@ def _part_size(bundle: Bundle) -> int:
 
 
 def _from_model(options: SampleOptions) -> Drawing:
+    for flag, value in (("--runtime", options.runtime), ("--checkpoint", options.checkpoint)):
+        if value is not None:
+            raise UsageError(f"{flag} {value} goes with a bundle, {options.source} is none; build one or leave it out")
     from mmd_export.checkpoint import load_checkpoint
     from mmd_export.decoder import decoded_shape
     from mmd_export.reference import run_chain, sampler_of

@@ -14,7 +14,7 @@ from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.parity import Culprit, Limits, ParityReport, Rung, check_artefact, chunks, require_outputs
 from mmd_export.runtime import RunOptions, Runtime
 from mmd_export.tolerance import ON_A_DEVICE
-from mmd_runtime.registry import get_runtime, runtime_for
+from mmd_runtime.registry import get_runtime, runtime_for, runtime_names
 
 if TYPE_CHECKING:
     from mmd_export.checkpoint import Checkpoint
@@ -39,7 +39,11 @@ def usable_runtime(bundle: Bundle, name: str | None) -> Runtime:
     runtime = get_runtime(name) if name else runtime_for(artefact_format)
     if runtime.formats and artefact_format not in runtime.formats:
         formats = ", ".join(runtime.formats)
-        raise UsageError(f"bundle {bundle.name} holds {artefact_format}, runtime {runtime.name} opens {formats}")
+        able = ", ".join(each for each in runtime_names() if artefact_format in get_runtime(each).formats)
+        raise UsageError(
+            f"bundle {bundle.name} holds {artefact_format}, runtime {runtime.name} opens {formats}; "
+            f"{artefact_format} runs in {able}, or build with a --target that makes {formats}"
+        )
     if not (found := runtime.availability()).available:
         raise NotAvailableError(f"runtime {runtime.name} does not work here: {found.detail}; {found.install}")
     return runtime

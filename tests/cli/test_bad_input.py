@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,9 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from safetensors.numpy import load_file, save_file
 
+from mmd_export import __version__
 from mmd_export.checkpoint import BUILT_IN
+from mmd_export.cli import app
 from tests.cli.conftest import Command
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -138,13 +142,79 @@ def test_not_a_bundle(command: Command, tmp_path: Path) -> None:
     fails(command, 2, "is not a bundle", "verify", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("sample", "--out", "grid.jpg"), "--out is grid.jpg, pictures are written as PNG; name it grid.png"),
+        (("inspect", "--plot", "plan.pdf"), "--plot is plan.pdf, pictures are written as PNG; name it plan.png"),
+        (("evaluate", "--plot", "values.svg"), "--plot is values.svg, pictures are written as PNG; name it values.png"),
+        (("inspect", "--json", "."), "--json . cannot be written: it is a folder; name another file"),
+        (("verify", "--junit", f"{__file__}/a.xml"), f"/a.xml cannot be written: {__file__} is no folder; name"),
+        (("bench", "--summary", "."), "--summary . cannot be written: it is a folder; name another file"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_read(
+    command: Command, arguments: tuple[str, ...], says: str
+) -> None:
+    name, *options = arguments
+    fails(command, 2, says, name, "nowhere", *options)
+
+
+def test_a_plan_that_is_not_known_is_refused_before_the_table(command: Command, tmp_path: Path) -> None:
+    code, out, err = command("inspect", "digits", "--plot", tmp_path / "plan.png")
+    assert (code, out) == (2, "")
+    assert "no plan is known to draw; give --steps or --timesteps" in err
+
+
+def test_a_file_of_a_bundle_is_told_from_a_missing_folder(command: Command, digits_bundle: Path) -> None:
+    fails(command, 2, f"is a file of a bundle; give its folder {digits_bundle}", "verify", digits_bundle / "model.onnx")
+
+
+def test_a_runtime_of_another_format_names_those_that_fit(command: Command, digits_bundle: Path) -> None:
+    says = "runtime openvino opens openvino; onnx runs in onnxruntime, or build with a --target that makes openvino"
+    fails(command, 2, says, "sample", digits_bundle, "--runtime", "openvino")
+
+
 def test_unknown_runtime(command: Command, digits_bundle: Path) -> None:
     fails(command, 2, "unknown", "verify", digits_bundle, "--runtime", "abacus")
 
 
-def test_unknown_command_and_missing_option(command: Command) -> None:
-    assert command("fly")[0] == 2
-    assert command("build", "digits")[0] == 2
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("fly",), "No such command 'fly'; see mmd-export --help"),
+        (("bild",), "No such command 'bild'. Did you mean 'build'; see mmd-export --help"),
+        (("build", "digits"), "Missing option '--target'; see mmd-export build --help"),
+        (("bench", "b", "--chekpoint", "d"), "--chekpoint (Possible options: --checkpoint); see mmd-export bench --h"),
+        (("bench", "b", "--rounds", "many"), "Invalid value 'many' for '--rounds': Input should be a valid integer"),
+        (("verify", "b", "--seed"), "Option '--seed' requires an argument; see mmd-export verify --help"),
+        (("verify", "b", "c"), "(c); see mmd-export verify --help"),
+    ],
+)
+def test_wrong_usage_is_one_line(command: Command, arguments: tuple[str, ...], says: str) -> None:
+    code, out, err = command(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("mmd-export: error: ")
+    assert says in err
+
+
+def test_help_keeps_its_brackets(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich takes [output:] for markup unless it is escaped, and drops it."""
+    monkeypatch.setenv("COLUMNS", "300")
+    for name, each in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        _, out, _ = command(name, "--help")
+        texts = (each.help, each.epilog, *(getattr(param, "help", None) for param in each.params))
+        kept = re.findall(r"\[.*?\]", " ".join(filter(None, texts)).replace("\\[", "["))
+        assert [part for part in kept if part not in out] == [], name
+        assert "\\[" not in out
+    assert "[output:]value" in command("verify", "--help")[1]
+
+
+def test_no_command_gets_the_help_and_version_its_number(command: Command) -> None:
+    code, out, err = command()
+    assert (code, err) == (2, "")
+    assert "Commands" in out
+    assert command("--version") == (0, f"mmd-export {__version__}\n", "")
 
 
 def test_a_full_disk_leaves_nothing(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

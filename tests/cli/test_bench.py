@@ -20,7 +20,8 @@ from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.ci_files import Case, bench_cases, junit_xml, verify_cases
 from mmd_export.commands.bench import bench
 from mmd_export.commands.bench_gate import Gates
-from mmd_export.commands.candidates import BenchOptions, inputs_of
+from mmd_export.commands.candidates import BenchOptions, Checkpoints, candidates_of, inputs_of
+from mmd_export.manifest import DeferredInfo
 from mmd_export.plan import StepPlan
 from mmd_export.torch_baselines import baseline
 from tests.cli.conftest import Command
@@ -126,6 +127,56 @@ def test_what_cannot_be_measured_is_refused(
     assert code == 2
     assert message in err
     assert "measuring" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bench", "--cold", -1), "--cold is -1; it must be at least 0"),
+        (("bench", "--threads", -1), "--threads is -1; it must be at least 0"),
+        (
+            ("bench", "--threads", 100_000),
+            f"--threads is 100000, this machine has {os.cpu_count()} cores; give at most",
+        ),
+        (("bench", "--seconds", 0), "--seconds is 0; it must be above 0"),
+        (("bench", "--seconds", "nan"), "--seconds is nan; it must be above 0"),
+        (("bench", "--percentiles", "50,101"), "percentile 101 is not reported; p50, p90 and p99 are"),
+        (("report", "--seconds", -1), "--seconds is -1; it must be at least 0"),
+        (("report", "--seconds", "inf"), "--seconds is inf; it must be at least 0"),
+    ],
+)
+def test_what_is_no_number_of_anything_is_refused_before_a_bundle_is_opened(
+    command: Command, tmp_path: Path, arguments: tuple[object, ...], message: str
+) -> None:
+    name, *options = arguments
+    code, _, err = command(name, tmp_path / "nowhere", *options)
+    assert code == 2
+    assert message in err
+
+
+def test_bench_says_what_is_left_out_and_what_ran(
+    command: Command, digits_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmd_export.commands.bench.BUILT_IN", ())
+    code, _, err = command("bench", digits_bundle, "--rounds", 2, *QUICK)
+    assert code == 0, err
+    assert "torch and per-step are left out: the checkpoint 'digits' was not given; pass --checkpoint MODEL" in err
+    assert "preparing digits-2, batch 1\n" in err
+    assert "digits-2 runs in onnxruntime: onnxruntime 1." in err
+    code, _, err = command("bench", digits_bundle, "--against", "onnxruntime:cpu", "--rounds", 2, *QUICK)
+    assert code == 0, err
+    assert "left out: the checkpoint" not in err
+    assert "preparing digits-2, onnxruntime:cpu, batch 1\n" in err
+    assert "onnxruntime:cpu runs in onnxruntime:cpu: " in err
+
+
+def test_a_deferred_bundle_is_told_from_its_engine(digits_bundle: Path) -> None:
+    bundle = Bundle.open(digits_bundle)
+    recipe = DeferredInfo(format="tensorrt", artefact="model.plan")
+    waiting = replace(bundle, manifest=bundle.manifest.model_copy(update={"deferred": recipe}))
+    (found,) = candidates_of([waiting], (), 1, BenchOptions((digits_bundle,)), Checkpoints())
+    assert found.told.startswith("digits-2 runs in onnxruntime: onnxruntime 1.")
+    assert found.told.endswith(f", not the tensorrt engine; run mmd-export finalize {digits_bundle} first")
 
 
 def test_a_gate_against_a_bundle_measured_now(
@@ -262,4 +313,4 @@ def test_a_damaged_reference_is_refused(command: Command, digits_bundle: Path, t
     (damaged / "golden.safetensors").unlink()
     code, _, err = command("bench", digits_bundle, "--against", damaged, "--max-regression", "5%", *QUICK)
     assert code == 5
-    assert "'golden.safetensors' is missing" in err
+    assert f"{damaged}: bundle digits-2: 'golden.safetensors' is missing" in err  # both are called digits-2

@@ -53,6 +53,14 @@ def test_sample_from_the_model_equals_the_bundle(command: Command, digits_bundle
     assert np.abs(model - bundle).max() <= 1
 
 
+@pytest.mark.parametrize("name", ["sample", "evaluate"])
+@pytest.mark.parametrize(("flag", "value"), [("--runtime", "onnxruntime"), ("--checkpoint", "digits")])
+def test_a_model_has_no_runtime_and_no_checkpoint(command: Command, name: str, flag: str, value: str) -> None:
+    code, out, err = command(name, "digits", "--steps", 2, flag, value)
+    assert (code, out) == (2, "")
+    assert f"{flag} {value} goes with a bundle, digits is none; build one or leave it out" in err
+
+
 def test_bench_measures_three_candidates(command: Command, digits_bundle: Path, tmp_path: Path) -> None:
     code, out, err = command("bench", digits_bundle, "--rounds", 8, "--json", tmp_path / "bench.json")
     assert code == 0, err

@@ -45,6 +45,7 @@ def test_the_golden_file_is_enough_within_3_seconds_and_without_torch(digits_bun
     assert seconds < 3.0
     assert "rung 1, 2, 3, 4, 5: the checkpoint 'digits' was not given; pass --checkpoint digits" in done.stderr
     assert "compared 100% of the artefact's outputs" in done.stderr
+    assert done.stderr.endswith("mmd-export: passed: 1 of 6 rungs checked\n")
 
 
 def test_the_json_says_what_was_compared_and_what_was_not(command: Command, digits_bundle: Path) -> None:
@@ -140,6 +141,7 @@ def test_a_device_that_rounds_more_is_told_what_it_may_do() -> None:
         (("--atol", "1", "--atol", "2"), "--atol gives the default twice, 1 and 2"),
         (("--atol", "image:1"), "--atol names 'image', bundle digits-2 compares sample, state.1, state.2"),
         (("--count", "500"), "--count belongs to rung 7; add --distribution"),
+        (("--seed", "5"), "--seed 5 is of fresh noises, which need the checkpoint; add --checkpoint or leave it out"),
         (("--distribution", "--count", "5"), "--count is 5, rung 7 needs at least 100"),
         (("--distribution", "--level", "0.001"), "999 permutations cannot tell p below 0.0005"),
     ],

@@ -1,0 +1,42 @@
+"""What typer says of wrong options, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def usage_line(error: Exception, arguments: Sequence[str]) -> str | None:
+    """``No such option: --chekpoint (Possible options: --checkpoint); see mmd-export bench --help``.
+
+    None for what is no usage error, "" for the help that a command line without a command gets. The errors are known
+    by what they have: they are click's, which newer releases of typer hold a copy of under a private name.
+    """
+    told = getattr(error, "format_message", None)
+    if told is None:
+        return None
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help is shown by then
+        return ""
+    message = " ".join(str(told()).split())
+    command = _command(getattr(error, "ctx", None), arguments)
+    return f"{_with_value(message, error.__cause__).rstrip('.?')}; see {command} --help"
+
+
+def _with_value(message: str, cause: BaseException | None) -> str:
+    """The message with the value that it is about, which pydantic's does not repeat."""
+    problems = getattr(cause, "errors", None)
+    if problems is None:
+        return message
+    value = repr(problems()[0]["input"])
+    return message if value in message else message.replace("Invalid value", f"Invalid value {value}", 1)
+
+
+def _command(context: Any, arguments: Sequence[str]) -> str:
+    """``mmd-export bench``, however the program was started; an option without its value comes without a context."""
+    if context is None:
+        return " ".join(["mmd-export", *arguments[:1]])
+    names: list[str] = []
+    while context.parent is not None:
+        names.insert(0, str(context.info_name))
+        context = context.parent
+    return " ".join(["mmd-export", *names])
