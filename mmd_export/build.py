@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +22,7 @@ from mmd_export.bundle import (
     require_free,
     write_bundle,
 )
-from mmd_export.card import model_card
+from mmd_export.card import model_card, with_lineage
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.folders import scratch_folder
@@ -87,6 +87,7 @@ class _Prepared:
     golden: dict[str, NDArray[Any]]
     draft: ManifestDraft
     tuned: TunedPrecision | None
+    lineage: Mapping[str, str]
 
 
 def _prepare(options: BuildOptions, notify: Callable[[str], None]) -> _Prepared:
@@ -110,7 +111,8 @@ def _prepare(options: BuildOptions, notify: Callable[[str], None]) -> _Prepared:
     program = export_program(
         checkpoint.denoiser, plan, checkpoint.shape, static, checkpoint.conditions, checkpoint.decoder
     )
-    return _Prepared(target, batch, program, golden, _draft(options, checkpoint, program, batch, target), tuned)
+    draft = _draft(options, checkpoint, program, batch, target)
+    return _Prepared(target, batch, program, golden, draft, tuned, checkpoint.lineage)
 
 
 def _pack(prepared: _Prepared, options: BuildOptions, kept: tuple[str, ...], notify: Callable[[str], None]) -> Bundle:
@@ -131,13 +133,14 @@ def _pack(prepared: _Prepared, options: BuildOptions, kept: tuple[str, ...], not
 
     def measure(bundle: Bundle) -> Measured:
         if not options.verify:
-            return Measured(model_card(bundle.manifest))
+            return Measured(with_lineage(model_card(bundle.manifest), prepared.lineage))
         notify("verifying the artefact")
         release_heap()
         note = f"; float32 for parity: {', '.join(kept)}" if kept else ""
-        return measured(bundle, runtime_for(draft.format), note)
+        found = measured(bundle, runtime_for(draft.format), note)
+        return replace(found, card=with_lineage(found.card, prepared.lineage))
 
-    card = model_card(draft)
+    card = with_lineage(model_card(draft), prepared.lineage)
     return write_bundle(options.out, draft, compile_into, prepared.golden, card, options.overwrite, measure)
 
 

@@ -22,6 +22,7 @@ from mmd_export.checkpoints.families import (
     require_text,
     text_length,
 )
+from mmd_export.checkpoints.folder_card import CARD, stated_licence, stated_lineage
 from mmd_export.checkpoints.weights import (
     HALF,
     HALF_INDEX,
@@ -54,7 +55,10 @@ SPRINT_SCALE = 4.5  # of its SanaSprintPipeline
 
 
 def read_folder(folder: Path, name: str, licence: str | None = None, options: NetworkOptions = AS_IT_IS) -> Checkpoint:
-    """The network in ``folder``, its ``unet/`` or ``transformer/``; raises UsageError that names the file at fault."""
+    """The network in ``folder``, its ``unet/`` or ``transformer/``; raises UsageError that names the file at fault.
+
+    ``licence`` None: what the folder's model card states.
+    """
     found = _read_configs(folder)
     family, whole, where = found.family, found.whole, str(found.config_file)
     autoencoder = read_autoencoder(folder, whole)
@@ -80,7 +84,8 @@ def read_folder(folder: Path, name: str, licence: str | None = None, options: Ne
         prediction=family.prediction,
         plan=_plan(folder / PLAN_FILE),
         tuned_precision=_tuned_precision(folder / QUANTISATION_FILE),
-        licence=licence,
+        licence=licence or stated_licence(folder),
+        lineage=stated_lineage(folder),
         warnings=(*warnings, *notes, *told.warnings, *chosen.warnings),
         configs={path: file.read_bytes() for path, file in found.files.items()},
     )
@@ -223,14 +228,15 @@ def _whole_config(network: Any) -> dict[str, Any]:
 
 
 def download(hub_id: str) -> Path:
-    """Fetch a diffusers repository, safetensors and configs only: whole weights, else shards, else the fp16 variant.
+    """Fetch a diffusers repository, safetensors, configs and card only.
 
-    Each part by itself: a whole autoencoder may stand beside a transformer in shards.
+    Whole weights, else shards, else the fp16 variant, of each part by itself: a whole autoencoder may stand beside a
+    transformer in shards.
     """
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", f"*{SAFETENSORS}"]))
+        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", CARD, f"*{SAFETENSORS}"]))
         for weights in (_SHARDS, HALF, _HALF_SHARDS):
             if not (parts := _without_weights(folder)):
                 break
