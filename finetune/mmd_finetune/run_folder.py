@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmd_export.checkpoint import PLAN_FILE, SAFETENSORS
 from mmd_export.errors import MmdExportError, UsageError
-from mmd_export.folders import sync
+from mmd_export.folders import require_writable, sync
 from mmd_export.tuned_precision import QUANTISATION_FILE
 from mmd_finetune.card import model_card
 from mmd_finetune.curve import draw_curve
@@ -75,6 +75,7 @@ class RunFolder:
         if not self.place.exists() and not self.place.is_symlink():
             if finish:
                 raise UsageError(f"{self.place} does not exist; --finish needs the folder of a run that was stopped")
+            require_writable(self.place)
             return
         if not resume:
             next_move = "pass --resume to continue it, or " if self._settings.is_file() else ""

@@ -48,6 +48,15 @@ def test_out_that_exists_is_refused_before_any_work(
     assert [path.name for path in tiny_settings.out.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc, in which even root can make nothing")
+def test_out_that_cannot_be_made_is_refused_before_any_work(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "prepare", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(UsageError, match=r"--out /proc/run cannot be written: /proc: .*; choose another --out"):
+        tune(changed(tiny_settings, out="/proc/run"))
+
+
 def test_a_finished_run_is_not_run_again(tiny_settings: FinetuneSettings) -> None:
     result = tune(tiny_settings)
     with pytest.raises(UsageError, match="pass --resume to continue it"):
