@@ -37,7 +37,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     code, out, err = command("finetune", "digits", "--steps", 2, "--out", tmp_path / "run", *options)
     assert (code, out) == (2, "")
     assert said in err
-    assert len([line for line in err.splitlines() if line.startswith("mmd-export: error")]) == 1
+    assert err.startswith("mmd-export: error")
+    assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
