@@ -34,7 +34,7 @@ from mmd_export.program import SamplerProgram, export_program
 from mmd_export.reference import golden_arrays
 from mmd_export.runtime import ChainSession, RunOptions
 from mmd_export.target_options import DEFAULTS, TargetOptions
-from mmd_export.targets import Compiled, CompileOptions, DeferrableTarget, Target, get_target, onnx
+from mmd_export.targets import Compiled, CompileOptions, DeferrableTarget, Target, get_target, onnx, target_names
 from mmd_export.tolerance import artefact_tolerance
 from mmd_export.tuned_precision import TunedPrecision
 from mmd_runtime.registry import runtime_for
@@ -187,7 +187,8 @@ def usable_target(options: BuildOptions) -> Target:
         ("--form", options.form, ("auto", *target.forms)),
     ):
         if value not in known:
-            raise NotAvailableError(f"target {target.name} has no {flag} {value}; it has {', '.join(known)}")
+            missing = f"target {target.name} has no {flag} {value}; it has {', '.join(known)}"
+            raise NotAvailableError(missing) if value in _of_any_target(flag) else UsageError(missing)
     options.of_target.require_known(target.name, target.options)
     if options.auto_promote:
         _require_promotable(options, target)
@@ -197,7 +198,17 @@ def usable_target(options: BuildOptions) -> Target:
     if not (found := (GRAPH if options.defer else target).availability()).available:
         later = "; or add --defer and finalize the bundle where it will run" if deferrable and not options.defer else ""
         raise NotAvailableError(f"target {target.name} cannot build here: {found.detail}; {found.install}{later}")
+    if options.of_target.calibration is not None:
+        from mmd_export.precision.formats import require_ranges
+
+        require_ranges(options.precision, options.of_target.calibration)
     return target
+
+
+def _of_any_target(flag: str) -> set[str]:
+    """The values of an option that some target has."""
+    values = {"--precision": "precisions", "--output": "outputs", "--form": "forms"}[flag]
+    return {value for name in target_names() for value in getattr(get_target(name), values)}
 
 
 def require_batches(target: Target, batch: BatchSpec) -> None:
