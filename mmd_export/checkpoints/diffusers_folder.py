@@ -120,6 +120,8 @@ def _read_configs(folder: Path) -> _Configs:
     config_file, scheduler_file = place / "config.json", scheduler_folder / "scheduler_config.json"
     config, where = read_json(config_file), str(config_file)
     family = family_of(config.get("_class_name"), where)
+    if not scheduler_file.is_file():
+        raise UsageError(_without_scheduler(scheduler_file, place))
     scheduler = SchedulerConfig.from_file(scheduler_file)
     network = new_network(config, where)
     whole = _whole_config(network)
@@ -129,6 +131,14 @@ def _read_configs(folder: Path) -> _Configs:
     if (index := folder / "model_index.json").is_file():
         files[index.name] = index
     return _Configs(config_file, config, whole, family, network, scheduler, files)
+
+
+def _without_scheduler(file: Path, network: Path) -> str:
+    """The message, with the pipeline that a bare model may be a part of."""
+    pipeline = network.parent
+    part_of_one = (pipeline / "scheduler" / file.name).is_file()
+    advice = f"give the pipeline folder {pipeline}, or copy" if part_of_one else "copy"
+    return f"scheduler config {file} does not exist; {advice} the scheduler_config.json of its pipeline there"
 
 
 def _plan(file: Path) -> StepPlan | None:
@@ -163,7 +173,9 @@ def _told(family: Family, config: dict[str, Any], folder: Path, where: str, opti
     """The conditions, held against the pipeline's text encoders."""
     if not family.text_length:
         if options.text_length is not None:
-            raise UsageError(f"{where}: the model takes no text, --text-length is {options.text_length}; leave it out")
+            raise UsageError(
+                f"model {folder.resolve().name} takes no text, --text-length is {options.text_length}; leave it out"
+            )
         return _Chosen(family.conditions(Facts(config, 0, None, where)))
     length, note = text_length(family, folder, options.text_length)
     conditions = family.conditions(Facts(config, length, pooled_width(folder), where))
