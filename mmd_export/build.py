@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +22,7 @@ from mmd_export.bundle import (
     require_free,
     write_bundle,
 )
-from mmd_export.card import model_card
+from mmd_export.card import model_card, with_lineage
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.folders import scratch_folder
@@ -34,7 +34,7 @@ from mmd_export.program import SamplerProgram, export_program
 from mmd_export.reference import golden_arrays
 from mmd_export.runtime import ChainSession, RunOptions
 from mmd_export.target_options import DEFAULTS, TargetOptions
-from mmd_export.targets import Compiled, CompileOptions, DeferrableTarget, Target, get_target, onnx
+from mmd_export.targets import Compiled, CompileOptions, DeferrableTarget, Target, get_target, onnx, target_names
 from mmd_export.tolerance import artefact_tolerance
 from mmd_export.tuned_precision import TunedPrecision
 from mmd_runtime.registry import runtime_for
@@ -87,6 +87,7 @@ class _Prepared:
     golden: dict[str, NDArray[Any]]
     draft: ManifestDraft
     tuned: TunedPrecision | None
+    lineage: Mapping[str, str]
 
 
 def _prepare(options: BuildOptions, notify: Callable[[str], None]) -> _Prepared:
@@ -110,7 +111,8 @@ def _prepare(options: BuildOptions, notify: Callable[[str], None]) -> _Prepared:
     program = export_program(
         checkpoint.denoiser, plan, checkpoint.shape, static, checkpoint.conditions, checkpoint.decoder
     )
-    return _Prepared(target, batch, program, golden, _draft(options, checkpoint, program, batch, target), tuned)
+    draft = _draft(options, checkpoint, program, batch, target)
+    return _Prepared(target, batch, program, golden, draft, tuned, checkpoint.lineage)
 
 
 def _pack(prepared: _Prepared, options: BuildOptions, kept: tuple[str, ...], notify: Callable[[str], None]) -> Bundle:
@@ -131,13 +133,14 @@ def _pack(prepared: _Prepared, options: BuildOptions, kept: tuple[str, ...], not
 
     def measure(bundle: Bundle) -> Measured:
         if not options.verify:
-            return Measured(model_card(bundle.manifest))
+            return Measured(with_lineage(model_card(bundle.manifest), prepared.lineage))
         notify("verifying the artefact")
         release_heap()
         note = f"; float32 for parity: {', '.join(kept)}" if kept else ""
-        return measured(bundle, runtime_for(draft.format), note)
+        found = measured(bundle, runtime_for(draft.format), note)
+        return replace(found, card=with_lineage(found.card, prepared.lineage))
 
-    card = model_card(draft)
+    card = with_lineage(model_card(draft), prepared.lineage)
     return write_bundle(options.out, draft, compile_into, prepared.golden, card, options.overwrite, measure)
 
 
@@ -184,7 +187,8 @@ def usable_target(options: BuildOptions) -> Target:
         ("--form", options.form, ("auto", *target.forms)),
     ):
         if value not in known:
-            raise NotAvailableError(f"target {target.name} has no {flag} {value}; it has {', '.join(known)}")
+            missing = f"target {target.name} has no {flag} {value}; it has {', '.join(known)}"
+            raise NotAvailableError(missing) if value in _of_any_target(flag) else UsageError(missing)
     options.of_target.require_known(target.name, target.options)
     if options.auto_promote:
         _require_promotable(options, target)
@@ -194,7 +198,17 @@ def usable_target(options: BuildOptions) -> Target:
     if not (found := (GRAPH if options.defer else target).availability()).available:
         later = "; or add --defer and finalize the bundle where it will run" if deferrable and not options.defer else ""
         raise NotAvailableError(f"target {target.name} cannot build here: {found.detail}; {found.install}{later}")
+    if options.of_target.calibration is not None:
+        from mmd_export.precision.formats import require_ranges
+
+        require_ranges(options.precision, options.of_target.calibration)
     return target
+
+
+def _of_any_target(flag: str) -> set[str]:
+    """The values of an option that some target has."""
+    values = {"--precision": "precisions", "--output": "outputs", "--form": "forms"}[flag]
+    return {value for name in target_names() for value in getattr(get_target(name), values)}
 
 
 def require_batches(target: Target, batch: BatchSpec) -> None:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from mmd_export.batch import BatchSpec
 from mmd_export.errors import BundleError, MmdExportError, UsageError
-from mmd_export.folders import require_absent, staged_folder
+from mmd_export.folders import require_absent, require_writable, staged_folder
 from mmd_export.manifest import (
     CARD_NAME,
     GOLDEN_NAME,
@@ -191,6 +191,7 @@ def require_free(out: Path, overwrite: bool = False) -> None:
     """Raise ``UsageError`` if a bundle cannot be put at ``out``; with ``overwrite`` an old bundle may stand there."""
     if not out.absolute().name or out.name == "..":
         raise UsageError(f"{out} cannot be a bundle; choose a folder name for --out")
+    require_writable(out)
     if not overwrite or not os.path.lexists(out):
         require_absent(out)
         return

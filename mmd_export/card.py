@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from mmd_export.manifest import ManifestDraft
 
-PARITY, LATENCY = "Parity as measured", "Latency"
+PARITY, LATENCY, LINEAGE = "Parity as measured", "Latency", "Lineage"
+_REFERENCE = "Parity with the float64 reference"
 LATENCY_UNKNOWN = "Not measured on this bundle yet: `mmd-export bench BUNDLE --update-card`."
 
 
@@ -34,7 +37,7 @@ def model_card(manifest: ManifestDraft, verified: str = "not verified", latency:
         *_compiled(manifest),
         f"| built with | {', '.join(f'{name} {version}' for name, version in sorted(manifest.toolchain.items()))} |",
         "",
-        "## Parity with the float64 reference",
+        f"## {_REFERENCE}",
         "",
         *_parity(manifest, verified),
         "",
@@ -60,6 +63,18 @@ def with_section(card: str, title: str, body: str, before: str = "") -> str:
         head, found, rest = card.partition(f"## {before}\n")
         rest = found + rest
     return f"{head}## {title}\n\n{body}\n\n{rest}".rstrip("\n") + "\n"
+
+
+def with_lineage(card: str, lineage: Mapping[str, str]) -> str:
+    """``card`` with what the weights were made of, if that is known."""
+    lines = [f"- {what}: {text}" for what, text in lineage.items()]
+    return with_section(card, LINEAGE, "\n".join(lines), before=_REFERENCE) if lines else card
+
+
+def with_lineage_of(card: str, earlier: str) -> str:
+    """``card`` with the lineage that an earlier card of the same weights has, if it has one."""
+    _, found, rest = earlier.partition(f"## {LINEAGE}\n")
+    return with_section(card, LINEAGE, rest.partition("\n## ")[0].strip(), before=_REFERENCE) if found else card
 
 
 def _gives_latents(manifest: ManifestDraft) -> bool:

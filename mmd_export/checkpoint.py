@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from mmd_export.checkpoints.base import Checkpoint, describe
 from mmd_export.checkpoints.classifier_free import apply_options
-from mmd_export.checkpoints.diffusers_folder import PLAN_FILE, download, read_folder
+from mmd_export.checkpoints.diffusers_folder import NETWORKS, PLAN_FILE, download, read_folder
+from mmd_export.checkpoints.folder_card import RECORD
 from mmd_export.checkpoints.weights import PICKLE, SAFETENSORS
 from mmd_export.errors import UsageError
-from mmd_export.manifest import CheckpointRef
+from mmd_export.manifest import MANIFEST_NAME, CheckpointRef
 from mmd_export.network_options import AS_IT_IS, NetworkOptions
 
 __all__ = ["BUILT_IN", "PICKLE", "PLAN_FILE", "SAFETENSORS", "Checkpoint", "describe", "load_checkpoint",
@@ -150,8 +152,11 @@ def _value(model: str, name: str, text: str) -> Any:
 def _locate(model: str) -> Path:
     if model in BUILT_IN:
         return BUILT_IN[model]
+    if not model:
+        raise UsageError(f"no model is given; name one: {', '.join(BUILT_IN)}, a folder or a hub id")
     folder = Path(model)
     if folder.is_dir():
+        _require_network(folder)
         return folder
     if folder.exists():
         raise UsageError(
@@ -159,5 +164,24 @@ def _locate(model: str) -> Path:
             "an original DDIM or DDPM checkpoint is ddim:FILE"
         )
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UsageError(f"model {model} does not exist; built in: {', '.join(BUILT_IN)}")
+        near = get_close_matches(model, BUILT_IN, 1)
+        meant = f"; did you mean {near[0]}?" if near else f"; built in: {', '.join(BUILT_IN)}"
+        raise UsageError(f"model {model} does not exist{meant}")
     return download(model)
+
+
+def _require_network(folder: Path) -> None:
+    """Raise UsageError for a folder that is something else, or that holds no network yet."""
+    if any((folder / name).is_dir() for name in NETWORKS) or (folder / "config.json").is_file():
+        return
+    if (folder / MANIFEST_NAME).is_file():
+        raise UsageError(f"{folder} is a bundle; give the model or the run folder that it was built from")
+    if (folder / RECORD).is_file():
+        raise UsageError(
+            f"{folder} is the folder of a run that is not finished; go on with finetune --resume --out {folder}, or "
+            "end it with --finish too"
+        )
+    parts = " nor ".join(f"{name}/" for name in NETWORKS)
+    raise UsageError(
+        f"{folder} holds no network: {folder / 'config.json'} does not exist, nor {parts}; give the folder that has one"
+    )

@@ -44,6 +44,7 @@ BUILD_EXAMPLES = (
     "Example: mmd-export build runs/digits-5 --target onnx --out digits-5.bundle\n\n"
     "With guidance: mmd-export build ./pixart --target onnx --steps 8 --guidance-scale 4.5 --out pixart-8.bundle"
 )
+ALIASES = {"float": "float32"}  # of --output
 FINALIZE_EXAMPLES = "Example: mmd-export finalize digits-5.bundle --out digits-5.engine"
 
 
@@ -104,9 +105,10 @@ def build(
         deployment_target, compute_units, calibration, device,
     )  # fmt: skip
     options = BuildOptions(
-        with_ema(model, ema), target, out, precision, batch, output, overwrite, not skip_verify, form, decode,
-        NetworkOptions(guidance_scale, guidance_form, null_label, text_length), of_target, defer, auto_promote,
-        steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps),
+        with_ema(model, ema), target, out, precision, batch, ALIASES.get(output, output), overwrite,
+        not skip_verify, form, decode, NetworkOptions(guidance_scale, guidance_form, null_label, text_length),
+        of_target, defer, auto_promote, steps=steps, sampler=sampler, eta=eta, spacing=spacing,
+        timesteps=listed(timesteps),
     )  # fmt: skip
     show(built(out, make(options, say)))
 

@@ -12,6 +12,7 @@ import typer
 
 from mmd_export.errors import UsageError
 from mmd_export.plan_options import parse_timesteps
+from mmd_export.scheduler_keys import CLASSES
 
 WITH_AVERAGES = ("ddim", "guided")
 _MODEL = (
@@ -30,9 +31,17 @@ TunedModel = Annotated[
 Source = Annotated[str, typer.Argument(help=f"a bundle, or a model: {_MODEL}", show_default=False)]
 BundleFolder = Annotated[Path, typer.Argument(help="a bundle folder", show_default=False)]
 Steps = Annotated[int | None, typer.Option(help="network calls K; a run folder knows its own", show_default=False)]
+
+
+def solver_of(sampler: str | None) -> str | None:
+    """A sampler's own name where it is given as diffusers calls its class."""
+    return None if sampler is None else CLASSES.get(sampler, sampler)
+
+
 Sampler = Annotated[
     str | None,
     typer.Option(
+        callback=solver_of,
         help="ddim, ddpm, euler, dpmsolver, unipc, lcm, ...: all are in docs/schedulers.md; default: the class in "
         "scheduler_config.json",
         show_default=False,

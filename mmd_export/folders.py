@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, BinaryIO
 
 from mmd_export.errors import MmdExportError, UsageError
@@ -179,3 +179,20 @@ def read_object(path: Path, flag: str, advice: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UsageError(f"{flag} {path} holds a {type(data).__name__}, an object is expected; {advice}")
     return data
+
+
+def require_writable(out: Path) -> None:
+    """Raise ``UsageError`` if nothing can be made at ``out``: the nearest folder above it is tried, not its rights.
+
+    A superuser has all rights and still cannot write into /proc or onto a disk that is mounted read-only.
+    """
+    place = out.absolute().parent
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise UsageError(f"--out {out} cannot be made: {place} is no folder; choose another --out")
+    try:
+        Path(mkdtemp(prefix=".", dir=place)).rmdir()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"--out {out} cannot be written: {place}: {reason}; choose another --out") from error

@@ -69,7 +69,7 @@ def tune(
         world.first_does(lambda: folder.require_usable(settings, resume=resume, finish=finish))
         task = world.together(lambda: prepare(settings, world))
         _require_same(task)
-        with clear_write_errors(settings.out, "the last saved state is kept"):
+        with clear_write_errors(settings.out, "the last saved state is kept"), folder.kept_once_saved():
             if result := world.first_does(lambda: _begin(folder, task)):
                 return result
             state = TuningState(task.trainable(), settings.learning_rate, settings.plan_learning_rate)

@@ -16,7 +16,10 @@ NUMBERS = 68  # columns that all but the bar takes
 
 
 class ProgressBar:
-    """``with ProgressBar() as observer: tune(settings, observer=observer)``. The first process shows it."""
+    """``with ProgressBar() as observer: tune(settings, observer=observer)``. The first process shows it.
+
+    It appears with the first report, so that nothing stands before the error of a run that is refused.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         shown = console or Console(stderr=True, quiet=not is_first_process())
@@ -29,20 +32,21 @@ class ProgressBar:
             TimeRemainingColumn(),
             console=shown,
         )
-        self._task = self._bar.add_task("tuning", total=None, measured="measuring the untuned sampler")
+        self._task = self._bar.add_task("tuning", total=None, measured="")
 
     def __call__(self, report: Report) -> None:
         """Show one iteration."""
         measured = f"held-out {report.held_out:.2f}, best {report.best:.2f}"
         if report.loss is not None:
             measured = f"MMD² {report.loss:.4f}, {measured}"
+        self._bar.start()
         self._bar.update(self._task, completed=report.iteration, total=report.iterations, measured=measured)
 
     def __enter__(self) -> Self:
-        self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._bar.live.is_started:  # stopping one that never was prints an empty line
+            self._bar.stop()

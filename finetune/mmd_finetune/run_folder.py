@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmd_export.checkpoint import PLAN_FILE, SAFETENSORS
-from mmd_export.errors import UsageError
-from mmd_export.folders import sync
+from mmd_export.errors import MmdExportError, UsageError
+from mmd_export.folders import require_writable, sync
 from mmd_export.tuned_precision import QUANTISATION_FILE
 from mmd_finetune.card import model_card
 from mmd_finetune.curve import draw_curve
@@ -57,6 +58,7 @@ class RunFolder:
     def __init__(self, place: Path) -> None:
         self.place = place
         self._lock: int | None = None
+        self._made = False
         self.state_file = place / "state.safetensors"
         self._settings = place / "settings.json"
         self._log = place / "log.jsonl"
@@ -73,6 +75,7 @@ class RunFolder:
         if not self.place.exists() and not self.place.is_symlink():
             if finish:
                 raise UsageError(f"{self.place} does not exist; --finish needs the folder of a run that was stopped")
+            require_writable(self.place)
             return
         if not resume:
             next_move = "pass --resume to continue it, or " if self._settings.is_file() else ""
@@ -92,6 +95,7 @@ class RunFolder:
 
     def begin(self, record: Mapping[str, Any]) -> None:
         """Make the folder, or check that it belongs to the same run; raises UsageError that names what differs."""
+        self._made = not self.place.exists()
         self.place.mkdir(parents=True, exist_ok=True)
         self._take()
         for left in self.place.glob(".*.partial"):  # by a kill while a file was written
@@ -100,6 +104,16 @@ class RunFolder:
             self._require_same(record)
         else:
             write_json(self._settings, record)
+
+    @contextmanager
+    def kept_once_saved(self) -> Iterator[None]:
+        """Remove a folder that ``begin`` made if the block is refused before a state was saved: nothing to resume."""
+        try:
+            yield
+        except MmdExportError:
+            if self._made and not self.state_file.is_file():
+                shutil.rmtree(self.place, ignore_errors=True)
+            raise
 
     def _take(self) -> None:
         """Lock the folder against other live processes until ``close``; a killed process holds nothing.

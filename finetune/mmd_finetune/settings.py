@@ -14,7 +14,9 @@ from mmd_export.errors import UsageError
 from mmd_export.plan_options import PlanOptions, parse_timesteps
 from mmd_finetune.data import DataOptions, parse_crop
 from mmd_finetune.encoder_source import Source
+from mmd_finetune.setting_names import first_problem, flag_of
 
+PLAN_RATE = 2e-3
 SEED_LIMIT = 2**63  # the upper half of the generator's seeds is kept for measuring, see mmd_finetune.task
 
 
@@ -100,7 +102,7 @@ class FinetuneSettings(BaseModel):
     lora_alpha: int | None = Field(default=None, ge=1)
     lora_targets: tuple[str, ...] = ()
     learn: Literal["weights", "coefficients", "plan"] = "weights"
-    plan_learning_rate: float = Field(default=2e-3, gt=0.0, allow_inf_nan=False)
+    plan_learning_rate: float = Field(default=PLAN_RATE, gt=0.0, allow_inf_nan=False)
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8", "w8", "w4"] = "fp32"
     calibration: int | None = Field(default=None, ge=1)
     checkpoint_calls: bool = False
@@ -141,29 +143,46 @@ class FinetuneSettings(BaseModel):
         for key in ("features", "holdout"):
             names = getattr(self, key)
             if len(set(names)) != len(names):
-                raise ValueError(f"{key} {', '.join(names)} names an encoder twice")
+                raise ValueError(f"{flag_of(key)} {','.join(names)} names an encoder twice; leave one out")
         for name in self.holdout:
             if name in self.features:
-                raise ValueError(f"holdout {name} is also in features; the loss must not see the held-out encoder")
+                raise ValueError(
+                    f"--holdout {name} is also in --features; the loss must not see it, name another in one of them"
+                )
         if self.landmarks is not None and self.reference != "nystrom":
-            raise ValueError(f"landmarks is {self.landmarks}, but the reference is {self.reference}, not nystrom")
+            raise ValueError(
+                f"--landmarks is {self.landmarks}, but --reference is {self.reference}; leave it out, or give "
+                "--reference nystrom"
+            )
         return self
 
     @model_validator(mode="after")
     def _together(self) -> Self:
         """What is tuned, and that each option has something to act on."""
         if self.tune == "none" and self.learn == "weights":
-            raise ValueError("tune none with learn weights leaves nothing to tune; add learn plan, or tune all")
+            raise ValueError(
+                "--tune none with --learn weights leaves nothing to tune; add --learn plan, or give --tune all"
+            )
         given = {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha, "lora_targets": self.lora_targets or None}
         for name, value in given.items():
             if value is not None and self.tune != "lora":
-                raise ValueError(f"{name} is {value}, but tune is {self.tune}; leave it out, or tune lora")
+                told = ",".join(value) if isinstance(value, tuple) else value
+                raise ValueError(
+                    f"{flag_of(name)} is {told}, but --tune is {self.tune}; leave it out, or give --tune lora"
+                )
+        if self.learn == "weights" and self.plan_learning_rate != PLAN_RATE:
+            raise ValueError(
+                f"--plan-lr is {self.plan_learning_rate:g}, but --learn is weights; leave it out, or give --learn plan"
+            )
         if self.calibration is not None and self.precision not in ("int8", "fp8"):
             raise ValueError(
-                f"calibration is {self.calibration}, but precision {self.precision} has no ranges to set; leave it out"
+                f"--calibration is {self.calibration}, but --precision {self.precision} has no ranges to set; "
+                "leave it out"
             )
         if self.autocast != "off" and self.precision != "fp32":
-            raise ValueError(f"autocast is {self.autocast}, but precision {self.precision} sets the arithmetic")
+            raise ValueError(
+                f"--autocast is {self.autocast}, but --precision {self.precision} sets the arithmetic; leave it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -173,7 +192,7 @@ class FinetuneSettings(BaseModel):
         k, asked = MetricOptions().neighbours, [name for name in self.metrics if name in NEIGHBOUR_METRICS]
         if asked and self.evaluate_count <= k:
             raise ValueError(
-                f"metrics {', '.join(asked)} needs more than {k} samples, evaluate_count is {self.evaluate_count}"
+                f"--metrics {','.join(asked)} needs more than {k} samples, evaluate_count is {self.evaluate_count}"
             )
         return self
 
@@ -209,7 +228,7 @@ def make_settings(given: Mapping[str, Any], config: Path | None = None) -> Finet
     try:
         return FinetuneSettings(**values)
     except ValidationError as error:
-        raise UsageError(_first_problem(error, config)) from error
+        raise UsageError(first_problem(error, FinetuneSettings.model_fields, given, config)) from error
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -219,16 +238,3 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path} cannot be read: {error.strerror or error}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"--config {path} is not TOML: {error}") from error
-
-
-def _first_problem(error: ValidationError, config: Path | None) -> str:
-    problem = error.errors()[0]
-    name = str(problem["loc"][0]) if problem["loc"] else ""
-    source = f"finetune settings ({config})" if config else "finetune settings"
-    if problem["type"] == "extra_forbidden":
-        return f"{source}: {name!r} is unknown; known: {', '.join(FinetuneSettings.model_fields)}"
-    if problem["type"] == "missing":
-        return f"{source}: {name} is missing"
-    if not name:
-        return f"{source}: {problem['msg'].removeprefix('Value error, ')}"
-    return f"{source}: {name} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

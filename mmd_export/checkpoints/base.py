@@ -36,6 +36,7 @@ class Checkpoint:
     their place in guidance (a null class or the name of an input), ``options`` what was chosen about the network;
     ``prediction`` what it predicts, where its class fixes it; ``plan`` the plan that a run folder was tuned for and
     ``tuned_precision`` the lower precision, if it was tuned in one;
+    ``licence`` what the source states of its weights, ``lineage`` what they were made of, in the words of a card;
     ``warnings`` what the user should hear. ``folder`` is where the source lies. ``configs`` are the files, by relative
     POSIX path, that make a diffusers folder of the denoiser's weights: those of the source byte for byte, or those that
     its conversion amounts to; empty if diffusers has no class for the network. ``latent``: the state is a latent, which
@@ -62,6 +63,7 @@ class Checkpoint:
     no_decoder: str = "it has no autoencoder (vae/ or vqvae/)"
     network_sha256: str | None = None
     tuned_precision: TunedPrecision | None = None
+    lineage: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def classes(self) -> int | None:

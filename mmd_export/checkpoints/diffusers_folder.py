@@ -22,6 +22,7 @@ from mmd_export.checkpoints.families import (
     require_text,
     text_length,
 )
+from mmd_export.checkpoints.folder_card import CARD, stated_licence, stated_lineage
 from mmd_export.checkpoints.weights import (
     HALF,
     HALF_INDEX,
@@ -54,7 +55,10 @@ SPRINT_SCALE = 4.5  # of its SanaSprintPipeline
 
 
 def read_folder(folder: Path, name: str, licence: str | None = None, options: NetworkOptions = AS_IT_IS) -> Checkpoint:
-    """The network in ``folder``, its ``unet/`` or ``transformer/``; raises UsageError that names the file at fault."""
+    """The network in ``folder``, its ``unet/`` or ``transformer/``; raises UsageError that names the file at fault.
+
+    ``licence`` None: what the folder's model card states.
+    """
     found = _read_configs(folder)
     family, whole, where = found.family, found.whole, str(found.config_file)
     autoencoder = read_autoencoder(folder, whole)
@@ -79,7 +83,8 @@ def read_folder(folder: Path, name: str, licence: str | None = None, options: Ne
         prediction=family.prediction,
         plan=_plan(folder / PLAN_FILE),
         tuned_precision=_tuned_precision(folder / QUANTISATION_FILE),
-        licence=licence,
+        licence=licence or stated_licence(folder),
+        lineage=stated_lineage(folder),
         warnings=(*warnings, *notes, *told.warnings, *chosen.warnings),
         configs={path: file.read_bytes() for path, file in found.files.items()},
     )
@@ -114,6 +119,8 @@ def _read_configs(folder: Path) -> _Configs:
     config_file, scheduler_file = place / "config.json", scheduler_folder / "scheduler_config.json"
     config, where = read_json(config_file), str(config_file)
     family = family_of(config.get("_class_name"), where)
+    if not scheduler_file.is_file():
+        raise UsageError(_without_scheduler(scheduler_file, place))
     scheduler = SchedulerConfig.from_file(scheduler_file)
     network = new_network(config, where)
     whole = _whole_config(network)
@@ -123,6 +130,14 @@ def _read_configs(folder: Path) -> _Configs:
     if (index := folder / "model_index.json").is_file():
         files[index.name] = index
     return _Configs(config_file, config, whole, family, network, scheduler, files)
+
+
+def _without_scheduler(file: Path, network: Path) -> str:
+    """The message, with the pipeline that a bare model may be a part of."""
+    pipeline = network.parent
+    part_of_one = (pipeline / "scheduler" / file.name).is_file()
+    advice = f"give the pipeline folder {pipeline}, or copy" if part_of_one else "copy"
+    return f"scheduler config {file} does not exist; {advice} the scheduler_config.json of its pipeline there"
 
 
 def _plan(file: Path) -> StepPlan | None:
@@ -157,7 +172,9 @@ def _told(family: Family, config: dict[str, Any], folder: Path, where: str, opti
     """The conditions, held against the pipeline's text encoders."""
     if not family.text_length:
         if options.text_length is not None:
-            raise UsageError(f"{where}: the model takes no text, --text-length is {options.text_length}; leave it out")
+            raise UsageError(
+                f"model {folder.resolve().name} takes no text, --text-length is {options.text_length}; leave it out"
+            )
         return _Chosen(family.conditions(Facts(config, 0, None, where)))
     length, note = text_length(family, folder, options.text_length)
     conditions = family.conditions(Facts(config, length, pooled_width(folder), where))
@@ -222,14 +239,15 @@ def _whole_config(network: Any) -> dict[str, Any]:
 
 
 def download(hub_id: str) -> Path:
-    """Fetch a diffusers repository, safetensors and configs only: whole weights, else shards, else the fp16 variant.
+    """Fetch a diffusers repository, safetensors, configs and card only.
 
-    Each part by itself: a whole autoencoder may stand beside a transformer in shards.
+    Whole weights, else shards, else the fp16 variant, of each part by itself: a whole autoencoder may stand beside a
+    transformer in shards.
     """
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", f"*{SAFETENSORS}"]))
+        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", CARD, f"*{SAFETENSORS}"]))
         for weights in (_SHARDS, HALF, _HALF_SHARDS):
             if not (parts := _without_weights(folder)):
                 break

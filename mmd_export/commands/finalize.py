@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from mmd_export.bundle import Bundle, DeferredInfo, ManifestDraft, Measured, require_free, write_bundle
-from mmd_export.card import model_card
+from mmd_export.card import model_card, with_lineage_of
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.measured import log_beside, measured
 from mmd_export.target_options import TargetOptions
@@ -57,14 +57,15 @@ def finalize(options: FinalizeOptions, notify: Callable[[str], None] = lambda _:
 
     def measure(made: Bundle) -> Measured:
         if not options.verify:
-            return Measured(model_card(made.manifest))
+            return Measured(with_lineage_of(model_card(made.manifest), bundle.card))
         notify("verifying the artefact")
         found = measured(made, runtime_for(draft.format))
         if found.parity is None and options.out is None:
             raise NotAvailableError(_unverifiable(bundle, "its runtime refuses it here"))
-        return found
+        return replace(found, card=with_lineage_of(found.card, bundle.card))
 
-    return write_bundle(out, draft, compile_into, _golden(bundle), model_card(draft), overwrite, measure)
+    card = with_lineage_of(model_card(draft), bundle.card)
+    return write_bundle(out, draft, compile_into, _golden(bundle), card, overwrite, measure)
 
 
 def _usable_target(bundle: Bundle) -> DeferrableTarget:

@@ -10,6 +10,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mmd_export.errors import UsageError
+
 # Other noises reach further than those scanned. Between 4 and 64 images the largest value of any layer grew by less
 # than a factor of 2 (benchmarks/results/precision.json), so 8 is generous.
 HEADROOM = 8.0
@@ -74,3 +76,10 @@ W8 = Grid("w8", ir.DataType.INT8, np.dtype(np.int8), 127.0, activations=False)
 W4 = Grid("w4", ir.DataType.INT4, np.dtype(ml_dtypes.int4), 7.0, activations=False, block=32, opset=21)
 HALVES = {half.name: half for half in (FP16, BF16)}
 GRIDS = {grid.name: grid for grid in (INT8, FP8, W8, W4)}
+
+
+def require_ranges(precision: str, images: int | None) -> None:
+    """Raise UsageError for calibration images where no range is set: nothing is rounded, or only weights are."""
+    has = precision in HALVES or (precision in GRIDS and GRIDS[precision].activations)
+    if images is not None and not has:
+        raise UsageError(f"--calibration is {images}, but --precision {precision} has no ranges to set; leave it out")

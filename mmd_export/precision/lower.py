@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from mmd_export.errors import UsageError
-from mmd_export.precision.formats import GRIDS, HALVES
+from mmd_export.precision.formats import GRIDS, HALVES, require_ranges
 from mmd_export.precision.half import to_half
 from mmd_export.precision.islands import ends, islands, promoted
 from mmd_export.precision.quantise import Recipe, quantise
@@ -37,8 +37,9 @@ def lower(
 
     Raises UsageError for images where no range is needed, and for a trajectory that is not finite.
     """
+    require_ranges(precision, images)
     if precision == "fp32":
-        return _refuse(images, precision, calls)
+        return calls
     lowered = Calls(typed(calls.model), calls.constants, calls.plan, calls.shape, calls.batch, calls.conditions)
     if precision in HALVES:
         half = HALVES[precision]
@@ -51,9 +52,7 @@ def lower(
     else:
         grid, chosen = GRIDS[precision], recipe or Recipe()
         ranges = tuned if tuned is not None and tuned.precision == precision and grid.activations else None
-        if not grid.activations:
-            _refuse(images, precision, calls)
-        elif ranges is not None:
+        if ranges is not None:
             _require_tuned_form(chosen, images)
             notify(f"{precision}: the ranges are those that it was tuned with ({QUANTISATION_FILE})")
         lowered = quantise(lowered, grid, chosen, images or CALIBRATED, ranges, float32)
@@ -67,12 +66,6 @@ def _require_tuned_form(recipe: Recipe, images: int | None) -> None:
         raise UsageError(f"--calibration is {images}, but the model was tuned with ranges of its own; leave it out")
     if not recipe.per_step:
         raise UsageError("the model was tuned with a range for each step, a loop has one for all; use --form unrolled")
-
-
-def _refuse(images: int | None, precision: str, calls: Calls) -> Calls:
-    if images is not None:
-        raise UsageError(f"--calibration is {images}, but --precision {precision} has no ranges to set; leave it out")
-    return calls
 
 
 def typed(model: ir.Model) -> ir.Model:

@@ -8,6 +8,7 @@ from mmd_export.dynamic_shift import require_shift
 from mmd_export.errors import UsageError
 from mmd_export.plan import StepPlan
 from mmd_export.schedule import SchedulerConfig
+from mmd_export.scheduler_config import SPACINGS
 from mmd_export.scheduler_keys import CLASSES, KEYS
 from mmd_export.solvers.consistency import consistency, lcm, tcd
 from mmd_export.solvers.ddim import ddim, ddpm
@@ -120,6 +121,8 @@ def _check_spacing(config: SchedulerConfig, spacing: str | None) -> None:
     if spacing is None or spacing == config.timestep_spacing:
         return
     listed = "," in spacing or ":" in spacing or spacing == "mmd-ddm"
+    if not listed and spacing not in SPACINGS and not spacing[:1].isdigit():
+        raise UsageError(f"--spacing {spacing!r} is unknown; known: {', '.join(SPACINGS)}")
     if listed and config.sampler in OWN_GRID:
         raise UsageError(
             f"--timesteps and --spacing mmd-ddm do not fit --sampler {config.sampler}, which has a grid of its own"

@@ -84,18 +84,27 @@ def test_unknown_scheduler_setting(command: Command, model: Path, tmp_path: Path
         (("--batch", "many"), 2, "--batch is 'many'"),
         (("--target", "abacus"), 2, "abacus"),
         (("--sampler", "magic"), 2, "magic"),
-        (("--spacing", "odd"), 2, "odd"),
+        (("--spacing", "odd"), 2, "--spacing 'odd' is unknown; known: leading, trailing, linspace, mmd-ddm"),
+        (("--text-length", 7), 2, "error: model digits takes no text, --text-length is 7; leave it out"),
         (("--eta", "-1"), 2, "-1"),
-        (("--precision", "fp3"), 3, "fp3"),
+        (("--precision", "fp3"), 2, "target onnx has no --precision fp3; it has fp32"),
+        (("--precision", "w16"), 3, "target onnx has no --precision w16"),
+        (("--form", "rolled"), 2, "target onnx has no --form rolled"),
         (("--precision", "int8", "--calibration", "0"), 2, "--calibration is 0, it takes at least 1 image"),
         (("--precision", "int8", "--calibration", "-3"), 2, "--calibration is -3, it takes at least 1 image"),
         (("--calibration", "8"), 2, "--calibration is 8, but --precision fp32 has no ranges to set"),
-        (("--output", "int3"), 3, "int3"),
+        (("--output", "int3"), 2, "target onnx has no --output int3"),
+        (("--output", "float", "--target", "torch", "--form", "loop"), 3, "target torch has no --form loop"),
     ],
 )
 def test_wrong_options(command: Command, tmp_path: Path, more: tuple[object, ...], code: int, says: str) -> None:
     fails(command, code, says, *build("digits", tmp_path / "b", *more))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_without_ranges_is_refused_before_any_work(command: Command, tmp_path: Path) -> None:
+    _, _, err = command(*build("digits", tmp_path / "b", "--calibration", 5))
+    assert err == ("mmd-export: error: --calibration is 5, but --precision fp32 has no ranges to set; leave it out\n")
 
 
 def test_model_that_does_not_exist(command: Command, tmp_path: Path) -> None:

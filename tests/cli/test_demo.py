@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmd_export.bundle import Bundle
 from tests.cli.conftest import Command
 
 
@@ -27,6 +28,10 @@ def test_the_whole_job_leaves_bundle_picture_and_numbers_that_agree(command: Com
     assert f"{after:.2f}" in shown
     assert results["parity"]["passed"]
     assert "rungs 1 to 6 passed" in shown
+
+    bundle = Bundle.open(out / "bundle")
+    assert bundle.manifest.checkpoint.licence == "apache-2.0"
+    assert "## Lineage\n\n- base model: `digits`, SHA-256" in bundle.card
 
     code, _, err = command("verify", out / "bundle", "--checkpoint", out / "run")
     assert code == 0, err

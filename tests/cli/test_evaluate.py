@@ -177,6 +177,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(
     code, _, err = command("evaluate", "digits", "--steps", 1, "--count", 16, *places)
     assert code == 2
     assert told in err
+    assert err.startswith("mmd-export: error")
 
 
 def test_no_tf32_inside(monkeypatch: pytest.MonkeyPatch) -> None:

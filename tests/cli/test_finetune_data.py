@@ -24,11 +24,11 @@ from tests.cli.conftest import Command
             "encoder 'vgg' is unknown; known: digits-conv, digits-mlp, digits-residual, pixels, random-conv",
         ),
         (("--data", "hf:./nowhere"), "./nowhere does not exist"),
-        (("--resize", "squash"), "resize is 'squash': input should be 'crop' or 'stretch'"),
+        (("--resize", "squash"), "--resize is 'squash'; choose 'crop' or 'stretch'"),
         (("--crop", "1,2,3"), "crop"),
         (("--crop", "0,0,9,9"), "--crop 0,0,9,9 (left, top, width, height) reaches outside"),
-        (("--holdout-fraction", "1"), "holdout_fraction is 1.0: input should be less than 1"),
-        (("--balance", "loud"), "balance is 'loud': input should be 'auto', 'untuned' or 'equal'"),
+        (("--holdout-fraction", "1"), "--holdout-fraction is 1; it must be below 1"),
+        (("--balance", "loud"), "--balance is 'loud'; choose 'auto', 'untuned' or 'equal'"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -37,7 +37,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     code, out, err = command("finetune", "digits", "--steps", 2, "--out", tmp_path / "run", *options)
     assert (code, out) == (2, "")
     assert said in err
-    assert len([line for line in err.splitlines() if line.startswith("mmd-export: error")]) == 1
+    assert err.startswith("mmd-export: error")
+    assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

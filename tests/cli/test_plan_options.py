@@ -211,3 +211,12 @@ def test_parsing_and_asking() -> None:
     with pytest.raises(UsageError, match="--timesteps is 9,5; leave it out"):
         PlanOptions(timesteps=(9, 5)).require_bundle("b", 2)
     PlanOptions(steps=2).require_bundle("b", 2)
+
+
+def test_a_sampler_may_be_named_as_diffusers_names_its_class(command: Command) -> None:
+    plans = []
+    for sampler in ("EulerDiscreteScheduler", "euler"):
+        code, out, err = command("inspect", "digits", "--steps", 2, "--sampler", sampler, "--json", "-")
+        assert code == 0, err
+        plans.append(json.loads(out)["plan"])
+    assert plans[0] == plans[1]

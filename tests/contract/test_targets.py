@@ -119,15 +119,17 @@ def test_it_compiles_the_same_bytes_twice(
 
 def test_it_refuses_what_it_has_not(name: str, tiny: Path, tmp_path: Path) -> None:
     for field, flag in (("precision", "--precision"), ("output", "--output")):
-        options = options_for(name, tiny, tmp_path / "out", **{field: "int3"})
-        with pytest.raises(NotAvailableError, match=f"target {name} has no {flag} int3; it has ") as error:
-            build(options)
-        assert error.value.exit_code == 3
+        with pytest.raises(UsageError, match=f"target {name} has no {flag} int3; it has "):  # nor has another
+            build(options_for(name, tiny, tmp_path / "out", **{field: "int3"}))
+    elsewhere = {each for other in target_names() for each in get_target(other).precisions}
+    for precision in sorted(elsewhere - set(get_target(name).precisions)):
+        with pytest.raises(NotAvailableError, match=f"target {name} has no --precision {precision}; it has "):
+            build(options_for(name, tiny, tmp_path / "out", precision=precision))
     assert not list(tmp_path.iterdir())
 
 
 def test_it_refuses_before_the_checkpoint_is_read(name: str, tmp_path: Path) -> None:
-    with pytest.raises(NotAvailableError, match="has no --precision"):
+    with pytest.raises(UsageError, match="has no --precision"):
         build(options_for(name, tmp_path / "nowhere", tmp_path / "out", precision="int3"))
     with pytest.raises(UsageError, match=rf"--target '{name}x' is unknown; known: .*{name}"):
         usable_target(options_for(f"{name}x", tmp_path, tmp_path))

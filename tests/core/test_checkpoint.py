@@ -352,9 +352,39 @@ def test_a_hub_id_without_a_network(error: Exception, words: str, monkeypatch: p
     message = refused("google/ddpm-cifar10-32", words, kind=NotAvailableError)
     assert message.startswith("model google/ddpm-cifar10-32 is no local folder and could not be downloaded: ")
     assert NotAvailableError.exit_code == 3
-    assert asked == [("google/ddpm-cifar10-32", ["*.json", f"*{SAFETENSORS}"])]  # never a pickle
+    assert asked == [("google/ddpm-cifar10-32", ["*.json", "README.md", f"*{SAFETENSORS}"])]  # never a pickle
 
 
 def test_a_hub_id_that_is_there(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tiny))
     assert load_checkpoint("owner/tiny").sha256 == load_checkpoint(tiny).sha256
+
+
+# --- folders that are something else
+
+
+def test_a_folder_that_is_something_else_is_named(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    refused(other, "other holds no network: ", "config.json does not exist, nor unet/ nor transformer/; give")
+    (other / "settings.json").write_text("{}")
+    refused(other, "a run that is not finished; go on with finetune --resume --out")
+    (other / "manifest.json").write_text("{}")
+    refused(other, "other is a bundle; give the model or the run folder that it was built from")
+    (folder / "manifest.json").write_text("{}")  # somebody's own file beside a model
+    load_checkpoint(folder)
+
+
+def test_no_model_and_one_misspelt() -> None:
+    refused("", "no model is given; name one: digits")
+    refused("digit", "model digit does not exist; did you mean digits?")
+    refused("nowhere", "model nowhere does not exist; built in: digits")
+
+
+def test_a_bare_model_without_its_scheduler_names_the_pipeline(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "pipe" / "scheduler").mkdir(parents=True)
+    bare = Path(shutil.copytree(folder, tmp_path / "pipe" / "unet"))
+    shutil.move(bare / SCHEDULER, tmp_path / "pipe" / "scheduler")
+    refused(bare, f"unet/{SCHEDULER} does not exist; give the pipeline folder {tmp_path / 'pipe'}, or copy the")
+    (folder / SCHEDULER).unlink()
+    refused(folder, f"{SCHEDULER} does not exist; copy the scheduler_config.json of its pipeline there")

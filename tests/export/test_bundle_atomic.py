@@ -119,10 +119,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(out: Path, monkeypatch: pyte
     assert list(out.parent.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(MmdExportError, match=r"cannot write .*: (Not a directory|File exists)"):
-        make(tmp_path / "file" / "digits-2")
+    with pytest.raises(UsageError, match=r"cannot be made: .*file is no folder; choose another --out"):
+        require_free(tmp_path / "file" / "below" / "digits-2")
+    require_free(tmp_path / "new" / "digits-2")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc, in which even root can make nothing")
+def test_a_place_where_nothing_can_be_made(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--out /proc/x\.bundle cannot be written: /proc: .*; choose another --out"):
+        require_free(Path("/proc/x.bundle"))
 
 
 # The handler that Ctrl-C finds at a terminal; what is started in the background inherits an ignored SIGINT.

@@ -25,7 +25,7 @@ from mmd_finetune import features, interrupts, loop, objective
 from mmd_finetune.features import Encoder, load_encoder
 from mmd_finetune.files import write_json
 from mmd_finetune.interrupts import Interrupts
-from mmd_finetune.loop import Report, tune
+from mmd_finetune.loop import NotFiniteError, Report, tune
 from mmd_finetune.metrics import sampling
 from mmd_finetune.run_folder import RunFolder
 from mmd_finetune.settings import FinetuneSettings
@@ -46,6 +46,15 @@ def test_out_that_exists_is_refused_before_any_work(
     with pytest.raises(UsageError, match=r"is not the folder of a run \(settings\.json is missing\)"):
         tune(tiny_settings, resume=True)
     assert [path.name for path in tiny_settings.out.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc, in which even root can make nothing")
+def test_out_that_cannot_be_made_is_refused_before_any_work(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "prepare", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(UsageError, match=r"--out /proc/run cannot be written: /proc: .*; choose another --out"):
+        tune(changed(tiny_settings, out="/proc/run"))
 
 
 def test_a_finished_run_is_not_run_again(tiny_settings: FinetuneSettings) -> None:
@@ -96,6 +105,19 @@ def test_resume_with_other_settings_is_refused(
 def test_bad_input_leaves_nothing(values: dict[str, Any], said: str, tiny_settings: FinetuneSettings) -> None:
     with pytest.raises(UsageError, match=said):
         tune(changed(tiny_settings, **values))
+    assert not tiny_settings.out.exists()
+
+
+def test_a_run_refused_in_its_folder_does_not_block_the_next(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers are chosen, and the untuned sampler is measured, when the folder is made."""
+    with pytest.raises(UsageError, match="--lora-targets foo: no layer's name ends so"):
+        tune(changed(tiny_settings, tune="lora", lora_targets="foo"))
+    assert not tiny_settings.out.exists()
+    monkeypatch.setattr(Task, "held_out_distances", lambda *_: {"digits-mlp": float("nan")})
+    with pytest.raises(NotFiniteError, match="choose another --holdout"):
+        tune(tiny_settings)
     assert not tiny_settings.out.exists()
 
 

@@ -21,3 +21,11 @@ def test_no_number_of_the_bar_is_cut_off(width: int) -> None:
     assert "…" not in shown
     for number in ("1200/1200", "MMD² -0.0001", "held-out 102.60", "best 100.59", "left"):
         assert number in shown
+
+
+def test_nothing_is_shown_before_the_first_report() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    with pytest.raises(ValueError, match="refused"), ProgressBar(console):
+        raise ValueError("refused")
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == ""

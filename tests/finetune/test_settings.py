@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from pydantic import ValidationError
 
+from mmd_export.cli import app
 from mmd_export.errors import UsageError
+from mmd_finetune.setting_names import KEYS_ONLY, flag_of
 from mmd_finetune.settings import FinetuneSettings, make_settings
 
 CONFIGS = Path(__file__).parents[2] / "finetune/configs"
@@ -52,34 +55,37 @@ def test_public_has_no_place_of_this_machine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"steps": 0}, "steps is 0: input should be greater than or equal to 1"),
-        ({"batch_size": 1}, "batch_size is 1: input should be greater than or equal to 2"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0: input should be greater than 0"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan"),
-        ({"ema_decay": 1.0}, "ema_decay is 1.0: input should be less than 1"),
-        ({"seed": -1}, "seed is -1"),
+        ({"steps": 0}, "^--steps is 0; it must be at least 1$"),
+        ({"batch_size": 1}, "--batch-size is 1; it must be at least 2"),
+        ({"learning_rate": 0.0}, "^--lr is 0; it must be above 0$"),
+        ({"learning_rate": float("nan")}, "--lr is nan"),
+        ({"ema_decay": 1.0}, "^ema_decay is 1; it must be below 1$"),
+        ({"seed": -1}, "--seed is -1; it must be at least 0"),
         ({"seed": 2**63}, "seed is 9223372036854775808"),
-        ({"iterations": 0}, "iterations is 0"),
-        ({"iterations": "many"}, "iterations is 'many': input should be a valid integer"),
-        ({"features": ()}, r"features is \(\)"),
-        ({"rate_decay": "step"}, "rate_decay is 'step': input should be 'constant' or 'cosine'"),
+        ({"iterations": 0}, "--iterations is 0"),
+        ({"iterations": "many"}, "^--iterations is 'many'; a whole number is expected$"),
+        ({"features": ()}, "^--features is empty; name at least 1$"),
+        ({"rate_decay": "step"}, "^rate_decay is 'step'; choose 'constant' or 'cosine'$"),
         ({"batchsize": 3}, "'batchsize' is unknown; known: model, steps, out"),
-        ({"features": ("digits-mlp",)}, "holdout digits-mlp is also in features"),
-        ({"holdout": "digits-mlp,digits-conv"}, "holdout digits-conv is also in features"),
-        ({"holdout": "digits-mlp,digits-mlp"}, "holdout digits-mlp, digits-mlp names an encoder twice"),
-        ({"holdout": ()}, r"holdout is \(\)"),
-        ({"balance": "loud"}, "balance is 'loud': input should be 'auto', 'untuned' or 'equal'"),
-        ({"resize": "squash"}, "resize is 'squash': input should be 'crop' or 'stretch'"),
-        ({"crop": "1,2,3"}, "crop is .*"),
-        ({"holdout_fraction": 1.0}, "holdout_fraction is 1.0: input should be less than 1"),
-        ({"holdout_fraction": -0.1}, "holdout_fraction is -0.1"),
-        ({"features": "pixels,pixels"}, "features pixels, pixels names an encoder twice"),
-        ({"out": None}, "out is missing"),
-        ({"landmarks": 64}, "landmarks is 64, but the reference is bank, not nystrom"),
-        ({"reference": "all"}, "reference is 'all': input should be 'bank', 'batch' or 'nystrom'"),
-        ({"estimator": "u"}, "estimator is 'u': input should be 'unbiased' or 'biased'"),
-        ({"autocast": "fp16"}, "autocast is 'fp16': input should be 'off' or 'bf16'"),
-        ({"micro_batch_size": 0}, "micro_batch_size is 0: input should be greater than or equal to 1"),
+        ({"features": ("digits-mlp",)}, "^--holdout digits-mlp is also in --features"),
+        ({"holdout": "digits-mlp,digits-conv"}, "--holdout digits-conv is also in --features"),
+        ({"holdout": "digits-mlp,digits-mlp"}, "--holdout digits-mlp,digits-mlp names an encoder twice"),
+        ({"holdout": ()}, "--holdout is empty"),
+        ({"balance": "loud"}, "--balance is 'loud'; choose 'auto', 'untuned' or 'equal'"),
+        ({"resize": "squash"}, "--resize is 'squash'; choose 'crop' or 'stretch'"),
+        ({"crop": "1,2,3"}, "^--crop is '1,2,3': '1,2,3' is not LEFT,TOP,WIDTH,HEIGHT"),
+        ({"holdout_fraction": 1.0}, "--holdout-fraction is 1; it must be below 1"),
+        ({"holdout_fraction": -0.1}, "--holdout-fraction is -0.1"),
+        ({"features": "pixels,pixels"}, "--features pixels,pixels names an encoder twice"),
+        ({"out": None}, "^--out is missing; name the run folder to make$"),
+        ({"landmarks": 64}, "^--landmarks is 64, but --reference is bank; leave it out, or give --reference nystrom$"),
+        ({"reference": "all"}, "--reference is 'all'; choose 'bank', 'batch' or 'nystrom'"),
+        ({"estimator": "u"}, "--estimator is 'u'; choose 'unbiased' or 'biased'"),
+        ({"autocast": "fp16"}, "--autocast is 'fp16'; choose 'off' or 'bf16'"),
+        ({"model": None}, "^MODEL is missing; name the model to tune, such as digits$"),
+        ({"metrics": "recal"}, "^--metrics is 'recal': 'recal' is not one of "),
+        ({"plan_learning_rate": 1.0}, "^--plan-lr is 1, but --learn is weights; leave it out, or give --learn plan$"),
+        ({"micro_batch_size": 0}, "--micro-batch-size is 0; it must be at least 1"),
     ],
 )
 def test_wrong_values_name_setting_and_value(wrong: dict[str, Any], said: str) -> None:
@@ -91,6 +97,22 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("lr = 1e-4\n")
     with pytest.raises(UsageError, match=r"a\.toml\): 'lr' is unknown"):
         make_settings(GIVEN, tmp_path / "a.toml")
+
+
+def test_a_value_is_named_as_it_was_given(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("learning_rate = -1\n")
+    with pytest.raises(UsageError, match=r"a\.toml\): learning_rate is -1; it must be above 0"):
+        make_settings(GIVEN, tmp_path / "a.toml")
+    with pytest.raises(UsageError, match="--lr is -2; it must be above 0"):
+        make_settings(GIVEN | {"learning_rate": -2.0}, tmp_path / "a.toml")
+
+
+def test_every_setting_is_named_by_an_option_that_exists() -> None:
+    command = typer.main.get_command(app).commands["finetune"]  # type: ignore[attr-defined]
+    options = {option for parameter in command.params for option in parameter.opts} | {"MODEL"}
+    named = {flag_of(name) for name in FinetuneSettings.model_fields if name not in KEYS_ONLY}
+    assert named <= options
+    assert not {"--" + name.replace("_", "-") for name in KEYS_ONLY} & options
 
 
 def test_a_file_that_is_missing_or_no_toml(tmp_path: Path) -> None:

@@ -120,14 +120,14 @@ def test_the_plan_alone_leaves_the_weights(tiny_settings: FinetuneSettings, tiny
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"tune": "none"}, "tune none with learn weights leaves nothing to tune"),
-        ({"lora_rank": 4}, "lora_rank is 4, but tune is all"),
-        ({"lora_targets": "to_q"}, r"lora_targets is \('to_q',\), but tune is all"),
+        ({"tune": "none"}, "--tune none with --learn weights leaves nothing to tune"),
+        ({"lora_rank": 4}, "--lora-rank is 4, but --tune is all"),
+        ({"lora_targets": "to_q"}, "--lora-targets is to_q, but --tune is all"),
         ({"tune": "bias"}, "tune is 'bias'"),
         ({"precision": "int4"}, "precision is 'int4'"),
-        ({"calibration": 8}, "calibration is 8, but precision fp32 has no ranges to set"),
-        ({"precision": "w8", "calibration": 8}, "calibration is 8, but precision w8 has no ranges to set"),
-        ({"plan_learning_rate": 0.0}, "plan_learning_rate is 0"),
+        ({"calibration": 8}, "--calibration is 8, but --precision fp32 has no ranges to set"),
+        ({"precision": "w8", "calibration": 8}, "--calibration is 8, but --precision w8 has no ranges to set"),
+        ({"plan_learning_rate": 0.0}, "--plan-lr is 0"),
     ],
 )
 def test_settings_that_do_not_go_together(values: dict[str, Any], said: str) -> None:

@@ -77,7 +77,7 @@ def test_metrics_that_cannot_be_measured_are_refused(metrics: str) -> None:
 
 
 def test_too_few_samples_for_the_neighbours_are_refused_before_the_run() -> None:
-    with pytest.raises(UsageError, match="metrics recall needs more than 5 samples, evaluate_count is 4"):
+    with pytest.raises(UsageError, match="--metrics recall needs more than 5 samples, evaluate_count is 4"):
         make_settings({"model": "digits", "steps": 2, "out": "run", "metrics": "recall", "evaluate_count": 4})
 
 

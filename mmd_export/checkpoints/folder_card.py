@@ -1,0 +1,67 @@
+"""What a model folder says of itself: the licence and the base of its model card, the record of a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmd_export.checkpoints.weights import read_json
+from mmd_export.errors import UsageError
+
+CARD, RECORD = "README.md", "settings.json"
+_LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+() -]{0,99}")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")  # of a model or of a data set, or a hub id; never a path
+_HASH = re.compile(r"[0-9a-f]{64}")
+_HUB_DATA = re.compile(r"hf:[\w.-]+(?:/[\w.-]+)?(?:\?[\w.=&-]*)?")
+
+
+def stated_licence(folder: Path) -> str | None:
+    """``license`` in the front matter of the card, as Hugging Face's model cards have it; a plain string or nothing."""
+    stated = _front_matter(folder).get("license", "")
+    return stated if _LICENCE.fullmatch(stated) else None
+
+
+def stated_lineage(folder: Path) -> dict[str, str]:
+    """``base model`` and ``data``, as a run folder records them; of another folder the ``base_model`` of its card."""
+    record = _record(folder)
+    settings = record.get("settings")
+    if isinstance(settings, Mapping) and "base_sha256" in record:
+        named = {"base model": ("model", "base_sha256"), "data": ("data", "data_sha256")}
+        found = {what: _with_hash(settings.get(key), record.get(digest)) for what, (key, digest) in named.items()}
+        return {what: text for what, text in found.items() if text}
+    base = _front_matter(folder).get("base_model", "")
+    return {"base model": f"`{base}`"} if _NAME.fullmatch(base) else {}
+
+
+def _with_hash(name: Any, digest: Any) -> str:
+    """Empty for what is no name: a card shows no path and no text of others."""
+    if not isinstance(name, str) or not (_NAME.fullmatch(name) or _HUB_DATA.fullmatch(name)):
+        return ""
+    known = isinstance(digest, str) and _HASH.fullmatch(digest)
+    return f"`{name}`, SHA-256 `{str(digest)[:16]}`" if known else f"`{name}`"
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    except (UsageError, OSError):  # somebody else's file of that name
+        return {}
+
+
+def _front_matter(folder: Path) -> dict[str, str]:
+    """The plain strings between the two ``---`` at the head of the card; lists, maps and blocks are left out."""
+    try:
+        lines = (folder / CARD).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return {}
+    if not lines or lines[0].strip() != "---" or "---" not in (rest := [line.rstrip() for line in lines[1:]]):
+        return {}
+    found: dict[str, str] = {}
+    for line in rest[: rest.index("---")]:
+        key, colon, value = line.partition(":")
+        value = value.partition(" #")[0].strip()
+        if colon and value and not key.startswith((" ", "-", "#")):
+            found[key] = value[1:-1] if value[0] == value[-1] and value[0] in "\"'" and len(value) > 1 else value
+    return found
