@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from io import StringIO
 
 from mmd_export.errors import NotAvailableError
 from mmd_export.exit_codes import how_it_ended, signal_name
@@ -184,11 +185,13 @@ def _judge(command: str, ending: _Ending, notes: Notes) -> int:
 
 
 def _say(text: str, before: str = "") -> None:
-    with suppress(AttributeError, OSError, ValueError):  # stderr is closed or full; the exit code still tells
+    try:
         if sys.stderr.isatty():  # a progress bar hides the cursor and has not ended its line
             sys.stderr.write("\x1b[?25h\n")
         sys.stderr.write(f"{before}mmd-export: {text}\n")
         sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):  # it is closed or full; the exit code still tells
+        sys.stderr = StringIO()  # what is left in its buffer would fail again at the end, and make the code 120
 
 
 def _line(command: str, ending: _Ending, notes: Notes) -> str:

@@ -130,6 +130,6 @@ def test_the_lint_refuses_a_loop_that_data_can_stop(tiny: Path, tmp_path: Path, 
 
 
 def test_a_form_that_is_none(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(NotAvailableError, match="target onnx has no --form spiral; it has auto, unrolled, loop"):
+    with pytest.raises(UsageError, match="target onnx has no --form spiral; it has auto, unrolled, loop"):
         build_form(tiny, tmp_path / "b", "spiral", 2)
     assert not list(tmp_path.iterdir())
