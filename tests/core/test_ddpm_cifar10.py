@@ -50,6 +50,7 @@ def test_it_builds_and_verifies(tmp_path: Path) -> None:
     weights = (model / "diffusion_pytorch_model.safetensors").stat().st_size
     assert weights > 140e6
     graph = Bundle.open(tmp_path / "out").manifest.graph
+    assert "Resize" not in graph.op_counts
     assert bundle.artefact_path.stat().st_size <= 1.05 * min(weights, graph.unique_weight_bytes) + 2048 * graph.nodes
     assert bundle.manifest.parity is not None
     assert len(bundle.manifest.parity) == 1 + 2 * STEPS

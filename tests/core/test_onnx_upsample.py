@@ -9,6 +9,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+from mmd_export import onnx_upsample
 from mmd_export.onnx_upsample import convolve_before_upsampling, phase_kernel
 
 RNG = np.random.default_rng(0)
@@ -34,6 +35,11 @@ upsample (float[batch, 4, 3, 5] x) => (float[batch, {weight[0]}, {size}] y)
     for name, shape in (("weight", weight), ("bias", weight[:1])):
         model.graph.initializer.append(onnx.numpy_helper.from_array(RNG.standard_normal(shape, np.float32), name))
     return ir.from_proto(model)
+
+
+@pytest.fixture(autouse=True)
+def _however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_upsample, "LEAST_SAVED", 1)
 
 
 def run(model: ir.Model, x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -82,6 +88,13 @@ def test_it_leaves_alone_what_it_does_not_know(other: ir.Model) -> None:
     before = ir.to_proto(other).SerializeToString()
     assert convolve_before_upsampling(other) == 0
     assert ir.to_proto(other).SerializeToString() == before
+
+
+def test_it_leaves_alone_what_would_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = (36 - 16) * 6 * 4 * 3 * 5
+    for least, count in ((saved, 1), (saved + 1, 0)):
+        monkeypatch.setattr(onnx_upsample, "LEAST_SAVED", least)
+        assert convolve_before_upsampling(graph((6, 4, 3, 3))) == count
 
 
 def test_the_sums_of_weights_meet_on_four_pixels() -> None:
