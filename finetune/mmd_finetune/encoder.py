@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmd_export.checkpoints.weights import hash_weights, load_strictly, read_safetensors
 from mmd_export.errors import UsageError
 from mmd_finetune.digits_encoders import ARCHITECTURES, class_logits
 from mmd_finetune.encoder_source import Source
@@ -68,6 +71,19 @@ class Family:
     def forms(self) -> tuple[str, ...]:
         """How the user writes them."""
         return tuple(f"{kind}:{self.place}" if self.place else kind for kind in self.kinds)
+
+
+def shipped(kind: str, network: nn.Module, weights: Path, advice: str, **facts: Any) -> Encoder:
+    """``network`` with the ``weights`` that are installed with it; ``facts``: further attributes of the encoder.
+
+    Raises UsageError that ends in ``advice`` for a damaged file.
+    """
+    try:
+        tensors = read_safetensors(weights)
+        load_strictly(network, tensors, str(weights))
+    except UsageError as error:
+        raise UsageError(f"encoder {kind}: {error}; {advice}") from error
+    return Encoder(kind, frozen(network), sha256=hash_weights(tensors, {"architecture": kind}), **facts)
 
 
 def frozen(network: nn.Module) -> nn.Module:

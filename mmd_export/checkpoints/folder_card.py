@@ -19,8 +19,8 @@ _HUB_DATA = re.compile(r"hf:[\w.-]+(?:/[\w.-]+)?(?:\?[\w.=&-]*)?")
 
 def stated_licence(folder: Path) -> str | None:
     """``license`` in the front matter of the card, as Hugging Face's model cards have it; a plain string or nothing."""
-    stated = _front_matter(folder).get("license", "")
-    return stated if _LICENCE.fullmatch(stated) else None
+    stated = _front_matter(folder).get("license")
+    return stated if isinstance(stated, str) and _LICENCE.fullmatch(stated) else None
 
 
 def stated_lineage(folder: Path) -> dict[str, str]:
@@ -31,8 +31,8 @@ def stated_lineage(folder: Path) -> dict[str, str]:
         named = {"base model": ("model", "base_sha256"), "data": ("data", "data_sha256")}
         found = {what: _with_hash(settings.get(key), record.get(digest)) for what, (key, digest) in named.items()}
         return {what: text for what, text in found.items() if text}
-    base = _front_matter(folder).get("base_model", "")
-    return {"base model": f"`{base}`"} if _NAME.fullmatch(base) else {}
+    base = _front_matter(folder).get("base_model")
+    return {"base model": f"`{base}`"} if isinstance(base, str) and _NAME.fullmatch(base) else {}
 
 
 def _with_hash(name: Any, digest: Any) -> str:
@@ -50,18 +50,12 @@ def _record(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _front_matter(folder: Path) -> dict[str, str]:
-    """The plain strings between the two ``---`` at the head of the card; lists, maps and blocks are left out."""
+def _front_matter(folder: Path) -> dict[str, Any]:
+    """The metadata at the head of the card, as the hub reads it; nothing if it is none."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
     try:
-        lines = (folder / CARD).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        return metadata_load(folder / CARD) or {}
+    except (OSError, ValueError, YAMLError):  # ValueError: not UTF-8, or no mapping
         return {}
-    if not lines or lines[0].strip() != "---" or "---" not in (rest := [line.rstrip() for line in lines[1:]]):
-        return {}
-    found: dict[str, str] = {}
-    for line in rest[: rest.index("---")]:
-        key, colon, value = line.partition(":")
-        value = value.partition(" #")[0].strip()
-        if colon and value and not key.startswith((" ", "-", "#")):
-            found[key] = value[1:-1] if value[0] == value[-1] and value[0] in "\"'" and len(value) > 1 else value
-    return found

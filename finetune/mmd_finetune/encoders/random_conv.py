@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from mmd_export.checkpoints.weights import hash_weights, load_strictly, read_safetensors
-from mmd_export.errors import UsageError
-from mmd_finetune.encoder import Encoder, Family, frozen
+from mmd_finetune.encoder import Encoder, Family, shipped
 from mmd_finetune.encoder_source import Source
 
 WEIGHTS = Path(__file__).with_name("random-conv.safetensors")
@@ -41,14 +39,7 @@ class RandomConv(nn.Module):
 
 
 def _load(source: Source) -> Encoder:
-    network = RandomConv()
-    try:
-        weights = read_safetensors(WEIGHTS)
-        load_strictly(network, weights, str(WEIGHTS))
-    except UsageError as error:
-        raise UsageError(f"encoder {source.kind}: {error}; install again") from error
-    sha256 = hash_weights(weights, {"architecture": source.kind})
-    return Encoder(source.kind, frozen(network), channels=(1, 3), sha256=sha256)
+    return shipped(source.kind, RandomConv(), WEIGHTS, "install again", channels=(1, 3))
 
 
 FAMILY = Family(("random-conv",), "", _load)
