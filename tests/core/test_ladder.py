@@ -26,6 +26,7 @@ from mmd_export.plan import StepPlan, Term
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.runtime import RunOptions
 from mmd_export.targets import CompileOptions, get_target
+from mmd_export.tolerance import artefact_tolerance
 from mmd_runtime.registry import runtime_for
 from tests.models import TWO_CHANNELS, save_model
 
@@ -240,3 +241,13 @@ def test_a_wrong_exported_program_fails_rung_5_only(
     monkeypatch.setattr(SamplerProgram, "runner", lambda self: Louder(runner(self)))
     verdicts = [rung.verdict for rung in ladder.stage_rungs(good, checkpoint, plan)]
     assert verdicts == ["passed", "passed", "failed"]
+
+
+def test_a_plan_from_pure_noise_has_its_own_tolerance(tmp_path: Path) -> None:
+    bundle = build(BuildOptions("digits", "onnx", tmp_path / "b", verify=False, steps=1, spacing="trailing"))
+    plan = StepPlan.from_dict(bundle.manifest.plan)
+    assert plan.output_gain > 100.0
+    wide = artefact_tolerance("onnx", "fp32", plan.output_gain).atol
+    assert wide > 1e-3
+    assert bundle.manifest.tolerance.atol == wide
+    assert [rung.atol for rung in ladder.stage_rungs(bundle, load_checkpoint("digits"), plan)] == [wide] * 3
