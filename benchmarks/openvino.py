@@ -24,29 +24,37 @@ from mmd_export.latency import REST, measure
 from mmd_export.parity import check_artefact
 from mmd_export.reference import sampler_of
 from mmd_export.runtime import Arrays, RunOptions
+from mmd_export.target_options import TargetOptions
 from mmd_runtime.registry import get_runtime
 
 STEPS = 5
-CANDIDATES = {
-    "openvino": ("openvino", "fp32", "openvino"),
-    "openvino w16": ("openvino", "w16", "openvino"),
-    "onnxruntime": ("onnx", "fp32", "onnxruntime"),
+# target, precision, --device
+CANDIDATES: dict[str, tuple[str, str, str | None]] = {
+    "openvino": ("openvino", "fp32", None),
+    "openvino --device cpu": ("openvino", "fp32", "cpu"),
+    "openvino w16": ("openvino", "w16", None),
+    "onnxruntime": ("onnx", "fp32", None),
+    "onnxruntime --device cpu": ("onnx", "fp32", "cpu"),
 }
+RUNTIMES = {"openvino": "openvino", "onnx": "onnxruntime"}
 EAGER = "torch eager"
 Call = Callable[[], object]
 
 
-def built(model: str, out: Path, target: str, precision: str) -> tuple[Bundle, float]:
+def built(model: str, out: Path, target: str, precision: str, device: str | None) -> tuple[Bundle, float]:
     """The bundle, unverified, and the CPU seconds that it took."""
     start = time.process_time()
-    options = BuildOptions(model, target, out, precision, steps=STEPS, sampler="ddim", verify=False)
+    of_target = TargetOptions(device=device)
+    options = BuildOptions(
+        model, target, out, precision, steps=STEPS, sampler="ddim", verify=False, of_target=of_target
+    )
     return build(options), round(time.process_time() - start, 1)
 
 
 def candidate(model: str, name: str, out: Path, inputs: Arrays) -> tuple[dict[str, Any], Call]:
-    target, precision, runtime_name = CANDIDATES[name]
-    bundle, seconds = built(model, out, target, precision)
-    runtime, options = get_runtime(runtime_name), RunOptions(threads=torch.get_num_threads())
+    target, precision, device = CANDIDATES[name]
+    bundle, seconds = built(model, out, target, precision, device)
+    runtime, options = get_runtime(RUNTIMES[target]), RunOptions(threads=torch.get_num_threads())
     start = time.process_time()
     session = runtime.open(bundle, options)
     loaded = round(time.process_time() - start, 2)

@@ -1,7 +1,8 @@
 """One graph against diffusers' own pipeline and a roofline, batch 1, CPU -> benchmarks/results/speed.json.
 
 Everything in one interleaved run: DDIMPipeline as a user calls it, the sampler in torch, a one-step session called K
-times, the one graph, and what was tried on it to be rid of layout reorders round its convolutions:
+times, the one graph as ``--device cpu`` builds it, the one for any device, and what was tried on the former to be rid
+of layout reorders round its convolutions:
 
 - ``no blocked layout``: onnxruntime's NCHWc transformer off (optimisation level extended instead of all);
 - ``layer norm``: the InstanceNormalization inside GroupNorm as LayerNormalization over the same numbers.
@@ -34,6 +35,7 @@ from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.latency import measure
 from mmd_export.reference import sampler_of
 from mmd_export.step_session import per_step_session
+from mmd_export.target_options import TargetOptions
 
 STEPS = 5
 MODELS = {"ddpm-cifar10 architecture": save_cifar10, "16x16, 1.6 M parameters": save_small}
@@ -138,7 +140,7 @@ def variants(path: Path) -> dict[str, tuple[bytes | str, str]]:
     }
 
 
-def candidates(model: Path, bundle: Bundle, checkpoint: Checkpoint) -> dict[str, Call]:
+def candidates(model: Path, bundle: Bundle, any_device: Bundle, checkpoint: Checkpoint) -> dict[str, Call]:
     plan = checkpoint.plan_for(STEPS, sampler="ddim")
     generator = torch.Generator().manual_seed(SEED)
     noise = torch.randn(1, *checkpoint.shape, generator=generator)
@@ -156,6 +158,7 @@ def candidates(model: Path, bundle: Bundle, checkpoint: Checkpoint) -> dict[str,
         return lambda: opened.run(None, feeds)[0]
 
     graphs = {name: graph(*source) for name, source in variants(bundle.artefact_path).items()}
+    graphs["one graph for any device"] = graph(str(any_device.artefact_path), "ALL")
     return {
         "one graph": graphs.pop("one graph"),
         "diffusers pipeline": pipeline_call(model),
@@ -170,16 +173,23 @@ def candidates(model: Path, bundle: Bundle, checkpoint: Checkpoint) -> dict[str,
 def measure_model(name: str, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         model = MODELS[name](Path(scratch) / "model", "v_prediction")
-        bundle = build(
-            BuildOptions(str(model), "onnx", Path(scratch) / "bundle", steps=STEPS, sampler="ddim", verify=False)
-        )
+        bundle, any_device = (
+            build(
+                BuildOptions(
+                    str(model), "onnx", Path(scratch) / f"bundle-{device}", steps=STEPS, sampler="ddim", verify=False,
+                    of_target=TargetOptions(device=device),
+                )
+            )
+            for device in ("cpu", None)
+        )  # fmt: skip
         checkpoint = load_checkpoint(str(model))
-        calls = candidates(model, bundle, checkpoint)
+        calls = candidates(model, bundle, any_device, checkpoint)
         expected = calls["one graph"]()
         errors = {key: float(np.abs(call() - expected).max()) for key, call in calls.items() if key not in GEMMS}
         report = measure(calls, rounds, warmup=10, rest=0.1)
         flops = STEPS * network_flops(checkpoint)
-        found = {key: reorders(*source) for key, source in variants(bundle.artefact_path).items()}
+        graphs = variants(bundle.artefact_path) | {"one graph for any device": (str(any_device.artefact_path), "ALL")}
+        found = {key: reorders(*source) for key, source in graphs.items()}
     rates = {key: 2 * size**3 / min(report.seconds[key]) for key, size in GEMMS.items()}
     rates["one graph"] = flops / min(report.seconds["one graph"])
     fraction = rates["one graph"] / max(rates[key] for key in GEMMS)

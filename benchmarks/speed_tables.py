@@ -57,6 +57,21 @@ def pipeline_rows(result: dict[str, Any]) -> Table:
     return ("takes, times the one graph", *result["models"]), rows
 
 
+def layer_rows(result: dict[str, Any]) -> Table:
+    """What a whole convolution takes of the split one, by size and threads, and what the split costs in accuracy."""
+    rows = [
+        (
+            f"{row['channels']} to {row['outputs']} channels, {row['side']} x {row['side']}",
+            f"{row['products'] / 1e6:.0f}",
+            *(interval(take) for take in row["whole_takes_of_split"].values()),
+            *(f"{row['relative_error'][name]:.0e}" for name in ("whole", "split")),
+        )
+        for row in result["rows"]
+    ]
+    threads = [f"{count} thread{'s' * (count != '1')}" for count in result["rows"][0]["whole_takes_of_split"]]
+    return ("layer", "products, M", *threads, "error: whole", "error: split"), rows
+
+
 def gate_rows(result: dict[str, Any]) -> Table:
     """What real gates decided, and how long they took."""
     rows = []

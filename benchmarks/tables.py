@@ -37,7 +37,7 @@ from benchmarks.precision_tables import (
     step_rows,
 )
 from benchmarks.reference_tables import commands, manifest_rows, required_rows, result_rows, tool_rows
-from benchmarks.speed_tables import form_rows, gate_rows, interval, pipeline_rows
+from benchmarks.speed_tables import form_rows, gate_rows, interval, layer_rows, pipeline_rows
 from benchmarks.target_tables import coreml_rows, norm_rows, openvino_rows, target_rows
 from benchmarks.tuning_tables import aware_rows, choice_rows
 
@@ -285,6 +285,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "forms": of_result("forms.json", form_rows),
     "forms_large": of_result("forms_large.json", form_rows),
     "speed": of_result("speed.json", pipeline_rows),
+    "winograd": of_result("winograd.json", layer_rows),
     "openvino": of_result("openvino.json", openvino_rows),
     "web_kit": of_result("web.json", web_rows),
     "ray_kit": of_result("ray_kit.json", ray_rows),

@@ -86,5 +86,9 @@ Calibration = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option(help="torch: cpu or cuda", show_default=False, rich_help_panel=_PANEL),
+    typer.Option(
+        help="torch: cpu or cuda; onnx, openvino: cpu for a form of fp32 with fewer products",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
 ]

@@ -11,8 +11,9 @@ import onnx_ir as ir
 def peak_activation_bytes(model: ir.Model, batch: int = 1) -> int:
     """The most bytes of values alive at once when nodes run in order and each value goes after its last use.
 
-    Weights are not counted. A runtime that fuses nodes or works in place needs less, one that pads or blocks layouts
-    more. A symbolic dimension counts as ``batch``; a value whose shape cannot be inferred counts as nothing.
+    Weights are not counted, nor what is computed from them alone, as a runtime does once, at loading. One that fuses
+    nodes or works in place needs less, one that pads or blocks layouts more. A symbolic dimension counts as ``batch``;
+    a value whose shape cannot be inferred counts as nothing.
     """
     from onnx_ir.passes.common import ShapeInferencePass
 
@@ -23,15 +24,27 @@ def peak_activation_bytes(model: ir.Model, batch: int = 1) -> int:
 
 
 def _peak(graph: ir.Graph, batch: int) -> int:
-    last = _last_uses(graph)
+    last, fixed = _last_uses(graph), fixed_values(graph)
     alive = {value: _bytes(value, batch) for value in graph.inputs}
     peak = sum(alive.values())
     for place, node in enumerate(graph):
+        if fixed.issuperset(node.outputs):
+            continue
         alive |= {value: _bytes(value, batch) for value in node.outputs}
         inside = max((_peak(inner, batch) for inner in _subgraphs(node)), default=0)
         peak = max(peak, sum(alive.values()) + inside)
         alive = {value: size for value, size in alive.items() if last.get(value, place) != place}
     return peak
+
+
+def fixed_values(graph: ir.Graph) -> set[ir.Value]:
+    """What the nodes of ``graph`` compute from its weights alone."""
+    fixed: set[ir.Value] = set()
+    for node in graph:
+        known = [value for value in node.inputs if value is not None]
+        if known and all(value.is_initializer() or value in fixed for value in known):
+            fixed.update(node.outputs)
+    return fixed
 
 
 def _last_uses(graph: ir.Graph) -> dict[ir.Value, int]:

@@ -17,6 +17,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mmd_export.onnx_nodes import constant, sizes
+
 FACTOR = 2
 # What laying four images into one costs, in products of an image: 5 million saved, in the 16x16 model of
 # benchmarks/speed.py, are no gain, 20 million and more, in the ddpm-cifar10 architecture, are one of 4 to 5 %.
@@ -139,7 +141,7 @@ class _Parts:
             "pads": pads,
             "group": 1 if group is None else group.as_int(),
         }
-        weight = self._constant(f"{source.name}/{phase[0]}{phase[1]}", kernel)
+        weight = constant(self.graph, f"{source.name}/{phase[0]}{phase[1]}", kernel)
         return self._made("Conv", [self.image, weight, *bias], attributes)
 
     def joined(self, values: Sequence[ir.Value], axis: int) -> ir.Value:
@@ -149,8 +151,7 @@ class _Parts:
     def reshaped(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
         """``value`` as (N, *shape)."""
         batch_as_before = 0
-        whole = np.array([batch_as_before, *shape], np.int64)
-        return self._made("Reshape", [value, self._constant(f"shape.{'x'.join(map(str, shape))}", whole)], {})
+        return self._made("Reshape", [value, sizes(self.graph, (batch_as_before, *shape))], {})
 
     def _made(self, op_type: str, inputs: Sequence[ir.Value | None], attributes: dict[str, Any]) -> ir.Value:
         node = ir.node(op_type, inputs, attributes)
@@ -158,15 +159,6 @@ class _Parts:
         value.name = f"{self.name}/{len(self.nodes)}"
         value.type = self.pair.conv.outputs[0].type
         self.nodes.append(node)
-        return value
-
-    def _constant(self, name: str, array: NDArray[Any]) -> ir.Value:
-        if (known := self.graph.initializers.get(name)) is not None:
-            return known
-        tensor = ir.tensor(array, name=name)
-        shape = ir.Shape(array.shape)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-        self.graph.register_initializer(value)
         return value
 
 

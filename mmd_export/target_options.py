@@ -14,6 +14,7 @@ from typing import Any
 from mmd_export.errors import NotAvailableError, UsageError
 
 HARDWARE_COMPAT = ("ampere+", "same-compute-capability")
+DEVICES = ("cpu", "cuda")
 
 # Of the building machine, or used up when the graph was made: no part of a recipe.
 _NOT_LATER = ("cache", "memory_limit", "calibration")
@@ -35,7 +36,7 @@ class TargetOptions:
         deployment_target: oldest system that shall run it, such as ``iOS17`` or ``macOS14``.
         compute_units: where it shall run there: ``all``, ``cpu``, ``cpu-gpu`` or ``cpu-ane``.
         calibration: images whose trajectories set the ranges of quantised values.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu`` or ``cuda``; where graphs run on both, ``cpu`` chooses the form that is faster there.
     """
 
     workspace: int | None = None
@@ -58,6 +59,8 @@ class TargetOptions:
                 raise UsageError(f"{flag(name)} is {value} MiB; it must be at least 1")
         if self.hardware_compat not in (None, *HARDWARE_COMPAT):
             raise UsageError(f"--hardware-compat is {self.hardware_compat!r}; give {' or '.join(HARDWARE_COMPAT)}")
+        if self.device not in (None, *DEVICES):
+            raise UsageError(f"--device is {self.device!r}; give {' or '.join(DEVICES)}")
         if self.compute_capability is not None and not re.fullmatch(r"\d+\.\d(,\d+\.\d)*", self.compute_capability):
             raise UsageError(f"--compute-capability is {self.compute_capability!r}; give numbers such as 8.9,12.0")
         if self.calibration is not None and self.calibration < 1:

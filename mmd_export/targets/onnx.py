@@ -41,7 +41,7 @@ class OnnxTarget:
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "fp8", "w8", "w4")
     outputs: tuple[str, ...] = ("float32", "uint8")
     forms: tuple[str, ...] = ("unrolled", "loop")
-    options: tuple[str, ...] = ("calibration",)
+    options: tuple[str, ...] = ("calibration", "device")
     several_batches = True
     extra = "onnx"
 
@@ -56,19 +56,22 @@ class OnnxTarget:
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
         """``model.onnx`` [+ ``model.onnx_data``]: checked by onnx.checker, linted; one program gives the same bytes."""
+        from mmd_export.onnx_affine import scale_and_shift_at_once
+        from mmd_export.onnx_attention import keep_channels_first
         from mmd_export.onnx_calls import exact_calls, graph_spec
         from mmd_export.onnx_compose import compose
         from mmd_export.onnx_lint import report, require_clean
         from mmd_export.onnx_loop import compose_loop
         from mmd_export.onnx_upsample import convolve_before_upsampling
+        from mmd_export.onnx_winograd import filter_rows
         from mmd_export.precision.lower import lower
         from mmd_export.precision.quantise import Recipe
 
         exact, spec = exact_calls(program), graph_spec(program, options.output)
         if options.precision == "fp32":  # grids and islands of the others are those of the network's own layers
-            convolve_before_upsampling(exact.model)
-            if spec.decoder is not None:
-                convolve_before_upsampling(spec.decoder[0])
+            for part in (exact.model, *([] if spec.decoder is None else [spec.decoder[0]])):
+                convolve_before_upsampling(part)
+                keep_channels_first(part)
         form = chosen_form(options.form, program.plan.step_count)
         # TensorRT takes a scale that is a constant, not one that a loop reads from a table.
         recipe = Recipe(per_step=form == "unrolled")
@@ -83,6 +86,9 @@ class OnnxTarget:
         )
         write = compose_loop if form == "loop" else compose
         model = write(calls.model, program.plan, calls.constants, spec)
+        if options.precision == "fp32" and options.target.device == "cpu":
+            scale_and_shift_at_once(model)
+            filter_rows(model)
         clean_up(model)
         require_clean(model, program.conditions, options.precision)
         save(model, folder / self.artefact, self.largest_file)

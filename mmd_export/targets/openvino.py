@@ -27,7 +27,7 @@ class OpenVinoTarget:
     precisions: tuple[str, ...] = ("fp32", "w16")
     outputs: tuple[str, ...] = ("float32", "uint8")
     forms: tuple[str, ...] = ("unrolled",)
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ("device",)
     several_batches = True
     extra = "openvino"
 
@@ -44,7 +44,9 @@ class OpenVinoTarget:
 
         states = [f"state.{k}" for k in range(1, program.plan.step_count + 1)]
         with scratch_folder() as scratch:
-            plain = replace(options, precision="fp32", form="unrolled")
+            # transforms of weights are for float32 ones
+            of_target = options.target if options.precision == "fp32" else replace(options.target, device=None)
+            plain = replace(options, precision="fp32", form="unrolled", target=of_target)
             onnx = ONNX.compile(program, scratch, plain)
             options.notify("converting the ONNX graph to OpenVINO IR")
             model = openvino_ir.convert(scratch / ONNX.artefact, states)

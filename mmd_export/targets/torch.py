@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.errors import NotAvailableError
 from mmd_export.runtime import Availability
 from mmd_export.targets import Compiled, CompileOptions
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from mmd_export.program import SamplerProgram
 
-DEVICES = ("cpu", "cuda")
 INSTALL = "pip install 'mmd-export[tune]'"
 COMPILER = f"apt-get install g++ (or set CXX), beside {INSTALL}"
 
@@ -62,12 +61,10 @@ class TorchTarget:
 
 
 def usable_device(wanted: str | None) -> str:
-    """``cpu`` or ``cuda``; raises UsageError for another name, NotAvailableError for a GPU that is not there."""
+    """``cpu``, where nothing else is wanted, or ``cuda``; raises NotAvailableError for a GPU that is not there."""
     import torch
 
     device = wanted or "cpu"
-    if device not in DEVICES:
-        raise UsageError(f"--device is {device!r}; target torch has {', '.join(DEVICES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise NotAvailableError(
             f"--device cuda: torch {torch.__version__} finds no GPU; build on the machine that it shall run on"

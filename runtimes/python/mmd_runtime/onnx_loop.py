@@ -52,9 +52,15 @@ def body_model(model: ModelProto) -> ModelProto:
     assert loop is not None
     body: GraphProto = next(attribute.g for attribute in loop.attribute if attribute.name == "body")
     part = type(model)(ir_version=model.ir_version, opset_import=model.opset_import)
-    part.graph.CopyFrom(body)
-    part.graph.initializer.extend(model.graph.initializer)
     used = {name for node in body.node for name in node.input}
+    outside = []  # what the body reads of the nodes round the loop: transformed weights
+    for node in reversed(model.graph.node):
+        if used.intersection(node.output) and node != loop:
+            outside.append(node)
+            used.update(node.input)
+    part.graph.node.extend(reversed(outside))
+    part.graph.MergeFrom(body)
+    part.graph.initializer.extend(model.graph.initializer)
     part.graph.input.extend(value for value in model.graph.input if value.name in used)
     return part
 
