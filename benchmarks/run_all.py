@@ -17,6 +17,7 @@ SCRIPTS = (
     "benchmarks.artefacts",
     "benchmarks.forms",
     "benchmarks.speed",
+    "benchmarks.winograd",
     "benchmarks.openvino",
     "benchmarks.coreml",
     "benchmarks.targets",

@@ -202,7 +202,7 @@ def finetune(
     settings = make_settings(given, config)
     recorded = tensorboard and is_first_process()
     with ProgressBar() as bar, TensorBoard(settings.out, bar) if recorded else nullcontext(bar) as observer:
-        result = tune(settings, resume=resume, finish=finish, observer=observer)
+        result = tune(settings, resume=resume, finish=finish, observer=observer, notify=say)
     if not is_first_process():
         return
     at = "" if settings.precision == "fp32" else f" --precision {settings.precision}"

@@ -53,14 +53,20 @@ class NotFiniteError(MmdExportError):
 
 
 def tune(
-    settings: FinetuneSettings, *, resume: bool = False, finish: bool = False, observer: Observer | None = None
+    settings: FinetuneSettings,
+    *,
+    resume: bool = False,
+    finish: bool = False,
+    observer: Observer | None = None,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> RunResult:
     """Tune ``settings.model`` for one step budget and leave a run folder.
 
     With ``resume`` a run that was killed continues to the same weights, a finished one returns its result, and one that
     never began begins; with ``finish`` too it is not tuned on: the best average so far becomes its result. Ctrl-C and
     SIGTERM save first, then raise KeyboardInterrupt. Of several processes (torchrun) each does its share of every
-    batch; the first one writes and calls ``observer``.
+    batch; the first one writes, calls ``observer`` after every iteration and tells ``notify`` of what takes a while
+    besides, once the run has been accepted.
     Raises UsageError for what cannot be run, and MmdExportError if the loss stops being finite or the disk is full.
     """
     if finish and not resume:
@@ -82,7 +88,7 @@ def tune(
             if not finish:
                 devices = [task.device] if task.device.type == "cuda" else []
                 with Interrupts(patient=world.size > 1) as interrupts, torch.random.fork_rng(devices):
-                    _run(Run(task, state, sampler, folder, observer or (lambda _: None)), interrupts)
+                    _run(Run(task, state, sampler, folder, observer or (lambda _: None), notify), interrupts)
             return _finish(folder, task, state)
 
 
@@ -95,6 +101,12 @@ class Run:
     sampler: UnrolledSampler
     folder: RunFolder
     observe: Observer
+    notify: Callable[[str], None]
+
+    def say(self, text: str) -> None:
+        """To ``notify``, in the first process."""
+        if self.task.world.is_first:
+            self.notify(text)
 
     def save(self) -> None:
         """In the first process; all learn if it failed."""
@@ -151,7 +163,10 @@ def _require_same(task: Task) -> None:
 def _run(run: Run, interrupts: Interrupts) -> None:
     """Iterate until the end, the loss of patience, or an interrupt; save after every evaluation."""
     task, state, settings = run.task, run.state, run.task.settings
-    if state.progress is None:
+    if state.progress is not None:
+        run.say(f"going on from iteration {state.progress.iteration} of {settings.iterations}")
+    else:
+        run.say("measuring the untuned sampler")
         state.progress, found = _first(task, state, interrupts.give_way)
         run.log(**found, loss_weights=dict(task.loss_weights))
         run.save()

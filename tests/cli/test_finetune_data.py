@@ -62,6 +62,7 @@ def test_every_option_reaches_the_run(command: Command, tmp_path: Path) -> None:
         "--resize", "stretch", "--crop", "0,0,8,8",
     )  # fmt: skip
     assert code == 0, err
+    assert "mmd-export: measuring the untuned sampler\n" in err
     settings = json.loads((run / "settings.json").read_text())["settings"]
     given = {
         "flip": True, "holdout_fraction": 0.2, "features": ["pixels", "digits-conv"], "balance": "equal",

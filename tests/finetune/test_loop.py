@@ -24,7 +24,9 @@ from tests.finetune.runs import changed, log_of, same_weights, without_seconds
 
 def test_a_run_folder_is_a_diffusers_folder_and_more(tiny_settings: FinetuneSettings, tiny_model: Path) -> None:
     reports: list[Report] = []
-    result = tune(tiny_settings, observer=reports.append)
+    said: list[str] = []
+    result = tune(tiny_settings, observer=reports.append, notify=said.append)
+    assert said == ["measuring the untuned sampler"]
     run = tiny_settings.out
     assert sorted(path.name for path in run.iterdir()) == [
         "README.md", "after.png", "before.png", "curve.png", "log.jsonl", "plan.json", "result.json", "scheduler",

@@ -306,8 +306,10 @@ def test_a_signal_saves_first_and_resume_ends_the_same(
     assert [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert log_of(tiny_settings.out)[-1]["iteration"] == 3  # 3 is no evaluation: the signal made it save
     seen: list[int] = []
-    tune(tiny_settings, resume=True, observer=lambda report: seen.append(report.iteration))
+    said: list[str] = []
+    tune(tiny_settings, resume=True, observer=lambda report: seen.append(report.iteration), notify=said.append)
     assert seen == [4, 5, 6]
+    assert said == ["going on from iteration 3 of 6"]
     whole = tune(changed(tiny_settings, out=tmp_path / "whole"))
     assert same_weights(tiny_settings.out, whole.folder)
     assert without_seconds(log_of(tiny_settings.out)) == without_seconds(log_of(whole.folder))
