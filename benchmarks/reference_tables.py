@@ -142,5 +142,6 @@ def tool_rows(speed: dict[str, Any], artefacts: dict[str, Any]) -> Table:
         ("one network call exported, called K times, sampler outside", interval(digits["per-step"]),
          interval(of_artefacts[architecture]["per-step"])),
         ("torch eager, the same sampler", interval(digits["torch"]), interval(of_artefacts[architecture]["torch"])),
-        ("diffusers' pipeline, against the graph of `--device cpu`", "not measured", interval(takes["diffusers pipeline"])),
+        ("diffusers' pipeline, against the graph of `--device cpu`", "not measured",
+         interval(takes["diffusers pipeline"])),
     ]  # fmt: skip

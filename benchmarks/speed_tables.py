@@ -48,9 +48,6 @@ def pipeline_rows(result: dict[str, Any]) -> Table:
     rates = [values["best_gflops"] for values in result["models"].values()]
     own = [rate["one graph"] / rate[OWN_SGEMM] for rate in rates]
     rows.append(("*one graph, of onnxruntime's own sgemm*", *(f"{100 * part:.0f} %" for part in own)))
-    eager = [values["takes"]["torch eager"]["median"] for values in result["models"].values()]
-    ceilings = (f"{took / part:.2f}" for took, part in zip(eager, own, strict=True))
-    rows.append(("*torch eager, if the one graph ran at that sgemm*", *ceilings))
     counted = [values.get("reorders", {}) for values in result["models"].values()]
     variants = dict.fromkeys(name for counts in counted for name in counts)
     rows += [(f"*layout reorders: {name}*", *(f"{counts[name]:,}" for counts in counted)) for name in variants]

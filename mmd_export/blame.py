@@ -11,6 +11,7 @@ from mmd_export.bisect import asked_step, find, question_of
 from mmd_export.bundle import Bundle, Golden, take
 from mmd_export.comparison import FRESH, Comparison
 from mmd_export.onnx_calls import exact_calls, graph_spec, unrolled
+from mmd_export.onnx_forms import make_lean, suit_processors
 from mmd_export.parity import Culprit, Rung, chunks
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _is_fresh(comparison: Comparison) -> bool:
 
 
 def checkpoint_graph(bundle: Bundle, checkpoint: Checkpoint, plan: StepPlan) -> ir.Model:
-    """The float32 ONNX graph that the checkpoint gives now, unrolled, for the bundle's batches and output."""
+    """The float32 graph that the checkpoint gives now, unrolled: the bundle's batches, output and form."""
     from mmd_export.program import export_program
 
     batch = bundle.manifest.batch
@@ -82,4 +83,10 @@ def checkpoint_graph(bundle: Bundle, checkpoint: Checkpoint, plan: StepPlan) -> 
     program = export_program(
         checkpoint.denoiser, plan, checkpoint.shape, size, checkpoint.conditions, checkpoint.decoder
     )
-    return unrolled(exact_calls(program), graph_spec(program, bundle.manifest.spec("sample").dtype))
+    calls, spec = exact_calls(program), graph_spec(program, bundle.manifest.spec("sample").dtype)
+    if bundle.manifest.precision == "fp32":
+        make_lean(calls.model, spec)
+    graph = unrolled(calls, spec)
+    if bundle.manifest.graph.device == "cpu":
+        suit_processors(graph)
+    return graph

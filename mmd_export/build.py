@@ -33,7 +33,7 @@ from mmd_export.plan_options import PlanOptions
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.reference import golden_arrays
 from mmd_export.runtime import ChainSession, RunOptions
-from mmd_export.target_options import DEFAULTS, TargetOptions
+from mmd_export.target_options import DEFAULTS, TargetOptions, flag
 from mmd_export.targets import Compiled, CompileOptions, DeferrableTarget, Target, get_target, onnx, target_names
 from mmd_export.tolerance import artefact_tolerance
 from mmd_export.tuned_precision import TunedPrecision
@@ -181,18 +181,19 @@ def _require_promotable(options: BuildOptions, target: Target) -> None:
 def usable_target(options: BuildOptions) -> Target:
     """The target, if it is known, can build here and takes the options."""
     target = get_target(options.target)
-    for flag, value, known in (
+    for name, value, known in (
         ("--precision", options.precision, target.precisions),
         ("--output", options.output, target.outputs),
         ("--form", options.form, ("auto", *target.forms)),
     ):
         if value not in known:
-            missing = f"target {target.name} has no {flag} {value}; it has {', '.join(known)}"
-            raise NotAvailableError(missing) if value in _of_any_target(flag) else UsageError(missing)
+            missing = f"target {target.name} has no {name} {value}; it has {', '.join(known)}"
+            raise NotAvailableError(missing) if value in _of_any_target(name) else UsageError(missing)
     options.of_target.require_known(target.name, target.options)
     if options.auto_promote:
         _require_promotable(options, target)
     deferrable = isinstance(target, DeferrableTarget)
+    _require_taken(options, target)
     if options.defer and not deferrable:
         raise NotAvailableError(f"target {target.name} has no --defer: what it builds runs anywhere; leave it out")
     if not (found := (GRAPH if options.defer else target).availability()).available:
@@ -205,10 +206,28 @@ def usable_target(options: BuildOptions) -> Target:
     return target
 
 
-def _of_any_target(flag: str) -> set[str]:
+def _require_taken(options: BuildOptions, target: Target) -> None:
+    """Raise UsageError for an option that would change nothing."""
+    device, later = (
+        options.of_target.device,
+        [name for name in ("cache", "memory_limit") if name in options.of_target.given],
+    )
+    if options.defer and later:
+        raise UsageError(f"--defer compiles nothing here; give {' and '.join(map(flag, later))} to finalize")
+    if device is None or target.name not in (GRAPH.name, "openvino"):
+        return
+    if device != "cpu":
+        raise UsageError(
+            f"--device is {device!r}; without it, what {target.name} writes runs on any device; leave it out"
+        )
+    if options.precision != "fp32":
+        raise UsageError(f"--device cpu is a form of fp32, --precision is {options.precision}; leave one of them out")
+
+
+def _of_any_target(name: str) -> set[str]:
     """The values of an option that some target has."""
-    values = {"--precision": "precisions", "--output": "outputs", "--form": "forms"}[flag]
-    return {value for name in target_names() for value in getattr(get_target(name), values)}
+    values = {"--precision": "precisions", "--output": "outputs", "--form": "forms"}[name]
+    return {value for target in target_names() for value in getattr(get_target(target), values)}
 
 
 def require_batches(target: Target, batch: BatchSpec) -> None:

@@ -16,6 +16,7 @@ from xml.etree import ElementTree as ET
 from mmd_export import numbers
 from mmd_export.errors import UsageError
 from mmd_export.folders import write_text
+from mmd_export.parity_report import ARTEFACT
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -60,7 +61,9 @@ def verify_cases(report: Mapping[str, Any]) -> list[Case]:
     """One case a rung of ``verify``'s JSON, and one a comparison of the rungs that failed."""
     cases = []
     for rung in report.get("rungs", ()):
-        name = f"rung {rung['rung']}: {rung['title']}"
+        in_runtime = rung["rung"] >= ARTEFACT and "runtime" in report
+        where = f" ({report['runtime']})" if in_runtime else ""
+        name = f"rung {rung['rung']}: {rung['title']}{where}"
         worst = "tests" if rung.get("tests") else f"worst {rung.get('worst')}, tolerance {rung.get('atol')}"
         off = [
             f"{each['name']} {each['max_abs']} (tolerance {each['atol']:g})"
@@ -74,7 +77,8 @@ def verify_cases(report: Mapping[str, Any]) -> list[Case]:
         ]
         named = f"{worst}; off: {', '.join(off[:3])}" if off else worst
         failure = named if rung.get("verdict") == "failed" else ""
-        cases.append(Case(name, worst, failure, str(rung.get("skipped") or "")))
+        detail = f"{worst}; {report['detail']}" if in_runtime else worst
+        cases.append(Case(name, detail, failure, str(rung.get("skipped") or "")))
     return cases
 
 

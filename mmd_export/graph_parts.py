@@ -120,9 +120,9 @@ def weights_of(nodes: Iterable[ir.Node]) -> tuple[str, ...]:
 
 
 def _is_parameter(value: ir.Value) -> bool:
-    """Whether it is a weight or bias of the checkpoint, perhaps in another precision or form (``NAME/int8``)."""
+    """Whether it is a weight or bias of the checkpoint, perhaps in another precision (``NAME/int8``)."""
     plain = str(value.name).split("/")[0]
-    return plain.rpartition(".")[2] in ("weight", "bias")
+    return value.const_value is not None and plain.rpartition(".")[2] in ("weight", "bias")
 
 
 def _labels(graph: ir.Graph) -> dict[str, str]:

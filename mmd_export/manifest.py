@@ -115,7 +115,8 @@ class GraphInfo(_Model):
     """Size of the graph; weights are counted once, the body of a loop too.
 
     ``folded_values``: tensors that the fixed time grid made constant, over all calls. ``peak_activation_bytes``: the
-    most that is alive at once at the smallest batch, weights aside, by shapes alone.
+    most that is alive at once at the smallest batch, weights aside, by shapes alone. ``device``: what its form is for,
+    where that is not any device.
     """
 
     nodes: Annotated[int, Field(ge=0)]
@@ -125,6 +126,7 @@ class GraphInfo(_Model):
     folded_values: Annotated[int, Field(ge=0)] = 0
     folded_bytes: Annotated[int, Field(ge=0)] = 0
     peak_activation_bytes: Annotated[int, Field(ge=0)] | None = None
+    device: Literal["cpu"] | None = None
 
 
 class DeferredInfo(_Model):

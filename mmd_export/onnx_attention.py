@@ -28,7 +28,9 @@ from mmd_export.onnx_nodes import array_of
 
 _LAST, _HEADS = [0, 2, 1], [0, 2, 1, 3]
 _PROJECTIONS = ("w_q", "w_k", "w_v", "w_o")
-_VECTORS = ("b_q", "b_k", "b_v", "b_o", "gamma", "beta")
+_BIASES = ("b_q", "b_k", "b_v", "b_o")
+_AFFINE = ("gamma", "beta")
+_TOKENS_HEADS_WIDTH = 3
 
 
 def keep_channels_first(model: ir.Model) -> int:
@@ -74,50 +76,64 @@ class _Attention(pattern.RewriteRuleClassBase):
 
     def pattern(  # noqa: PLR0913, PLR0917  # the pattern's variables
         self, op: Any, x: Any, gamma: Any, beta: Any, w_q: Any, b_q: Any, w_k: Any, b_k: Any, w_v: Any, b_v: Any,
-        w_o: Any, b_o: Any, split: Any, scale: Any, image: Any,
+        w_o: Any, b_o: Any, split: Any, keys: Any, keys_turned: Any, scale: Any, joined: Any, image: Any,
     ) -> Any:  # fmt: skip
         """From the normalised image to the output as an image."""
         tokens = op.Transpose(op.Add(op.Mul(x, gamma), beta), perm=_LAST)
         q, k, v = (op.Add(op.MatMul(tokens, w), b) for w, b in ((w_q, b_q), (w_k, b_k), (w_v, b_v)))
         q, k, v = (op.Transpose(op.Reshape(each, split), perm=_HEADS) for each in (q, k, v))
-        scores = op.Softmax(op.MatMul(op.Mul(q, scale), op.Mul(self.turned(op, k), scale)), axis=-1)
-        mean = op.Reshape(op.Transpose(op.MatMul(scores, v), perm=_HEADS), pattern.ANY_VALUE)
+        k = self.turned(op, k, keys, keys_turned)
+        scores = op.Softmax(op.MatMul(op.Mul(q, scale), op.Mul(k, scale)), axis=-1)
+        mean = op.Reshape(op.Transpose(op.MatMul(scores, v), perm=_HEADS), joined)
         return op.Reshape(op.Transpose(op.Add(op.MatMul(mean, w_o), b_o), perm=_LAST), image)
 
-    def turned(self, op: Any, k: Any) -> Any:
+    def turned(self, op: Any, k: Any, keys: Any, keys_turned: Any) -> Any:
         """The last two axes of the keys exchanged."""
-        apart = op.Reshape(k, pattern.ANY_VALUE)
-        return op.Reshape(op.Transpose(apart, perm=_LAST), pattern.ANY_VALUE)
+        return op.Reshape(op.Transpose(op.Reshape(k, keys), perm=_LAST), keys_turned)
 
-    def check(self, _context: Any, **found: ir.Value) -> bool:  # type: ignore[override]  # as its documentation has it
-        """Whether all but x are float32 constants of one width, as they are where queries attend to their own image."""
-        known = {name: value.const_value for name, value in found.items() if name != "x"}
-        if any(tensor is None for tensor in known.values()):
+    def check(self, _context: Any, **found: ir.Value | None) -> bool:  # type: ignore[override]  # as it is documented
+        """Whether all but x are float32 weights of one width, where queries attend to their own image."""
+        arrays = {name: array_of(value) for name, value in found.items() if name != "x"}
+        if any(arrays[name] is None for name in (*_PROJECTIONS, *_BIASES, *_AFFINE, "split", "scale", "joined")):
             return False
-        shapes = {name: tuple(tensor.shape.numpy()) for name, tensor in known.items() if tensor is not None}
-        channels = shapes["gamma"][0]
-        *_, heads, width = known["split"].numpy()  # type: ignore[union-attr]
+        known = {name: array for name, array in arrays.items() if array is not None}
+        channels = known["w_q"].shape[0]
         return (
-            all(shapes[name] == (channels, channels) for name in _PROJECTIONS)
-            and all(np.prod(shapes[name]) == channels for name in _VECTORS)
-            and known["scale"].size == 1  # type: ignore[union-attr]
-            and heads * width == channels
-            and all(found[name].dtype == ir.DataType.FLOAT for name in (*_PROJECTIONS, *_VECTORS))
+            all(known[name].dtype == np.float32 for name in (*_PROJECTIONS, *_BIASES, *_AFFINE))
+            and all(known[name].shape == (channels, channels) for name in _PROJECTIONS)
+            and all(known[name].shape == (channels,) for name in _BIASES)
+            and all(known[name].shape in ((channels, 1), (1, channels, 1)) for name in _AFFINE)
+            and known["scale"].size == 1
+            and self._keeps_heads_apart(known, channels)
+        )
+
+    @staticmethod
+    def _keeps_heads_apart(known: Mapping[str, NDArray[Any]], channels: int) -> bool:
+        """Whether the reshapes that are constant go between tokens of C numbers and heads of d."""
+        if len(known["split"]) != _TOKENS_HEADS_WIDTH + 1:
+            return False
+        _, places, heads, width = known["split"].tolist()
+        ends = {"joined": (places, channels), "keys": (places, width), "keys_turned": (width, places)}
+        inferred = -1
+        return heads * width == channels and all(
+            inferred in (size, end) or size == end
+            for name in ends.keys() & known.keys()
+            for size, end in zip(known[name].tolist()[-2:], ends[name], strict=True)
         )
 
     def rewrite(
         self, op: Any, x: ir.Value, image: ir.Value, split: ir.Value, scale: ir.Value, **found: ir.Value
     ) -> Any:
         """The same with channels first."""
-        weights = {name: _array(found[name]).reshape(-1) for name in _VECTORS}
+        weights = {name: _array(found[name]).reshape(-1) for name in (*_BIASES, *_AFFINE)}
         weights |= {name: _array(found[name]).T for name in _PROJECTIONS}
         *_, heads, width = (int(size) for size in _array(split))
         made = projections(weights, float(_array(scale).item()), heads)
-        place = str(found["b_q"].name)
+        place = f"{found['b_q'].name}/{x.name}"  # modules may share a bias, and equal ones are one initialiser
 
         def constant(name: str, array: NDArray[Any]) -> ir.Value:
             tensor = ir.tensor(array.astype(np.float32) if array.dtype == np.float64 else array)
-            value: ir.Value = op.initializer(tensor, name=f"{place}/{name}")
+            value: ir.Value = op.initializer(tensor, name=f"{place}.{name}")
             return value
 
         first = op.Add(op.MatMul(constant("first", made.first), x), constant("offset", made.offset))
@@ -138,7 +154,7 @@ class _Attention(pattern.RewriteRuleClassBase):
 class _AttentionOfAnyBatch(_Attention):
     """The same for a free one."""
 
-    def turned(self, op: Any, k: Any) -> Any:
+    def turned(self, op: Any, k: Any, keys: Any, keys_turned: Any) -> Any:  # noqa: ARG002  # sizes that it computes
         shape = op.Shape(k)
         batch, places, width = (op.Slice(shape, pattern.ANY_VALUE, pattern.ANY_VALUE) for _ in range(3))
         apart = op.Reshape(k, op.Concat(pattern.ANY_VALUE, places, width, axis=0))

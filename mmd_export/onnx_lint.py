@@ -104,4 +104,6 @@ def require_clean(model: ir.Model, conditions: Sequence[Condition] = (), precisi
     """Raise NotAvailableError that names the first fault."""
     if found := faults(model, conditions, precision):
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        raise NotAvailableError(f"the ONNX graph holds {found[0]}{more}; a static sampler graph may not")
+        raise NotAvailableError(
+            f"the ONNX graph holds {found[0]}{more}; a static sampler graph may not: write the model without it"
+        )

@@ -38,11 +38,15 @@ def _peak(graph: ir.Graph, batch: int) -> int:
 
 
 def fixed_values(graph: ir.Graph) -> set[ir.Value]:
-    """What the nodes of ``graph`` compute from its weights alone."""
+    """What a runtime computes from the weights of ``graph`` alone; it keeps quantised ones as they are."""
     fixed: set[ir.Value] = set()
     for node in graph:
         known = [value for value in node.inputs if value is not None]
-        if known and all(value.is_initializer() or value in fixed for value in known):
+        if (
+            node.op_type != "DequantizeLinear"
+            and known
+            and all(value.is_initializer() or value in fixed for value in known)
+        ):
             fixed.update(node.outputs)
     return fixed
 

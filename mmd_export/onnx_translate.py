@@ -49,7 +49,9 @@ def translate(program: ExportedProgram) -> ir.Model:
                 program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False, external_data=False
             )
         except torch.onnx.OnnxExporterError as error:
-            raise NotAvailableError(f"torch.onnx cannot translate it: {_innermost(error)}") from error
+            raise NotAvailableError(
+                f"torch.onnx cannot translate it: {_innermost(error)}; write it with operators that ONNX has"
+            ) from error
     assert exported is not None
     fold_constants(exported.model, onnx_shape_inference=True)
     model: ir.Model = rewrite(exported.model, [getattr(rules, name) for name in _RULES])

@@ -5,10 +5,11 @@ filtering algorithm F(m, 3) takes ``m + 2`` (Winograd 1980; Lavin and Gray 2015,
 
     y = A^T [(G g) * (B^T d)]
 
-for ``m + 2`` rows ``d`` of the image and 3 rows ``g`` of weights. Only rows are transformed, so each product is a
-convolution again, with a 1 x 3 kernel, and ``B^T`` and ``A^T`` are depthwise convolutions and additions: onnxruntime
-and OpenVINO keep all of it in the blocked layout of their convolutions. ``G g`` is computed in the graph from the
-weight as it was, which a runtime does once, when it loads the graph (constant folding): the file does not grow.
+for ``m + 2`` rows ``d`` of the image and 3 rows ``g`` of weights. Only rows are transformed, so the products are a
+convolution again, with a 1 x 3 kernel and a group for each, and ``B^T`` is depthwise convolutions: onnxruntime and
+OpenVINO keep both in the blocked layout of their convolutions. ``A^T`` is a small matrix product. ``G g`` is computed
+in the graph from the weight as it was, which onnxruntime does once, when it loads the graph (constant folding), so the
+file does not grow.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mmd_export.onnx_nodes import Nodes, array_of, constant, of_channels, requir
 KERNEL = 3
 # Of channels: what the blocked layouts of onnxruntime and OpenVINO hold side by side, with AVX-512 or less.
 BLOCK = 16
-# Of an image. Below, the gain on two threads is small or none: starting more nodes takes what they save
+# Of an image. Below, most layers gain little on two threads: starting more nodes takes what they save
 # (benchmarks/results/winograd.json).
 LEAST_PRODUCTS = 60_000_000
 PAIRS = (1.0, 0.5)  # points +p and -p where polynomials are evaluated, beside 0 and infinity

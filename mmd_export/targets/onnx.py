@@ -56,22 +56,17 @@ class OnnxTarget:
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
         """``model.onnx`` [+ ``model.onnx_data``]: checked by onnx.checker, linted; one program gives the same bytes."""
-        from mmd_export.onnx_affine import scale_and_shift_at_once
-        from mmd_export.onnx_attention import keep_channels_first
         from mmd_export.onnx_calls import exact_calls, graph_spec
         from mmd_export.onnx_compose import compose
+        from mmd_export.onnx_forms import make_lean, suit_processors
         from mmd_export.onnx_lint import report, require_clean
         from mmd_export.onnx_loop import compose_loop
-        from mmd_export.onnx_upsample import convolve_before_upsampling
-        from mmd_export.onnx_winograd import filter_rows
         from mmd_export.precision.lower import lower
         from mmd_export.precision.quantise import Recipe
 
         exact, spec = exact_calls(program), graph_spec(program, options.output)
         if options.precision == "fp32":  # grids and islands of the others are those of the network's own layers
-            for part in (exact.model, *([] if spec.decoder is None else [spec.decoder[0]])):
-                convolve_before_upsampling(part)
-                keep_channels_first(part)
+            make_lean(exact.model, spec)
         form = chosen_form(options.form, program.plan.step_count)
         # TensorRT takes a scale that is a constant, not one that a loop reads from a table.
         recipe = Recipe(per_step=form == "unrolled")
@@ -86,15 +81,18 @@ class OnnxTarget:
         )
         write = compose_loop if form == "loop" else compose
         model = write(calls.model, program.plan, calls.constants, spec)
-        if options.precision == "fp32" and options.target.device == "cpu":
-            scale_and_shift_at_once(model)
-            filter_rows(model)
+        if options.target.device == "cpu":
+            suit_processors(model)
         clean_up(model)
         require_clean(model, program.conditions, options.precision)
         save(model, folder / self.artefact, self.largest_file)
         toolchain = {name: version(name) for name in PACKAGES}
         folded = [value for k in range(program.plan.step_count) for value in program.constants(k)]
-        facts = {"folded_values": len(folded), "folded_bytes": sum(value.nbytes for value in folded)}
+        facts: dict[str, int | str] = {
+            "folded_values": len(folded),
+            "folded_bytes": sum(value.nbytes for value in folded),
+        }
+        facts |= {"device": options.target.device} if options.target.device else {}
         return Compiled(report(model, program.batch or 1).to_dict() | facts, toolchain)
 
 

@@ -44,16 +44,15 @@ class OpenVinoTarget:
 
         states = [f"state.{k}" for k in range(1, program.plan.step_count + 1)]
         with scratch_folder() as scratch:
-            # transforms of weights are for float32 ones
-            of_target = options.target if options.precision == "fp32" else replace(options.target, device=None)
-            plain = replace(options, precision="fp32", form="unrolled", target=of_target)
+            plain = replace(options, precision="fp32", form="unrolled")
             onnx = ONNX.compile(program, scratch, plain)
             options.notify("converting the ONNX graph to OpenVINO IR")
             model = openvino_ir.convert(scratch / ONNX.artefact, states)
             if options.precision == "w16":
                 openvino_ir.halve_weights(model)
             openvino_ir.save(model, folder / self.artefact)
-        folded = {name: onnx.graph[name] for name in ("folded_values", "folded_bytes")}
+        kept = ("folded_values", "folded_bytes", "device")
+        folded = {name: onnx.graph[name] for name in kept if name in onnx.graph}
         return Compiled(
             openvino_ir.facts(folder / self.artefact) | folded,
             {**onnx.toolchain, "openvino": version("openvino")},

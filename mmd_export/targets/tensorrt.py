@@ -34,7 +34,7 @@ class EngineTarget:
     def __init__(self, library: Library) -> None:
         self.library = library
         self.name = self.format = self.extra = library.name
-        self.options: tuple[str, ...] = (*library.options, *onnx.TARGET.options)
+        self.options: tuple[str, ...] = (*library.options, "calibration")
 
     def availability(self) -> Availability:
         graph = onnx.TARGET.availability()

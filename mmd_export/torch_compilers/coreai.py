@@ -39,18 +39,26 @@ def write_asset(program: SamplerProgram, output: str, path: Path) -> dict[str, i
         for name, (exported, outputs) in _functions(program, output).items():
             lowered = exported.run_decompositions(get_decomp_table())
             inputs = [each for each in lowered.graph_signature.user_inputs if isinstance(each, str)]
-            try:
+            with _in_one_line():
                 converter.add_exported_program(lowered, input_names=inputs, output_names=outputs, entrypoint_name=name)
-            except ValueError as error:
-                reason = " ".join(str(error).split()).split(". ")[0]
-                raise NotAvailableError(f"target coreai: {reason}; use --target onnx or coreml") from error
             if name == MAIN:
                 counts = _op_counts(lowered)
-        converted = converter.to_coreai()
+        with _in_one_line():
+            converted = converter.to_coreai()
     strip_debug_info(converted)
     converted.save_asset(path)
     _settle_metadata(path / "metadata.json")
     return dict(sorted(counts.items()))
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Its ValueError, for an operator that it lacks, as NotAvailableError."""
+    try:
+        yield
+    except ValueError as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise NotAvailableError(f"target coreai: {reason}; use --target onnx or coreml") from error
 
 
 def _coreai_torch() -> Any:

@@ -94,7 +94,7 @@ def compile_sampler(program: SamplerProgram, output: str) -> Lowered:
         try:
             finished = EdgeProgramManager(whole, compile_config=config).to_executorch()
         except RuntimeError as error:
-            raise NotAvailableError(f"target executorch: {one_line(error)}") from error
+            raise NotAvailableError(f"target executorch: {one_line(error)}; use --target onnx") from error
     counts = _op_counts(finished.executorch_program, "forward")
     _require_kernels(counts)
     return Lowered(finished.buffer, counts)

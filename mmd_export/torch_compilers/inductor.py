@@ -55,7 +55,7 @@ def compile_package(exported: ExportedProgram, path: Path, device: str) -> dict[
         try:
             aot_compile(module, arguments, keywords, options=settings(folder, device))
         except InductorError as error:
-            raise NotAvailableError(f"target torch cannot compile it: {one_line(error)}") from error
+            raise NotAvailableError(f"target torch cannot compile it: {one_line(error)}; use --target onnx") from error
         write_archive(folder, path, private_folders(str(scratch)))
         return _calls((folder / f"{_STEM}.wrapper.cpp").read_text(encoding="utf-8"))
 

@@ -82,7 +82,8 @@ def _support(parser: Any, path: Path) -> dict[str, int]:
     if not whole:
         for i in range(parser.num_errors):
             sys.stderr.write(f"not taken: {_blamed(parser.get_error(i))}\n")
-        raise Refused(f"{_complaint(parser)}; it takes {taken} other nodes", log=parser.num_errors > 1)
+        complaint = f"{_complaint(parser)}; it takes {taken} other nodes; use --target onnx"
+        raise Refused(complaint, log=parser.num_errors > 1)
     return {"taken": taken, "nodes": sum(len(nodes) for _, nodes in parts)}
 
 

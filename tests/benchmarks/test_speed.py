@@ -46,7 +46,6 @@ def test_the_table_shows_them_if_they_were_counted() -> None:
     assert rows[1:] == [
         ("*one graph, of the sgemm roofline*", "50 %"),
         ("*one graph, of onnxruntime's own sgemm*", "75 %"),
-        ("*torch eager, if the one graph ran at that sgemm*", "2.00"),
     ]
     _, rows = pipeline_rows({"models": {"small": {**values, "reorders": {"one graph": 1234}}}})
     assert rows[-1] == ("*layout reorders: one graph*", "1,234")

@@ -284,7 +284,7 @@ def test_verify_writes_junit_and_summary(command: Command, digits_bundle: Path, 
     assert command("verify", digits_bundle, *files)[0] == 0
     suite = ET.parse(tmp_path / "v.xml").getroot()
     names = [case.attrib["name"] for case in suite.iter("testcase")]
-    assert names[-1] == "rung 6: artefact in its runtime"
+    assert names[-1] == "rung 6: artefact in its runtime (onnxruntime)"
     assert (tmp_path / "s.md").read_text().count("## Parity of digits-2: passed") == 2
 
 
@@ -299,6 +299,9 @@ def test_junit_of_a_failure_and_of_what_xml_cannot_hold() -> None:
     assert (root.attrib["tests"], root.attrib["failures"], root.attrib["skipped"]) == ("2", "1", "1")
     (failure,) = root.iter("failure")
     assert failure.attrib["message"].endswith("off: sample 0.1 (tolerance 0.0001)")
+    told = verify_cases({"rungs": rungs, "runtime": "coreml-reference", "detail": "reference evaluation"})
+    assert [case.name for case in told] == ["rung 5: program", "rung 6: artefact (coreml-reference)"]
+    assert told[1].detail.endswith("; reference evaluation")
     strange = ET.fromstring(junit_xml("a<b>&\x00", [Case("\x1b[31mred", failure='"]]>')]))
     assert next(strange.iter("testcase")).attrib["name"] == "?[31mred"
     gate = {"candidate": "a", "against": "b", "limit": 1.05, "verdict": "undecided", "message": "undecided: ..."}

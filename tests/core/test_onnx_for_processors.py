@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 
 from mmd_export import onnx_winograd
+from mmd_export.blame import checkpoint_graph
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
+from mmd_export.checkpoint import load_checkpoint
 from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.graph_parts import GraphParts
 from mmd_export.target_options import TargetOptions
-from tests.models import save_model
+from tests.models import ATTENTION, save_model
 
 FOR_PROCESSORS = TargetOptions(device="cpu")
 WIDE: dict[str, Any] = {"block_out_channels": (16, 32), "in_channels": 1, "out_channels": 1}
@@ -51,7 +55,18 @@ def test_it_is_verified_after_every_step(form: str, batch: str, sampler: str, wi
     assert {name for node in graph.node if node.op_type == "MatMul" for name in node.input[1:]} & weights
 
 
-def test_the_file_is_no_larger_and_the_same_twice(wide: Path, tmp_path: Path) -> None:
+def test_bisect_holds_it_against_a_graph_of_the_same_form(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", **WIDE, **ATTENTION)
+    for name, of_target in (("plain", TargetOptions()), ("cpu", FOR_PROCESSORS)):
+        bundle = built(model, tmp_path / name, of_target)
+        checkpoint = load_checkpoint(str(model))
+        reference = checkpoint_graph(bundle, checkpoint, checkpoint.plan_for(2, sampler="ddim"))
+        artefact = ir.load(bundle.artefact_path)
+        assert GraphParts(reference).producer.keys() == GraphParts(artefact).producer.keys()
+        assert bundle.manifest.graph.device == of_target.device
+
+
+def test_weights_are_stored_once_and_the_same_twice(wide: Path, tmp_path: Path) -> None:
     plain, *twice = (
         built(wide, tmp_path / name, of_target).artefact_path
         for name, of_target in (("plain", TargetOptions()), ("one", FOR_PROCESSORS), ("two", FOR_PROCESSORS))
@@ -74,16 +89,24 @@ def test_openvino_takes_it(wide: Path, tmp_path: Path) -> None:
     assert bundle.manifest.graph.op_counts["GroupConvolution"] > 0
 
 
-def test_other_precisions_have_no_such_form(wide: Path, tmp_path: Path) -> None:
-    one, two = (
-        built(wide, tmp_path / name, of_target, precision="fp16").artefact_path.read_bytes()
-        for name, of_target in (("plain", TargetOptions()), ("cpu", FOR_PROCESSORS))
-    )
-    assert one == two
+@pytest.mark.parametrize(
+    ("device", "changes", "says"),
+    [
+        ("cpu", {"precision": "fp16"}, "--device cpu is a form of fp32, --precision is fp16"),
+        ("cpu", {"target": "openvino", "precision": "w16"}, "--device cpu is a form of fp32, --precision is w16"),
+        ("cuda", {}, "--device is 'cuda'; without it, what onnx writes runs on any device"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(
+    device: str, changes: dict[str, str], says: str, wide: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        built(wide, tmp_path / "out", TargetOptions(device=device), **changes)
 
 
 def test_devices_and_targets_that_there_are_not(wide: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--device is 'tpu'; give cpu or cuda"):
         TargetOptions(device="tpu")
-    with pytest.raises(NotAvailableError, match="target coreml has no --device"):
-        built(wide, tmp_path / "out", target="coreml")
+    for target in ("coreml", "tensorrt"):
+        with pytest.raises(NotAvailableError, match=f"target {target} has no --device"):
+            built(wide, tmp_path / "out", target=target)

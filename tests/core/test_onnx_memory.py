@@ -40,6 +40,18 @@ def test_weights_do_not_count_and_unused_values_go_at_once() -> None:
     assert peak_activation_bytes(model(nodes, [10], [weight])) == 2 * 10 * BYTES
 
 
+def test_what_is_computed_from_weights_counts_only_where_no_runtime_does_it_at_loading() -> None:
+    weight, scale = (
+        numpy_helper.from_array(np.ones(10, np.float32), "w"),
+        numpy_helper.from_array(np.array(1, np.float32), "s"),
+    )
+    whole = [relu("w", "v"), helper.make_node("Add", ["x", "v"], ["y"])]
+    assert peak_activation_bytes(model(whole, [10], [weight])) == 2 * 10 * BYTES
+    bytes_ = numpy_helper.from_array(np.ones(10, np.int8), "w")
+    quantised = [helper.make_node("DequantizeLinear", ["w", "s"], ["v"]), *whole[1:]]
+    assert peak_activation_bytes(model(quantised, [10], [bytes_, scale])) == 3 * 10 * BYTES
+
+
 def test_a_symbolic_batch_counts_as_the_given_one() -> None:
     assert peak_activation_bytes(model([relu("x", "y")], ["batch", 3]), batch=4) == 2 * 12 * BYTES
 

@@ -141,6 +141,28 @@ def test_it_leaves_alone_what_would_not_pay(monkeypatch: pytest.MonkeyPatch) -> 
         assert filter_rows(graph()) == layers
 
 
+def test_one_weight_at_two_heights_has_two_forms() -> None:
+    half = "p = AveragePool <kernel_shape = [2, 1], strides = [2, 1]> (x) g = Conv <pads = [1, 1, 1, 1]> (p, weight)"
+    model = graph(more=f'{half} t = Resize <mode = "nearest"> (g, , twice) y = Add (h, t)')
+    model.graph.register_initializer(
+        ir.Value(name="twice", const_value=ir.tensor(np.array([1, 1, 2, 1], np.float32)))
+    )
+    x = RNG.standard_normal((1, CHANNELS, 8, 5), np.float32)
+    expected = run(model, x)
+    assert filter_rows(model) == 2
+    np.testing.assert_allclose(run(model, x), expected, atol=2e-5)
+
+
+def test_a_convolution_that_the_graph_gives_keeps_its_name_and_its_addition() -> None:
+    model, x = graph(more="y = Add (h, time)"), RNG.standard_normal((1, CHANNELS, 8, 5), np.float32)
+    model.graph.outputs.append(next(node for node in model.graph if node.op_type == "Conv").outputs[0])
+    expected = run(model, x)
+    assert filter_rows(model) == 1
+    assert [value.name for value in model.graph.outputs] == ["y", "h"]
+    assert count(model, "Add") == 1
+    np.testing.assert_allclose(run(model, x), expected, atol=1e-5)
+
+
 def test_a_weight_is_transformed_once_and_stored_as_it_was() -> None:
     """Two convolutions with one weight: one transform, computed from that weight alone, which is no activation."""
     model = graph(more="b = Conv <pads = [1, 1, 1, 1]> (x, weight) y = Add (h, b)", batch=1)

@@ -80,9 +80,14 @@ def test_executorch_says_what_is_not_delegated(built: dict[str, Bundle]) -> None
     assert "aten::convolution.out" not in counts
 
 
-@each_target
-def test_an_operator_that_it_lacks_is_named(name: str, tmp_path: Path) -> None:
-    network, operator = ("Custom", "foreign_nets.twice") if name == "torch" else ("Bessel", "bessel_j0")
+@pytest.mark.parametrize(
+    ("name", "network", "operator"),
+    [
+        ("torch", "Custom", "foreign_nets.twice"),
+        *((name, *lacking) for name in ("coreai", "executorch") for lacking in (("Custom", "twice"), ("Bessel", "j0"))),
+    ],
+)
+def test_an_operator_that_it_lacks_is_named(name: str, network: str, operator: str, tmp_path: Path) -> None:
     with pytest.raises(NotAvailableError, match=rf"^target {name}.*{operator}") as error:
         build(options(name, tmp_path / "out", network))
     assert "\n" not in str(error.value)

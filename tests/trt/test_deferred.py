@@ -149,6 +149,12 @@ def test_steps_share_quantised_weights(precision: str, tmp_path: Path) -> None:
     assert (folder / "model.plan").stat().st_size > 2**20
 
 
+def test_options_of_compiling_belong_to_finalize(tmp_path: Path) -> None:
+    chosen = TargetOptions(cache=tmp_path / "cache", memory_limit=16)
+    with pytest.raises(UsageError, match="--defer compiles nothing here; give --cache and --memory-limit to finalize"):
+        build(options("digits", tmp_path / "out", defer=True, of_target=chosen))
+
+
 def test_what_the_device_must_not_be_given_is_not_deferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmd_export.trt.lint.engine_faults", lambda _: ["node 'a' (Attention)", "another"])
     with pytest.raises(NotAvailableError, match=r"^TensorRT-RTX cannot be given node 'a' \(Attention\) and 1 more"):

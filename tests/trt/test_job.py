@@ -13,7 +13,7 @@ from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.target_options import TargetOptions
 from mmd_export.trt.cache import cache_folder, find, key_of, store
 from mmd_export.trt.device import Device
-from mmd_export.trt.engine import Request, engine_key, job_for, require_gpu_where_needed
+from mmd_export.trt.engine import Request, engine_key, job_for, require_capable, require_gpu_where_needed
 from mmd_export.trt.job import Job, profile_batches
 from mmd_export.trt.library import RTX, TENSORRT, Library
 from tests.trt.conftest import OneNode
@@ -44,6 +44,15 @@ def test_a_job_survives_its_way_to_the_process() -> None:
 
 def request(onnx: Path, **options: Any) -> Request:
     return Request(onnx, BatchSpec(sizes=(1,)), TargetOptions(**options))
+
+
+@pytest.mark.parametrize("capabilities", ["8.0", "12.0,8.6"])
+def test_gpus_that_lack_the_precision_are_refused_before_the_build(capabilities: str, one_node: OneNode) -> None:
+    plain = request(one_node("Relu", (1, 1)), compute_capability=capabilities)
+    require_capable(plain)
+    with pytest.raises(NotAvailableError, match=r"fp8 needs compute capability 8\.9, --compute-capability has 8\."):
+        require_capable(replace(plain, precision="fp8"))
+    require_capable(replace(request(plain.onnx, compute_capability="12.0"), precision="fp8"))
 
 
 def key(library: Library, asked: Request, device: Device | None = None) -> str:

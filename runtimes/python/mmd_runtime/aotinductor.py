@@ -76,7 +76,9 @@ def _usable_device(bundle: Bundle) -> str:
     has = {"system": platform.system(), "machine": platform.machine()}
     if wants.get("device") == "cuda":
         if not torch.cuda.is_available():
-            raise NotAvailableError(f"bundle {bundle.name} runs on CUDA, torch {torch.__version__} finds no GPU")
+            raise NotAvailableError(
+                f"bundle {bundle.name} runs on CUDA, torch {torch.__version__} finds no GPU; rebuild with --device cpu"
+            )
         has["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
     else:
         has["vectors"] = torch.backends.cpu.get_cpu_capability()

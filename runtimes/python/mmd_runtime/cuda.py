@@ -109,7 +109,7 @@ def _failure(name: str, code: Any) -> MmdExportError:
     if int(code) in _OLD_DRIVER:
         return NotAvailableError(f"{failed}; the driver is too old for this cuda-python: update the driver")
     if int(code) == _NO_DEVICE:
-        return NotAvailableError(f"{failed}; the driver sees no GPU")
+        return NotAvailableError(f"{failed}; the driver sees no GPU; nvidia-smi lists what it sees")
     return MmdExportError(f"{failed}; is the GPU's memory full?" if int(code) == _NO_MEMORY else failed)
 
 

@@ -52,12 +52,12 @@ def body_model(model: ModelProto) -> ModelProto:
     assert loop is not None
     body: GraphProto = next(attribute.g for attribute in loop.attribute if attribute.name == "body")
     part = type(model)(ir_version=model.ir_version, opset_import=model.opset_import)
-    used = {name for node in body.node for name in node.input}
+    used = {name for node in body.node for name in node.input if name}
     outside = []  # what the body reads of the nodes round the loop: transformed weights
     for node in reversed(model.graph.node):
         if used.intersection(node.output) and node != loop:
             outside.append(node)
-            used.update(node.input)
+            used.update(filter(None, node.input))
     part.graph.node.extend(reversed(outside))
     part.graph.MergeFrom(body)
     part.graph.initializer.extend(model.graph.initializer)
