@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mmd_export.errors import UsageError
 from mmd_export.plan import StepPlan
 from mmd_export.schedule import SchedulerConfig
 from mmd_export.solvers import SOLVERS, make_plan, resolve
@@ -18,13 +19,22 @@ def choose_plan(
     spacing: str | None = None,
     timesteps: Sequence[float] | None = None,
 ) -> StepPlan:
-    """``mmd_export.solvers.make_plan`` for every sampler that has a table; the prober for the others."""
-    chosen, count = resolve(config, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
-    if (sampler or chosen.sampler) in SOLVERS:
-        return make_plan(config, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
-    from mmd_export.probe import probe
+    """``mmd_export.solvers.make_plan`` for every sampler that has a table; the prober for the others.
 
-    return probe(chosen, count)
+    And for settings that a table reads otherwise than diffusers' own class does, such as two that exclude each other.
+    """
+    from mmd_export.probe import VERIFIED, largest_error, probe
+
+    chosen, count = resolve(config, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
+    if (sampler or chosen.sampler) not in SOLVERS:
+        return probe(chosen, count)
+    plan = make_plan(config, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
+    known = plan.settings.get("eta")
+    try:
+        differs = largest_error(plan, chosen, count, None if known is None else float(str(known))) > VERIFIED
+    except UsageError:  # diffusers cannot run it: ``verify`` says so
+        return plan
+    return probe(chosen, count, eta) if differs else plan
 
 
 def plan_again(

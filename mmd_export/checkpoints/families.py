@@ -82,6 +82,8 @@ def _mask(facts: Facts) -> Condition:
 
 
 def _unet(facts: Facts) -> tuple[Condition, ...]:
+    if (kind := facts.config["class_embed_type"]) is not None:
+        raise UsageError(f"{facts.where}: class_embed_type is {kind!r}, which is not supported; num_class_embeds is")
     return class_condition(facts.config["num_class_embeds"])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -48,7 +47,8 @@ def interpolate(t: float, table: Sequence[float]) -> float:
 def sigma_to_t(sigma: float, log_table: Sequence[float]) -> float:
     """The fractional timestep of a sigma, by interpolation of its logarithm."""
     log_sigma = math.log(max(sigma, 1e-10))
-    low = max(0, min(bisect.bisect_right(log_table, log_sigma) - 1, len(log_table) - 2))
+    below = (t for t in range(len(log_table) - 1, -1, -1) if log_table[t] <= log_sigma)  # it may fall at the end
+    low = min(next(below, 0), len(log_table) - 2)
     w = (log_table[low] - log_sigma) / (log_table[low] - log_table[low + 1])
     w = min(max(w, 0.0), 1.0)
     return (1.0 - w) * low + w * (low + 1)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from mmd_export.dynamic_shift import shift_of
+from mmd_export.errors import UsageError
 from mmd_export.plan import StepPlan
 from mmd_export.schedule import SchedulerConfig, linspace
 from mmd_export.solvers.dpm import Node, clean_of, map_round, noise_of
@@ -28,6 +29,10 @@ FLOW_GAP = 1e-6  # diffusers moves a first flow sigma of 1 down by this
 def _grid(config: SchedulerConfig, steps: int) -> tuple[list[int], list[float]]:
     """Timesteps, and the sigmas with the final one."""
     require_one_spacing(config, karras_too=True)
+    if config["shift_terminal"] and not config["use_flow_sigmas"]:
+        raise UsageError(
+            f"scheduler: shift_terminal is {config['shift_terminal']} and use_flow_sigmas off; it needs flow sigmas"
+        )
     table, total = sigma_table(config), config.num_train_timesteps
     logs = [math.log(sigma) for sigma in table]
     grid, to_min = vp_grid(config, steps), config["final_sigmas_type"] == "sigma_min"

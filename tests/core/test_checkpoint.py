@@ -388,3 +388,10 @@ def test_a_bare_model_without_its_scheduler_names_the_pipeline(folder: Path, tmp
     refused(bare, f"unet/{SCHEDULER} does not exist; give the pipeline folder {tmp_path / 'pipe'}, or copy the")
     (folder / SCHEDULER).unlink()
     refused(folder, f"{SCHEDULER} does not exist; copy the scheduler_config.json of its pipeline there")
+
+
+@pytest.mark.parametrize("kind", ["timestep", "identity"])
+def test_labels_that_are_no_numbers_of_classes_are_refused(kind: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", class_embed_type=kind)
+    with pytest.raises(UsageError, match=f"class_embed_type is '{kind}', which is not supported; num_class_embeds is"):
+        load_checkpoint(model)

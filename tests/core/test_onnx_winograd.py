@@ -144,9 +144,7 @@ def test_it_leaves_alone_what_would_not_pay(monkeypatch: pytest.MonkeyPatch) -> 
 def test_one_weight_at_two_heights_has_two_forms() -> None:
     half = "p = AveragePool <kernel_shape = [2, 1], strides = [2, 1]> (x) g = Conv <pads = [1, 1, 1, 1]> (p, weight)"
     model = graph(more=f'{half} t = Resize <mode = "nearest"> (g, , twice) y = Add (h, t)')
-    model.graph.register_initializer(
-        ir.Value(name="twice", const_value=ir.tensor(np.array([1, 1, 2, 1], np.float32)))
-    )
+    model.graph.register_initializer(ir.Value(name="twice", const_value=ir.tensor(np.array([1, 1, 2, 1], np.float32))))
     x = RNG.standard_normal((1, CHANNELS, 8, 5), np.float32)
     expected = run(model, x)
     assert filter_rows(model) == 2
