@@ -77,8 +77,7 @@ def count(model: ir.Model, *op_types: str) -> int:
     return sum(node.op_type in op_types for node in model.graph)
 
 
-@pytest.mark.parametrize(("head_dim", "heads"), [(None, 1), (8, 2), (4, 4)])
-@pytest.mark.parametrize("batch", [1, None])
+@pytest.mark.parametrize(("head_dim", "heads", "batch"), [(None, 1, None), (8, 2, None), (4, 4, 1)])
 def test_networks_give_the_same_numbers(head_dim: int | None, heads: int, batch: int | None, tmp_path: Path) -> None:
     model = call_of(save_model(tmp_path / "model", attention_head_dim=head_dim, **ATTENTION), batch)
     expected, before = run(model), count(model, "MatMul")

@@ -119,7 +119,7 @@ def test_every_node_that_it_does_not_take_is_in_the_log(one_node: OneNode, tmp_p
     second.outputs[0].name = "other"
     ir.save(model, graph)
     said = refusal(job(graph, capabilities=("8.9",)), log := tmp_path / "out.log")
-    assert f"and 1 more; it takes 0 other nodes; all of it is in {log}" in said
+    assert f"and 1 more; it takes 0 other nodes; use --target onnx; all of it is in {log}" in said
     for name in ("the_node", "another"):
         assert f"not taken: '{name}' (Det): UNSUPPORTED_NODE" in log.read_text()
 
