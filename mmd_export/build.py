@@ -208,10 +208,8 @@ def usable_target(options: BuildOptions) -> Target:
 
 def _require_taken(options: BuildOptions, target: Target) -> None:
     """Raise UsageError for an option that would change nothing."""
-    device, later = (
-        options.of_target.device,
-        [name for name in ("cache", "memory_limit") if name in options.of_target.given],
-    )
+    device = options.of_target.device
+    later = [name for name in ("cache", "memory_limit") if name in options.of_target.given]
     if options.defer and later:
         raise UsageError(f"--defer compiles nothing here; give {' and '.join(map(flag, later))} to finalize")
     if device is None or target.name not in (GRAPH.name, "openvino"):

@@ -34,6 +34,10 @@ _WIDER: dict[str, dict[str, Any]] = {
 ROUNDING = 1e-12
 
 
+class TakesNoListError(UsageError):
+    """A grid of timesteps that diffusers' class cannot be told; our own table can."""
+
+
 class _Float64(ModuleType):
     """A module whose float32 is float64."""
 
@@ -169,7 +173,9 @@ class DiffusersLoop:
             self.scheduler.timesteps = torch.tensor(timestep_grid(self.config, steps))
         else:
             option = "--timesteps" if self.config.custom_timesteps else f"--spacing {self.config.timestep_spacing}"
-            raise UsageError(f"{option} lists timesteps; diffusers' {self.config.class_name} takes none of its own")
+            raise TakesNoListError(
+                f"{option} lists timesteps; diffusers' {self.config.class_name} takes none of its own"
+            )
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)  # a first timestep that comes up twice is the first all the same
 

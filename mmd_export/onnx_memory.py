@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+from mmd_export.onnx_nodes import lacks_shapes, require_shapes
+
 
 def peak_activation_bytes(model: ir.Model, batch: int = 1) -> int:
     """The most bytes of values alive at once when nodes run in order and each value goes after its last use.
@@ -15,11 +17,9 @@ def peak_activation_bytes(model: ir.Model, batch: int = 1) -> int:
     nodes or works in place needs less, one that pads or blocks layouts more. A symbolic dimension counts as ``batch``;
     a value whose shape cannot be inferred counts as nothing.
     """
-    from onnx_ir.passes.common import ShapeInferencePass
-
-    if any(value.shape is None for node in model.graph.all_nodes() for value in node.outputs):
+    if lacks_shapes(model):
         model = model.clone()
-        ShapeInferencePass(strict_mode=False)(model)
+        require_shapes(model)
     return _peak(model.graph, batch)
 
 

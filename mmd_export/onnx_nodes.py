@@ -64,9 +64,14 @@ class Nodes(list[ir.Node]):
         return value
 
 
+def lacks_shapes(model: ir.Model) -> bool:
+    """Whether a node's output has none."""
+    return any(value.shape is None for node in model.graph.all_nodes() for value in node.outputs)
+
+
 def require_shapes(model: ir.Model) -> None:
     """Infer what shapes are missing."""
     from onnx_ir.passes.common import ShapeInferencePass
 
-    if any(value.shape is None for node in model.graph.all_nodes() for value in node.outputs):
+    if lacks_shapes(model):
         ShapeInferencePass(strict_mode=False)(model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmd_export.errors import UsageError
 from mmd_export.plan import StepPlan
 from mmd_export.schedule import SchedulerConfig
 from mmd_export.solvers import SOLVERS, make_plan, resolve
@@ -23,6 +22,7 @@ def choose_plan(
 
     And for settings that a table reads otherwise than diffusers' own class does, such as two that exclude each other.
     """
+    from mmd_export.diffusers_loop import TakesNoListError
     from mmd_export.probe import VERIFIED, largest_error, probe
 
     chosen, count = resolve(config, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
@@ -32,7 +32,7 @@ def choose_plan(
     known = plan.settings.get("eta")
     try:
         differs = largest_error(plan, chosen, count, None if known is None else float(str(known))) > VERIFIED
-    except UsageError:  # diffusers cannot run it: ``verify`` says so
+    except TakesNoListError:
         return plan
     return probe(chosen, count, eta) if differs else plan
 

@@ -67,7 +67,7 @@ def make_plan(
     options = {} if eta is None else {"eta": eta}
     try:
         return SOLVERS[name](chosen, steps, **options)
-    except (ZeroDivisionError, OverflowError, ValueError) as error:
+    except (ZeroDivisionError, OverflowError) as error:
         raise UsageError(
             f"--sampler {name} with {steps} steps: a coefficient is not finite ({error}); two levels of the grid are "
             "equal or a level is 0; choose another step count or spacing"

@@ -32,10 +32,11 @@ FEW = 15  # diffusers lowers the order of the last steps only below so many
 
 @dataclass(frozen=True)
 class Node:
-    """x = alpha x0 + sigma eps at one point of the grid."""
+    """x = alpha x0 + sigma eps at one point of the grid; ``listed``: the sigma by which diffusers lists the point."""
 
     alpha: float
     sigma: float
+    listed: float
 
     @property
     def lam(self) -> float:
@@ -46,9 +47,9 @@ class Node:
     def of_sigma(cls, sigma: float, *, flow: bool = False) -> Node:
         """sigma / alpha of the variance-preserving process, or the sigma of a flow."""
         if flow:
-            return cls(1.0 - sigma, sigma)
+            return cls(1.0 - sigma, sigma, sigma)
         alpha = 1.0 / math.sqrt(sigma**2 + 1.0)
-        return cls(alpha, sigma * alpha)
+        return cls(alpha, sigma * alpha, sigma)
 
 
 def clean_of(prediction: str, node: Node, x: Form, output: Form) -> Form:
@@ -58,7 +59,7 @@ def clean_of(prediction: str, node: Node, x: Form, output: Form) -> Form:
     if prediction == "v_prediction":
         return node.alpha * x - node.sigma * output
     if prediction == "flow_prediction":
-        return x - node.sigma * output
+        return x - node.listed * output
     return (x - node.sigma * output) / node.alpha
 
 

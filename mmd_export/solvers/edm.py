@@ -57,7 +57,7 @@ def edm_dpmsolver(config: SchedulerConfig, steps: int) -> StepPlan:
     require_third_order(config, with_noise=True)
     sigmas = edm_sigmas(config, steps)
     final = config["sigma_min"] if config["final_sigmas_type"] == "sigma_min" else 0.0
-    nodes = [Node(1.0, sigma) for sigma in [*sigmas, final]]
+    nodes = [Node(1.0, sigma, sigma) for sigma in [*sigmas, final]]
     first_at_final = config["euler_at_final"] or final == 0.0
     table, models = Table(), list[Form]()
     for k, sigma in enumerate(sigmas):

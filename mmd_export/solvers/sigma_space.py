@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from mmd_export.errors import UsageError
 from mmd_export.plan import Scalar, StepPlan
 from mmd_export.schedule import SchedulerConfig, linspace
 from mmd_export.solvers.grids import initial_sigma, require_free_sigmas, sigma_grid, sigma_table, sigma_to_t
@@ -59,7 +60,12 @@ def euler_ancestral(config: SchedulerConfig, steps: int) -> StepPlan:
 
 
 def _ancestral(sigma: float, after: float) -> tuple[float, float]:
-    """(sigma_up, sigma_down) of a step from ``sigma`` to ``after``."""
+    """(sigma_up, sigma_down) of a step from ``sigma`` to ``after``; raises UsageError where the noise would grow."""
+    if after > sigma:
+        raise UsageError(
+            f"scheduler: the noise level rises from {sigma:g} to {after:g}, which no ancestral step does; choose "
+            "another step count or spacing"
+        )
     up = math.sqrt(after**2 * (sigma**2 - after**2) / sigma**2)
     return up, math.sqrt(after**2 - up**2)
 

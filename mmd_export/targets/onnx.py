@@ -88,12 +88,9 @@ class OnnxTarget:
         save(model, folder / self.artefact, self.largest_file)
         toolchain = {name: version(name) for name in PACKAGES}
         folded = [value for k in range(program.plan.step_count) for value in program.constants(k)]
-        facts: dict[str, int | str] = {
-            "folded_values": len(folded),
-            "folded_bytes": sum(value.nbytes for value in folded),
-        }
-        facts |= {"device": options.target.device} if options.target.device else {}
-        return Compiled(report(model, program.batch or 1).to_dict() | facts, toolchain)
+        facts = report(model, program.batch or 1).to_dict()
+        facts |= {"folded_values": len(folded), "folded_bytes": sum(value.nbytes for value in folded)}
+        return Compiled(facts | {"device": options.target.device}, toolchain)
 
 
 def chosen_form(form: str, steps: int) -> str:

@@ -51,10 +51,9 @@ class OpenVinoTarget:
             if options.precision == "w16":
                 openvino_ir.halve_weights(model)
             openvino_ir.save(model, folder / self.artefact)
-        kept = ("folded_values", "folded_bytes", "device")
-        folded = {name: onnx.graph[name] for name in kept if name in onnx.graph}
+        kept = {name: onnx.graph[name] for name in ("folded_values", "folded_bytes", "device")}
         return Compiled(
-            openvino_ir.facts(folder / self.artefact) | folded,
+            openvino_ir.facts(folder / self.artefact) | kept,
             {**onnx.toolchain, "openvino": version("openvino")},
         )
 
