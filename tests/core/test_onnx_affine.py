@@ -62,3 +62,9 @@ def test_it_leaves_alone_what_it_does_not_know(nodes: str) -> None:
     before = ir.to_proto(model).SerializeToString()
     assert scale_and_shift_at_once(model) == 0
     assert ir.to_proto(model).SerializeToString() == before
+
+
+def test_a_product_that_the_graph_gives_stays() -> None:
+    model = graph("h = Mul (x, gamma) y = Add (h, beta)")
+    model.graph.outputs.append(next(node for node in model.graph if node.op_type == "Mul").outputs[0])
+    assert scale_and_shift_at_once(model) == 0
