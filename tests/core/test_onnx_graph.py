@@ -167,7 +167,8 @@ def test_it_is_small(build: Build, case: str) -> None:
     made = build(**CASES[case])
     facts = report(ir.from_proto(made.proto), made.batch or 1)
     folded = {"folded_values", "folded_bytes"}
-    assert {key: value for key, value in made.compiled.graph.items() if key not in folded} == facts.to_dict()
+    told = {key: value for key, value in made.compiled.graph.items() if key not in folded}
+    assert told == facts.to_dict() | {"device": None}  # made for any device
     assert made.compiled.graph["folded_values"] >= made.plan.step_count  # at least one row a call
     assert facts.peak_activation_bytes > 2 * 4 * np.prod(made.checkpoint.shape)
     assert facts.nodes == made.nodes == sum(facts.op_counts.values())
