@@ -8,6 +8,8 @@ from mmd_export.plan import StepPlan
 from mmd_export.schedule import SchedulerConfig
 from mmd_export.solvers import SOLVERS, make_plan, resolve
 
+ROUNDING = 1e-12  # relative to a state, in float64; where a table loses more, diffusers' own numbers are taken
+
 
 def choose_plan(
     config: SchedulerConfig,
@@ -20,21 +22,26 @@ def choose_plan(
 ) -> StepPlan:
     """``mmd_export.solvers.make_plan`` for every sampler that has a table; the prober for the others.
 
-    And for settings that a table reads otherwise than diffusers' own class does, such as two that exclude each other.
+    And for settings that a table reads otherwise than diffusers' own class does, such as two that exclude each other,
+    and where a formula loses digits that diffusers' order of operations keeps.
     """
     from mmd_export.diffusers_loop import TakesNoListError
-    from mmd_export.probe import VERIFIED, largest_error, probe
+    from mmd_export.probe import largest_error, probe
 
     chosen, count = resolve(config, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
     if (sampler or chosen.sampler) not in SOLVERS:
         return probe(chosen, count)
     plan = make_plan(config, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
-    known = plan.settings.get("eta")
+    told = plan.settings.get("eta")
+    used = None if told is None else float(str(told))
     try:
-        differs = largest_error(plan, chosen, count, None if known is None else float(str(known))) > VERIFIED
+        error = largest_error(plan, chosen, count, used)
     except TakesNoListError:
         return plan
-    return probe(chosen, count, eta) if differs else plan
+    if error <= ROUNDING:
+        return plan
+    probed = probe(chosen, count, used)
+    return probed if largest_error(probed, chosen, count, used) < error else plan
 
 
 def plan_again(

@@ -10,6 +10,8 @@ from mmd_export.solvers.dpm import Node, Update, multistep, multistep_order, req
 from mmd_export.solvers.grids import karras
 from mmd_export.solvers.table import Form, Table
 
+SAME = 1e-12  # relative; a karras grid ends on sigma_min but for rounding, which is no step
+
 
 def edm_sigmas(config: SchedulerConfig, steps: int) -> list[float]:
     """The sigmas with the final one."""
@@ -57,14 +59,16 @@ def edm_dpmsolver(config: SchedulerConfig, steps: int) -> StepPlan:
     require_third_order(config, with_noise=True)
     sigmas = edm_sigmas(config, steps)
     final = config["sigma_min"] if config["final_sigmas_type"] == "sigma_min" else 0.0
+    if math.isclose(final, sigmas[-1], rel_tol=SAME):
+        final = sigmas[-1]
     nodes = [Node(1.0, sigma, sigma) for sigma in [*sigmas, final]]
     first_at_final = config["euler_at_final"] or final == 0.0
     table, models = Table(), list[Form]()
     for k, sigma in enumerate(sigmas):
         x, output = call(table, config, sigma)
         models.insert(0, clean(config, x, output, sigma))
-        order = multistep_order(k, steps, config, first_at_final=first_at_final)
         update = Update(config["algorithm_type"], nodes[k], nodes[k + 1])
+        order = multistep_order(k, steps, config, first_at_final=first_at_final) if update.h else 1
         state = multistep(update, x, models[:order], nodes[k::-1], config["solver_type"])
         table.advance(state + table.noise(update.first()[2]))
     return _plan(table, "edm-dpmsolver", config, steps)

@@ -12,7 +12,7 @@ import pytest
 from mmd_export.diffusers_loop import DiffusersLoop
 from mmd_export.dynamic_shift import with_tokens
 from mmd_export.plan import StepPlan
-from mmd_export.plans import plan_again
+from mmd_export.plans import ROUNDING, choose_plan, plan_again
 from mmd_export.probe import largest_error, probe
 from mmd_export.schedule import SchedulerConfig
 from mmd_export.scheduler_keys import CLASSES
@@ -165,9 +165,9 @@ CASES: dict[str, list[Settings]] = {
     "DDPMScheduler": crossed(prediction_type=PREDICTIONS, clip_sample=(True, False), timestep_spacing=SPACINGS),
 }  # fmt: skip
 
-# diffusers loses digits of its own there: sqrt(1 - e^(-2h)) at h = 0 is of rounding; 1e-10 of noise is left out here.
-LOOSE = {("EDMDPMSolverMultistepScheduler", "sigma_min"): 1e-9}
-TOLERANCE = 1e-11
+TABLE = 1e-11  # some formulas lose a digit or two that diffusers' order of operations keeps; such tables are not chosen
+# Its weights are up to 81 there, so that diffusers' own last state moves by as much when its noise changes by one bit.
+STEEP = {"solver_order": 3, "algorithm_type": "dpmsolver", "lower_order_final": False}
 
 
 @pytest.fixture(autouse=True)
@@ -200,12 +200,15 @@ def test_the_table_is_diffusers_own_loop(class_name: str) -> None:
     checked = 0
     for i, settings in enumerate(CASES[class_name]):
         config = config_of(class_name, settings)
-        tolerance = LOOSE.get((class_name, str(settings.get("final_sigmas_type"))), TOLERANCE)
         for steps in (STEPS[i % 6], STEPS[(i + 3) % 6]):
             if (plan := plan_or_none(config, steps)) is None:
                 continue
             eta = plan.settings.get("eta")
-            assert largest_error(plan, config, steps, eta) <= tolerance, (settings, steps)  # type: ignore[arg-type]
+            error = largest_error(plan, config, steps, eta)  # type: ignore[arg-type]
+            assert error <= TABLE, (settings, steps)
+            if error > ROUNDING:
+                error = largest_error(choose_plan(config, steps), config, steps, eta)  # type: ignore[arg-type]
+            assert error <= (3e-12 if steps == 3 and settings.items() >= STEEP.items() else ROUNDING), (settings, steps)
             loop = DiffusersLoop(config, steps, lambda like: like)
             assert plan.timesteps == pytest.approx(loop.timesteps, abs=1e-6), (settings, steps)
             checked += 1
@@ -218,7 +221,7 @@ def test_every_step_count(class_name: str) -> None:
     for steps in STEPS:
         plan = make_plan(config, steps)
         eta = plan.settings.get("eta")
-        assert largest_error(plan, config, steps, eta) <= 1e-12, steps  # type: ignore[arg-type]
+        assert largest_error(plan, config, steps, eta) <= ROUNDING, steps  # type: ignore[arg-type]
         calls = {"heun": 2 * steps - 1, "flow-heun": 2 * steps - 1, "dpmsolver-sde": 2 * steps - 1}
         calls["pndm"] = 1 if steps == 1 else steps + 1
         assert plan.step_count == calls.get(plan.solver, steps)
@@ -231,7 +234,7 @@ def test_tcd_with_every_gamma(eta: float) -> None:
     config = config_of("TCDScheduler", {})
     for steps in STEPS:
         plan = make_plan(config, steps, eta=eta)
-        assert largest_error(plan, config, steps, eta) <= 1e-12, steps
+        assert largest_error(plan, config, steps, eta) <= ROUNDING, steps
         assert plan.noisy_steps == (steps - 1 if eta else 0)
 
 
@@ -261,8 +264,7 @@ def test_the_prober_finds_the_same_sampler(class_name: str) -> None:
             eta = plan.settings.get("eta")
             found = probe(config, steps, eta)  # type: ignore[arg-type]
             assert found.settings["source"] == "probed"
-            tolerance = LOOSE.get((class_name, str(settings.get("final_sigmas_type"))), 1e-12)
-            assert largest_error(found, config, steps, eta) <= tolerance, (settings, steps)  # type: ignore[arg-type]
+            assert largest_error(found, config, steps, eta) <= ROUNDING, (settings, steps)  # type: ignore[arg-type]
             if plan.solver not in ("unipc",):
                 same_numbers(found, plan)
             checked += 1
@@ -303,7 +305,7 @@ def test_listed_timesteps(class_name: str, spacing: str) -> None:
         plan = make_plan(config, None, timesteps=listed)
         assert tuple(dict.fromkeys(plan.timesteps)) == listed
         chosen, steps = resolve(config, None, timesteps=listed)
-        assert largest_error(plan, chosen, steps, plan.settings.get("eta")) <= TOLERANCE  # type: ignore[arg-type]
+        assert largest_error(plan, chosen, steps, plan.settings.get("eta")) <= ROUNDING  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -325,7 +327,7 @@ def test_listed_timesteps_of_flows_and_consistency_models(
     for listed in grids:
         plan = make_plan(config, None, timesteps=listed)
         chosen, steps = resolve(config, None, timesteps=listed)
-        assert largest_error(plan, chosen, steps) <= TOLERANCE
+        assert largest_error(plan, chosen, steps) <= ROUNDING
         loop = DiffusersLoop(chosen, steps, lambda like: like)
         assert plan.timesteps == pytest.approx(loop.timesteps, abs=1e-6)
         if config.sampler == "flow-euler" and not settings.get("invert_sigmas"):
@@ -343,7 +345,7 @@ def test_mmd_ddms_grid(sampler: str) -> None:
         plan = make_plan(config, steps, sampler=sampler, spacing="mmd-ddm")
         assert tuple(dict.fromkeys(plan.timesteps)) == grid
         chosen, _ = resolve(config, steps, sampler=sampler, spacing="mmd-ddm")
-        assert largest_error(plan, chosen, steps, plan.settings.get("eta")) <= TOLERANCE  # type: ignore[arg-type]
+        assert largest_error(plan, chosen, steps, plan.settings.get("eta")) <= ROUNDING  # type: ignore[arg-type]
 
 
 def test_mmd_ddms_grid_says_how_many_calls_it_makes() -> None:
