@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+from mmd_export.liveness import Operation, peak_bytes
 from mmd_export.onnx_nodes import lacks_shapes, require_shapes
 
 
@@ -24,17 +25,16 @@ def peak_activation_bytes(model: ir.Model, batch: int = 1) -> int:
 
 
 def _peak(graph: ir.Graph, batch: int) -> int:
-    last, fixed = _last_uses(graph), fixed_values(graph)
-    alive = {value: _bytes(value, batch) for value in graph.inputs}
-    peak = sum(alive.values())
-    for place, node in enumerate(graph):
-        if fixed.issuperset(node.outputs):
-            continue
-        alive |= {value: _bytes(value, batch) for value in node.outputs}
-        inside = max((_peak(inner, batch) for inner in _subgraphs(node)), default=0)
-        peak = max(peak, sum(alive.values()) + inside)
-        alive = {value: size for value, size in alive.items() if last.get(value, place) != place}
-    return peak
+    fixed = fixed_values(graph)
+    operations = [
+        Operation(
+            reads=_read(node),
+            makes={} if fixed.issuperset(node.outputs) else {value: _bytes(value, batch) for value in node.outputs},
+            inside=max((_peak(inner, batch) for inner in _subgraphs(node)), default=0),
+        )
+        for node in graph
+    ]
+    return peak_bytes({value: _bytes(value, batch) for value in graph.inputs}, operations, graph.outputs)
 
 
 def fixed_values(graph: ir.Graph) -> set[ir.Value]:
@@ -51,14 +51,10 @@ def fixed_values(graph: ir.Graph) -> set[ir.Value]:
     return fixed
 
 
-def _last_uses(graph: ir.Graph) -> dict[ir.Value, int]:
-    """The place of the last node that reads each value, inner graphs included; outputs are never done with."""
-    last: dict[ir.Value, int] = {}
-    for place, node in enumerate(graph):
-        inner = [each for subgraph in _subgraphs(node) for each in subgraph.all_nodes()]
-        for reader in (node, *inner):
-            last |= {value: place for value in reader.inputs if value is not None}
-    return last | dict.fromkeys(graph.outputs, -1)
+def _read(node: ir.Node) -> set[ir.Value]:
+    """What a node reads, its inner graphs included."""
+    inner = (each for subgraph in _subgraphs(node) for each in subgraph.all_nodes())
+    return {value for reader in (node, *inner) for value in reader.inputs if value is not None}
 
 
 def _subgraphs(node: ir.Node) -> Iterable[ir.Graph]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from mmd_export.liveness import Operation, peak_bytes
 
 _MODEL = "com.apple.CoreML/model.mlmodel"
 _WEIGHTS = "com.apple.CoreML/weights"
@@ -50,12 +54,44 @@ def _identifier(path: str) -> str:
 
 
 def _graph_facts(spec: Any, weight_bytes: int) -> dict[str, Any]:
-    """Ops that compute something; the bytes of all weights, each stored once."""
+    """Ops that compute something; the bytes of all weights, each stored once; those of activations at their peak."""
     counts = Counter(op.type for op in _operations(spec) if op.type != "const")
-    return {"nodes": counts.total(), "unique_weight_bytes": weight_bytes, "op_counts": dict(sorted(counts.items()))}
+    return {
+        "nodes": counts.total(),
+        "unique_weight_bytes": weight_bytes,
+        "op_counts": dict(sorted(counts.items())),
+        "peak_activation_bytes": max(_peaks(spec)),
+    }
 
 
 def _operations(spec: Any) -> Iterator[Any]:
+    for _, block in _blocks(spec):
+        yield from block.operations
+
+
+def _blocks(spec: Any) -> Iterator[tuple[Any, Any]]:
     for function in spec.mlProgram.functions.values():
         for block in function.block_specializations.values():
-            yield from block.operations
+            yield function, block
+
+
+def _peaks(spec: Any) -> Iterator[int]:
+    """The most bytes alive at once, by shapes alone; constants, also those that are decompressed, are weights."""
+    for function, block in _blocks(spec):
+        operations = [
+            Operation(
+                reads={argument.name for read in op.inputs.values() for argument in read.arguments if argument.name},
+                makes={} if op.type.startswith("const") else {value.name: _bytes(value) for value in op.outputs},
+            )
+            for op in block.operations
+        ]
+        yield peak_bytes({value.name: _bytes(value) for value in function.inputs}, operations, set(block.outputs))
+
+
+def _bytes(value: Any) -> int:
+    """Of a tensor of fixed shape."""
+    tensor = value.type.tensorType
+    kind = tensor.DESCRIPTOR.fields_by_name["dataType"].enum_type.values_by_number[tensor.dataType].name
+    bits = re.search("[0-9]+", kind)  # FLOAT16, INT32, UINT8; BOOL has none
+    values: int = math.prod(size.constant.size for size in tensor.dimensions)
+    return values * (int(bits[0]) if bits else 8) // 8

@@ -36,10 +36,10 @@ class CoreAiTarget:
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
         """Convert the whole sampler; one program gives the same bytes."""
         from mmd_export.torch_compilers.coreai import write_asset
-        from mmd_export.torch_compilers.facts import weight_facts
+        from mmd_export.torch_compilers.facts import program_facts
 
         counts = write_asset(program, options.output, folder / self.artefact)
-        facts = {"nodes": sum(counts.values()), "op_counts": counts} | weight_facts(program)
+        facts = {"nodes": sum(counts.values()), "op_counts": counts} | program_facts(program)
         return Compiled(facts, {name: version(name) for name in ("torch", "coreai-core", "coreai-torch")})
 
 

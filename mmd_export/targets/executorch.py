@@ -41,12 +41,12 @@ class ExecuTorchTarget:
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
         """Lower one network call, write it with the arithmetic of the plan."""
         from mmd_export.torch_compilers.executorch import compile_sampler
-        from mmd_export.torch_compilers.facts import weight_facts
+        from mmd_export.torch_compilers.facts import program_facts
 
         made = compile_sampler(program, options.output)
         (folder / self.artefact).write_bytes(made.data)
         facts = {"nodes": sum(made.op_counts.values()), "op_counts": dict(made.op_counts)}
-        return Compiled(facts | weight_facts(program), {name: version(name) for name in ("torch", "executorch")})
+        return Compiled(facts | program_facts(program), {name: version(name) for name in ("torch", "executorch")})
 
 
 TARGET = ExecuTorchTarget()

@@ -51,7 +51,8 @@ class OpenVinoTarget:
             if options.precision == "w16":
                 openvino_ir.halve_weights(model)
             openvino_ir.save(model, folder / self.artefact)
-        kept = {name: onnx.graph[name] for name in ("folded_values", "folded_bytes", "device")}
+        names = ("folded_values", "folded_bytes", "peak_activation_bytes", "device")
+        kept = {name: onnx.graph[name] for name in names}
         return Compiled(
             openvino_ir.facts(folder / self.artefact) | kept,
             {**onnx.toolchain, "openvino": version("openvino")},

@@ -47,7 +47,7 @@ class TorchTarget:
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
         """Compile the whole sampler ahead of time."""
-        from mmd_export.torch_compilers.facts import weight_facts
+        from mmd_export.torch_compilers.facts import program_facts
         from mmd_export.torch_compilers.inductor import compile_package, hardware, moved
         from mmd_export.unrolled_program import unroll
 
@@ -56,7 +56,7 @@ class TorchTarget:
         require_torch_only(exported)
         options.notify("compiling with Inductor and the C++ compiler, a minute or more")
         calls = compile_package(exported, folder / self.artefact, device)
-        facts = {"nodes": sum(calls.values()), "op_counts": calls} | weight_facts(program)
+        facts = {"nodes": sum(calls.values()), "op_counts": calls} | program_facts(program)
         return Compiled(facts, {"torch": version("torch")}, hardware(device))
 
 

@@ -48,6 +48,7 @@ def test_the_package_is_what_the_manifest_says(built: Callable[..., Bundle], tin
     assert graph.nodes == sum(graph.op_counts.values()) == sum(op.kind != "const" for op in program.ops)
     assert {"layer_norm", "softmax", "conv"} <= set(graph.op_counts)
     assert "scaled_dot_product_attention" not in graph.op_counts
+    assert (graph.peak_activation_bytes or 0) >= 2 * math.prod(program.inputs["noise"].shape) * 4
     assert bundle.manifest.hardware == {"deployment_target": "iOS17", "compute_units": "all"}
     files = {path.relative_to(bundle.artefact_path).as_posix() for path in bundle.artefact_path.rglob("*.*")}
     model = "Data/com.apple.CoreML"
