@@ -161,7 +161,7 @@ def _locate(model: str) -> Path:
     if folder.exists():
         raise UsageError(
             f"model {model} is a file; a diffusers folder, a hub id or one of {', '.join(BUILT_IN)} is expected; "
-            "an original DDIM or DDPM checkpoint is ddim:FILE"
+            "an original DDIM or DDPM checkpoint is ddim:FILE, one of guided-diffusion guided:FILE"
         )
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         near = get_close_matches(model, BUILT_IN, 1)

@@ -18,11 +18,17 @@ from mmd_export.errors import UsageError
 
 
 class DiffusersUNet(nn.Module):
-    """diffusers' UNet2DModel without its output wrapper."""
+    """diffusers' UNet2DModel without its output wrapper.
 
-    def __init__(self, unet: nn.Module) -> None:
+    Args:
+        unet: the network.
+        channels: of the output; a learned variance behind them is left out. None for all.
+    """
+
+    def __init__(self, unet: nn.Module, channels: int | None = None) -> None:
         super().__init__()
         self.unet = unet
+        self.channels = channels
 
     def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Raw output (B, C, H, W) for ``x`` (B, C, H, W), ``timestep`` (1,) and ``class_labels`` int64 (B)."""
@@ -30,7 +36,7 @@ class DiffusersUNet(nn.Module):
             output: Tensor = self.unet(x, timestep, return_dict=False)[0]
         else:
             output = self.unet(x, timestep, class_labels, return_dict=False)[0]
-        return output
+        return output if self.channels is None else output[:, : self.channels]
 
 
 _ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")  # what diffusers takes as added_cond_kwargs

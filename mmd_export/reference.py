@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mmd_export.bundle import take
 from mmd_export.checkpoint import Checkpoint
 from mmd_export.denoiser import AtTimesteps
+from mmd_export.errors import UsageError
 from mmd_export.noise import sampler_noise
 from mmd_export.plan import StepPlan
 from mmd_export.unroll import UnrolledSampler
@@ -63,12 +64,21 @@ def run_in_parts(
 def golden_arrays(
     checkpoint: Checkpoint, plan: StepPlan, count: int, output: str = "float32", seed: int = GOLDEN_SEED
 ) -> dict[str, NDArray[Any]]:
-    """Inputs, states and sample from the float64 reference, rounded to what the graph takes and gives."""
+    """Inputs, states and sample from the float64 reference, rounded to what the graph takes and gives.
+
+    Raises UsageError for a model whose own states are NaN, infinite or beyond float32.
+    """
     inputs = golden_inputs(checkpoint, plan, count, seed)
     size = max(1, VALUES_AT_ONCE // math.prod(checkpoint.shape))
     with checkpoint.doubled() as double:
         exact = run_in_parts(sampler_of(double, plan), inputs, size, torch.float64)
-    golden = inputs | {name: array.astype(np.float32) for name, array in exact.items()}
+    with np.errstate(over="ignore"):
+        golden = inputs | {name: array.astype(np.float32) for name, array in exact.items()}
+    if wrong := [name for name in exact if not np.isfinite(golden[name]).all()]:
+        raise UsageError(
+            f"model {checkpoint.name}: its float64 reference gives NaN, infinity or more than float32 holds in "
+            f"{wrong[0]}, of {plan.step_count} steps; check its weights or choose another sampler"
+        )
     return golden | {"sample": to_uint8(exact["sample"])} if output == "uint8" else golden
 
 

@@ -20,6 +20,7 @@ from mmd_export.scheduler_keys import (
     FOREIGN,
     INERT,
     KEYS,
+    LEARNED_VARIANCE,
     LINEAR_SHIFT,
     PIPELINE_SHIFT,
     UNIT_FLOW,
@@ -184,8 +185,8 @@ class SchedulerConfig:
                 known = ", ".join(sorted(KEYS[name]))
                 raise UsageError(f"scheduler: setting {key!r} is unknown to {name}; known: {known}")
         checked = {key: _checked(name, key, value) for key, value in own.items()}
-        if "variance_type" not in own and str(settings.get("variance_type")).startswith("learned"):
-            raise UsageError(f"scheduler: variance_type {settings['variance_type']!r} is not supported by {name}")
+        if checked.get("variance_type") in LEARNED_VARIANCE and name != "DDPMScheduler":
+            del checked["variance_type"]  # they only leave the network's half for it out
         return _config(name, {**KEYS[name], **checked})
 
     def settings(self) -> dict[str, Any]:

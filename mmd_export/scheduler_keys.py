@@ -163,6 +163,8 @@ for _key in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end"):
 _EPS_V = ("epsilon", "v_prediction")
 _EPS_V_X0 = (*_EPS_V, "sample")
 _ANY = (*_EPS_V_X0, "flow_prediction")
+LEARNED_VARIANCE = ("learned", "learned_range")  # half of the network's output; only DDPM would use it
+_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", *LEARNED_VARIANCE)
 _DDIM_BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 _CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "beta_schedule": {
@@ -187,8 +189,7 @@ _CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
         "EDMDPMSolverMultistepScheduler": _EPS_V,
         "SCMScheduler": ("trigflow",),
     },
-    "variance_type": {"": (), "DDIMScheduler": ("fixed_small", "fixed_small_log", "fixed_large"),
-                      "DDPMScheduler": ("fixed_small", "fixed_small_log", "fixed_large")},
+    "variance_type": {"": (), "DDIMScheduler": _VARIANCES, "DDPMScheduler": _VARIANCES},
     "interpolation_type": {"": ("linear", "log_linear")},
     "timestep_type": {"": ("discrete", "continuous")},
     "final_sigmas_type": {"": ("zero", "sigma_min")},

@@ -39,10 +39,11 @@ def baseline(name: str, checkpoint: Checkpoint, plan: StepPlan, inputs: Inputs, 
 def _pipeline(checkpoint: Checkpoint, plan: StepPlan, batch: int) -> Sample:
     """diffusers' own pipeline as a user calls it, pictures as numpy; it draws its noise itself, from a fixed seed."""
     name, denoiser = _PIPELINES.get(plan.solver), checkpoint.denoiser
-    if name is None or not isinstance(denoiser, DiffusersUNet) or checkpoint.conditions:
+    told = checkpoint.conditions
+    if name is None or told or not isinstance(denoiser, DiffusersUNet) or denoiser.channels is not None:
         raise NotAvailableError(
             f"--against diffusers: its pipelines for plain UNets are {', '.join(_PIPELINES)}; this bundle runs "
-            f"{plan.solver} on {type(denoiser).__name__} with {len(checkpoint.conditions)} conditions; use --against "
+            f"{plan.solver} on {type(denoiser).__name__} with {len(told)} conditions; use --against "
             "torch"
         )
     diffusers = import_diffusers()

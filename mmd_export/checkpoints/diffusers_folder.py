@@ -62,13 +62,13 @@ def read_folder(folder: Path, name: str, licence: str | None = None, options: Ne
     found = _read_configs(folder)
     family, whole, where = found.family, found.whole, str(found.config_file)
     autoencoder = read_autoencoder(folder, whole)
-    channels, notes = _learned_variance(whole, family)
-    shape = sample_shape(whole, where, channels)
+    mean, notes = _learned_variance(whole, family)
+    shape = sample_shape(whole, where, mean)
     scheduler = with_tokens(found.scheduler, _patches(whole, shape)) if family.tokens else found.scheduler
     told = _told(family, whole, folder, where, options)
     weights, warnings = read_weights(found.config_file.parent)
     load_strictly(found.network, weights, str(found.config_file.parent))
-    denoiser, chosen = _denoiser(family, found.network.eval(), whole, shape[0], options)
+    denoiser, chosen = _denoiser(family, found.network.eval(), whole, (shape[0], mean), options)
     checkpoint = Checkpoint(
         name=name,
         folder=folder,
@@ -201,11 +201,19 @@ def _in_pipeline(
 
 
 def _denoiser(
-    family: Family, network: nn.Module, config: dict[str, Any], channels: int, options: NetworkOptions
+    family: Family,
+    network: nn.Module,
+    config: dict[str, Any],
+    sizes: tuple[int, int | None],
+    options: NetworkOptions,
 ) -> tuple[nn.Module, _Chosen]:
-    """The network behind the one signature; a distilled one has its guidance scale embedded."""
+    """The network behind the one signature; a distilled one has its guidance scale embedded.
+
+    ``sizes``: the channels of the state, and those again if a learned variance follows them.
+    """
+    channels, mean = sizes
     if type(network).__name__ == "UNet2DModel":
-        return DiffusersUNet(network), _Chosen()
+        return DiffusersUNet(network, mean), _Chosen()
     if width := config.get("time_cond_proj_dim"):
         scale, chosen = _embedded(options, LCM_SCALE, "LCM's")
         return DiffusersNetwork(network, channels, 1.0, {"timestep_cond": (guidance_embedding(scale, width),)}), chosen

@@ -163,9 +163,10 @@ def _sd3(facts: Facts) -> tuple[Condition, ...]:
 
 
 FAMILIES: dict[str, Family] = {
-    "UNet2DModel": Family(_unet, "unet", latent=False),
+    "UNet2DModel": Family(_unet, "unet", latent=False, halves=True),
     "UNet2DConditionModel": Family(
-        _conditional_unet, "unet", 77, tokenizer=True, encoders=("text_encoder", "text_encoder_2"), latent=None
+        _conditional_unet, "unet", 77, tokenizer=True, encoders=("text_encoder", "text_encoder_2"), latent=None,
+        halves=True,
     ),
     "DiTTransformer2DModel": Family(_dit, halves=True, null_class=True),
     "PixArtTransformer2DModel": Family(

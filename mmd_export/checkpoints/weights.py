@@ -91,10 +91,16 @@ def read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"weights {path} are refused by weights_only=True or damaged ({reason}); convert to safetensors"
+            f"weights {path} are refused by weights_only=True or damaged ({_reason(error)}); convert to safetensors"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """What torch.load found, without its advice to load the file nonetheless."""
+    found = re.search(r"WeightsUnpickler error: (.*?)(?: was not an allowed|\. |\n|$)", str(error))
+    lines = str(error).strip().splitlines()
+    return found[1].strip() if found else lines[0] if lines else type(error).__name__
 
 
 def pickle_warning(path: Path) -> str:

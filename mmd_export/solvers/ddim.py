@@ -7,6 +7,7 @@ import math
 from mmd_export.errors import UsageError
 from mmd_export.plan import Scalar, Step, StepPlan, Term
 from mmd_export.schedule import SchedulerConfig, alphas_cumprod, timestep_grid
+from mmd_export.scheduler_keys import LEARNED_VARIANCE
 from mmd_export.solvers.levels import Affine, Level, clean_guess, noise_guess
 from mmd_export.solvers.table import NEGLIGIBLE_STD
 
@@ -70,6 +71,11 @@ def _earlier(config: SchedulerConfig, grid: tuple[int, ...], steps: int) -> list
 
 def ddpm(config: SchedulerConfig, steps: int) -> StepPlan:
     """Ancestral sampling from the posterior q(x_s | x_t, x0); Ho et al. 2020, eq. 7, over diffusers' own grid."""
+    if config.variance_type in LEARNED_VARIANCE:
+        raise UsageError(
+            f"scheduler: variance_type {config.variance_type!r} makes DDPM's noise depend on the network's output, "
+            "which is not affine; use --sampler ddim, or dpmsolver"
+        )
     alpha_bar, prediction = alphas_cumprod(config), config.prediction_type
     grid = timestep_grid(config, steps)
     table: list[Step] = []

@@ -282,8 +282,8 @@ def test_another_model_class(folder: Path, name: Any) -> None:
 
 
 def test_different_channels_in_and_out(tmp_path: Path) -> None:
-    save_model(tmp_path, in_channels=1, out_channels=2)
-    refused(tmp_path, "in_channels 1 and out_channels 2 differ")
+    save_model(tmp_path, in_channels=1, out_channels=3)
+    refused(tmp_path, "in_channels 1 and out_channels 3 differ")
 
 
 @pytest.mark.parametrize("size", [None, "8", [8], [8, 8, 8], 8.5])

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -137,7 +138,19 @@ def test_the_number_of_timesteps(folder: Path) -> None:
 
 
 def test_learned_variance(tmp_path: Path) -> None:
-    refused(save_model(tmp_path, out_channels=2), "in_channels 1 and out_channels 2 differ", "learned its variance")
+    """As guided-diffusion's models in diffusers' format: samplers see the mean, DDPM's own noise is not affine."""
+    folder = save_model(tmp_path, {"class_name": "DDPMScheduler", "variance_type": "learned_range"}, out_channels=2)
+    checkpoint = load_checkpoint(folder)
+    assert checkpoint.shape[0] == 1
+    assert "the model learned its variance: the last 1 of 2 channels are left out" in checkpoint.warnings
+    x = torch.randn(2, *checkpoint.shape)
+    with torch.inference_mode():
+        whole = diffusers.UNet2DModel.from_pretrained(folder)(x, 500).sample
+        assert torch.equal(checkpoint.denoiser(x, torch.tensor([500])), whole[:, :1])
+    for sampler in ("ddim", "dpmsolver"):
+        assert checkpoint.plan_for(3, sampler=sampler).step_count == 3
+    with pytest.raises(UsageError, match=r"variance_type 'learned_range' .* not affine; use --sampler ddim"):
+        checkpoint.plan_for(3)
 
 
 def test_channels_that_are_none(folder: Path) -> None:

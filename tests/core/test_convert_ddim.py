@@ -337,7 +337,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     torch.save(3, tmp_path / "odd.pth")
     refused(tmp_path / "odd.pth", "hold int, not a state dict")
     torch.save(small(), tmp_path / "module.pth")  # a pickled module, not its weights
-    refused(tmp_path / "module.pth", "refused by weights_only=True or damaged")
+    refused(tmp_path / "module.pth", "refused by weights_only=True or damaged (Unsupported global: GLOBAL ")
     (tmp_path / "text.pth").write_text("garbage")
     refused(tmp_path / "text.pth", "refused by weights_only=True or damaged")
     refused(f"{tmp_path / 'odd.pth'}?heads=3", "option heads=3 has no meaning; ddim: takes ema, sample_size")

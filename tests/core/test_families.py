@@ -302,7 +302,7 @@ def test_an_autoencoder_of_another_width(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("text", {"out_channels": 8}, ("in_channels 4 and out_channels 8 differ",)),
+        ("text", {"out_channels": 9}, ("in_channels 4 and out_channels 9 differ",)),
         ("text", {"class_embed_type": "timestep"}, ("class_embed_type is 'timestep'", "supported: None, projection")),
         ("sana", {"guidance_embeds": True}, ("flow_prediction of times in [0, 1]", "Flow", "goes with SCMScheduler")),
         ("sana-sprint", {"guidance_embeds": False}, ("predicts 'flow_prediction'", "SCMScheduler expects 'trigflow'")),

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from mmd_export import heap, reference
 from mmd_export.checkpoint import load_checkpoint
+from mmd_export.errors import UsageError
 from mmd_export.reference import golden_arrays
+from tests.models import save_model
 
 COUNT, VALUES = 3, 64  # images, and what one of them has
 
@@ -41,6 +44,18 @@ def test_parts_give_what_one_pass_gives(
     assert len(set(whole["class_labels"].tolist())) > 1  # a label that went to another image would show
     for name, array in whole.items():
         np.testing.assert_allclose(divided[name], array, rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("value", [math.nan, 1e38])
+def test_a_model_that_breaks_down_is_refused_by_its_first_bad_state(value: float, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(str(save_model(tmp_path, {"clip_sample": False, "prediction_type": "epsilon"})))
+    for parameter in cast(Any, checkpoint.denoiser).unet.conv_out.parameters():
+        parameter.fill_(value)
+    plan = checkpoint.plan_for(3)
+    with pytest.raises(
+        UsageError, match=r"its float64 reference gives NaN, .* in state\.1, of 3 steps; check its weights"
+    ):
+        golden_arrays(checkpoint, plan, 1)
 
 
 def test_garbage_is_gone_before_memory_is_handed_back(monkeypatch: pytest.MonkeyPatch) -> None:

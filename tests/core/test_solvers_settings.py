@@ -187,7 +187,7 @@ def test_a_plan_is_made_again_from_its_settings(options: dict[str, Any], changed
             ("solver_order 3", "'sde-dpmsolver'"),
         ),
         ("DPMSolverMultistepScheduler", {"solver_type": "bh2"}, ("solver_type 'bh2'", "midpoint, heun")),
-        ("DPMSolverMultistepScheduler", {"variance_type": "learned"}, ("variance_type 'learned'",)),
+        ("DDPMScheduler", {"variance_type": "learned"}, ("variance_type 'learned'", "not affine", "--sampler ddim")),
         ("DPMSolverMultistepScheduler", {"thresholding": True}, ("thresholding", "not affine")),
         ("UniPCMultistepScheduler", {"thresholding": True}, ("thresholding", "not affine")),
         ("UniPCMultistepScheduler", {"solver_p": {"a": 1}}, ("solver_p",)),
