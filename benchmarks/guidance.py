@@ -19,10 +19,11 @@ from mmd_export.commands.bench import bench
 from mmd_export.commands.candidates import BenchOptions
 from mmd_export.network_options import NetworkOptions
 
-STEPS, ROUNDS, SCALE = 4, 60, 4.0
+STEPS, SCALE = 4, 4.0
+ROUNDS = {"tiny": 60, "small": 60, "medium": 9}
 BATCHES = (1, 4)
 FORMS = ("doubled", "two-calls")
-# UNet2DConditionModel: 8x8 latents, and 16x16 ones with 1.6 M parameters.
+# UNet2DConditionModel: 8x8 latents, and 16x16 ones with 1.6 M and 25 M parameters.
 _COMMON: dict[str, Any] = {
     "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "attention_head_dim": 8,
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -33,6 +34,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
              "cross_attention_dim": 32},
     "small": {**_COMMON, "sample_size": 16, "block_out_channels": (48, 88), "norm_num_groups": 8,
               "cross_attention_dim": 96},
+    "medium": {**_COMMON, "sample_size": 16, "block_out_channels": (192, 352), "norm_num_groups": 32,
+               "cross_attention_dim": 384},
 }  # fmt: skip
 
 
@@ -45,9 +48,10 @@ def main() -> None:
             model = Path(temporary) / name
             parameters = save(model, config)
             for batch in BATCHES:
-                rows.append({"model": name, "parameters": parameters, "batch": batch, **measured(model, batch)})
+                facts = {"model": name, "parameters": parameters, "batch": batch, "rounds": ROUNDS[name]}
+                rows.append({**facts, **measured(model, batch)})
                 print(rows[-1], flush=True)
-    settings = {"steps": STEPS, "rounds": ROUNDS, "guidance_scale": SCALE, "threads": 1}
+    settings = {"steps": STEPS, "guidance_scale": SCALE, "threads": 1}
     write_result(RESULTS / "guidance.json", "benchmarks.guidance", {**settings, "rows": rows})
 
 
@@ -70,7 +74,7 @@ def measured(model: Path, batch: int) -> dict[str, Any]:
         network = NetworkOptions(guidance_scale=SCALE, guidance_form=form)
         build(BuildOptions(str(model), "onnx", out, steps=STEPS, batch=str(batch), network=network, verify=False))
         bundles.append(out)
-    report = bench(BenchOptions(tuple(bundles), rounds=ROUNDS, threads=1))
+    report = bench(BenchOptions(tuple(bundles), rounds=ROUNDS[model.name], threads=1))
     doubled, two_calls = report.candidates
     ratio = report.latency.ratio(doubled, two_calls)
     return {

@@ -1,10 +1,10 @@
 """Every precision of target onnx on the tuned digits -> benchmarks/results/precision.json.
 
 For each: size, pixel error after every step, free-running and teacher-forced, against the float64 reference, and the
-Frechet distance to all scans in the encoder that no choice but those of this file looked at. Then that distance for the
-precisions of other targets (``elsewhere``), what was tried before the defaults were set (``trials``), what the float32
-islands of 16 bits are worth (``islands``), how far ranges grow with the images scanned (``ranges``), and the sizes on
-the ddpm-cifar10 architecture (``sizes``).
+Frechet distance to all scans in the encoder that no choice but those of this file looked at. Then that distance and
+those errors for the precisions of other targets (``elsewhere``, ``steps_elsewhere``), what was tried before the
+defaults were set (``trials``), what the float32 islands of 16 bits are worth (``islands``), how far ranges grow with
+the images scanned (``ranges``), and the sizes on the ddpm-cifar10 architecture (``sizes``).
 
 bf16 is emulated: float32 arithmetic with every result rounded, see ``mmd_export/precision/emulate.py``. ``--model`` is
 a run folder; without it the default settings are run first, 3 to 5 minutes. About 20 minutes besides on one core.
@@ -192,6 +192,19 @@ def elsewhere(judge: Judge, model: str) -> dict[str, Any]:
     return rows
 
 
+def steps_elsewhere(model: str) -> dict[str, Any]:
+    """What their builds find of errors: free-running and, where a step can be run alone, teacher-forced."""
+    rows: dict[str, Any] = {}
+    for target, precision in ELSEWHERE:
+        with tempfile.TemporaryDirectory() as folder:
+            bundle = build(BuildOptions(model, target, Path(folder) / "bundle", precision, "1"))
+            rows[f"{target} {precision}"] = {
+                "images": len(bundle.golden().sample), "errors": dict(bundle.manifest.parity or {})
+            }  # fmt: skip
+        print(target, precision, rows[f"{target} {precision}"], flush=True)
+    return rows
+
+
 def _sample_of(session: Session, part: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
     return session.run(part)["sample"].astype(np.float32, copy=False)
 
@@ -272,7 +285,7 @@ def sizes() -> dict[str, Any]:
     return {name: {**row, "of_fp32": round(row["bytes"] / found["fp32"]["bytes"], 4)} for name, row in found.items()}
 
 
-PARTS = ("precisions", "elsewhere", "trials", "islands", "ranges", "sizes")
+PARTS = ("precisions", "elsewhere", "steps_elsewhere", "trials", "islands", "ranges", "sizes")
 
 
 def main() -> None:
@@ -298,6 +311,7 @@ def main() -> None:
         measures: dict[str, Callable[[], Any]] = {
             "precisions": lambda: precisions(judge, model, None),
             "elsewhere": lambda: elsewhere(judge, model),
+            "steps_elsewhere": lambda: steps_elsewhere(model),
             "trials": lambda: trials(judge),
             "islands": lambda: island_trials(judge),
             "ranges": lambda: ranges(judge),

@@ -52,6 +52,10 @@ def step_rows(result: dict[str, Any]) -> Table:
         errors = row["errors"]
         cells = [f"{errors[step]['max']:.0e} ({errors[step + _FORCED]['max']:.0e})" for step in steps]
         rows.append((f"`{name}`", *cells))
+    for name, row in result.get("steps_elsewhere", {}).items():
+        errors = row["errors"]
+        cells = [f"{errors[step]:.0e} ({errors[step + _FORCED]:.0e})" for step in steps]
+        rows.append((f"`{name.replace(' ', '` `')}`", *cells))
     return ("P", *(f"step {k}" for k in range(1, len(steps) + 1))), rows
 
 

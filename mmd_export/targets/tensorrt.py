@@ -67,12 +67,16 @@ class EngineTarget:
     def compile_onnx(self, model: Path, folder: Path, options: CompileOptions) -> LockFacts:
         """The engine of a graph, and what it is locked to."""
         from mmd_export.trt.engine import Request, build_engine, onnx_files
+        from mmd_export.trt.rewrite import unshared
 
-        request = Request(model, options.batch, options.target, options.precision, options.log, options.notify)
-        facts = build_engine(self.library, request, folder / self.artefact)
-        if options.target.strip_weights:
-            for path in onnx_files(model):
-                shutil.copyfile(path, folder / path.name)
+        with scratch_folder() as scratch:
+            if self.library.unshare and options.target.strip_weights:  # the weights come from the graph that was built
+                model = unshared(model.absolute(), scratch)
+            request = Request(model, options.batch, options.target, options.precision, options.log, options.notify)
+            facts = build_engine(self.library, request, folder / self.artefact)
+            if options.target.strip_weights:
+                for path in onnx_files(model):
+                    shutil.copyfile(path, folder / path.name)
         return facts
 
 

@@ -55,7 +55,7 @@ def build_engine(library: Library, request: Request, engine: Path) -> LockFacts:
         request.notify(f"{library.title}: building an engine of {nodes:,} nodes")
         _make(folder)
         with scratch_folder() as scratch:
-            if library.unshare and not request.options.strip_weights:  # whose weights come from the graph as it is
+            if library.unshare:
                 job = replace(job, onnx=str(unshared(request.onnx.absolute(), scratch)))
             said = run_job(job, library.title, request.log, request.notify, folder / f"{key}.log")
         _keep(folder, key, engine, said, request.notify)

@@ -23,6 +23,7 @@ from mmd_export.target_options import TargetOptions
 from mmd_export.targets import CompileOptions, DeferrableTarget, get_target
 from mmd_export.targets.onnx import OnnxTarget
 from mmd_export.trt.engine import onnx_sha256
+from mmd_export.trt.job import Job
 from mmd_export.trt.library import RTX, TENSORRT
 from mmd_export.trt.lock import LockFacts
 from mmd_runtime.engines import require_graph
@@ -147,6 +148,30 @@ def test_steps_share_quantised_weights(precision: str, tmp_path: Path) -> None:
     assert (tmp_path / "model.onnx").read_bytes() == before
     assert facts.onnx_sha256 == onnx_sha256(tmp_path / "model.onnx")
     assert (folder / "model.plan").stat().st_size > 2**20
+
+
+@pytest.mark.usefixtures("_rtx")
+def test_beside_a_stripped_engine_lies_the_graph_that_was_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a copy of the weights a step, as the builder got it; the library strips weights on a GPU only."""
+    target, given = get_target(RTX.name), list[bytes]()
+    assert isinstance(target, DeferrableTarget)
+
+    def run_job(job: Job, *_: Any) -> dict[str, Any]:
+        given.append(Path(job.onnx).read_bytes())
+        Path(job.engine).write_bytes(b"engine")
+        return {"version": "1", "capabilities": ["8.9"]}
+
+    monkeypatch.setattr("mmd_export.trt.engine.run_job", run_job)
+    monkeypatch.setattr("mmd_export.trt.engine.require_gpu_where_needed", lambda *_: None)
+    get_target("onnx").compile(steps_of("digits", 2), tmp_path, CompileOptions("w8"))
+    (folder := tmp_path / "engine").mkdir()
+    chosen = TargetOptions(strip_weights=True, cache=tmp_path / "cache")
+    facts = target.compile_onnx(tmp_path / "model.onnx", folder, CompileOptions("w8", target=chosen))
+    assert given == [(folder / "model.onnx").read_bytes()]
+    assert given != [(tmp_path / "model.onnx").read_bytes()]
+    assert facts.onnx_sha256 == onnx_sha256(folder / "model.onnx") != onnx_sha256(tmp_path / "model.onnx")
 
 
 def test_options_of_compiling_belong_to_finalize(tmp_path: Path) -> None:
