@@ -198,7 +198,7 @@ def _store_equal_rows_once(split: TimeSplit, tables: list[list[Tensor]]) -> list
         equal = all(value.dim() > 1 and bool((value == value[:1]).all()) for value in columns[i])
         if _has_free_rows(node) or (equal and broadcast):
             columns[i] = tuple(value[:1].clone() for value in columns[i])
-    return [list(row) for row in zip(*columns, strict=True)]
+    return [list(row) for row in zip(*columns, strict=True)] if columns else tables
 
 
 def _has_free_rows(node: fx.Node) -> bool:

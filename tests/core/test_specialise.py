@@ -106,6 +106,21 @@ def test_whole_and_fractional_timesteps_in_one_plan(timesteps: tuple[float, ...]
         assert torch.equal(folded(x, k), plain(x, k))
 
 
+class Timeless(nn.Module):
+    """A drift that is the same at every step, as of a gradient flow."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:  # noqa: ARG002 - the signature of a denoiser
+        return torch.tanh(x)
+
+
+@pytest.mark.parametrize("batch", [2, None])
+def test_a_network_that_ignores_the_timestep_has_nothing_to_fold(batch: int | None) -> None:
+    x, _ = example("plain", 2)
+    special = specialise(Timeless(), (7.0, 2.0), x, dynamic_batch=batch is None)
+    assert [special.constants(k) for k in range(2)] == [[], []]
+    assert torch.equal(special(x, 1), torch.tanh(x))
+
+
 @pytest.mark.parametrize("batch", [1, 3, None])
 def test_nothing_of_the_time_path_is_left(batch: int | None) -> None:
     denoiser = denoiser_of("plain")
