@@ -103,6 +103,11 @@ def _prepare(options: BuildOptions, notify: Callable[[str], None]) -> _Prepared:
     if tuned and (said := tuned.warning(checkpoint.name, target.name, options.precision)):
         notify(f"warning: {said}")
     plan = checkpoint.plan_for(**options.wanted)
+    if checkpoint.latent and plan.clip is not None:
+        notify(
+            f"warning: the scheduler clamps the clean guess to {plan.clip:g}, and these are latents; "
+            "set clip_sample false in its config unless the model was trained so"
+        )
     notify("running the float64 reference")
     golden = golden_arrays(checkpoint, plan, golden_count(batch), options.output)
     release_heap()

@@ -23,6 +23,7 @@ from mmd_export.scheduler_keys import (
     LEARNED_VARIANCE,
     LINEAR_SHIFT,
     PIPELINE_SHIFT,
+    TRAINED,
     UNIT_FLOW,
     choices_of,
 )
@@ -37,7 +38,8 @@ _OWN_KIND = {"consistency": "consistency_function", "ipndm": "v_prediction of ti
 class SchedulerConfig:
     """The settings of diffusers' DDIMScheduler and DDPMScheduler that decide the numbers; same names, same defaults.
 
-    ``timestep_spacing`` may also be ``mmd-ddm`` or list the timesteps, ``"leading:999,749,499,249"``.
+    ``timestep_spacing`` may also be ``mmd-ddm`` or list the timesteps, ``"leading:999,749,499,249"``. ``written``: what
+    the file says, settings of other classes among it; None where there is no file.
     """
 
     CLASSES: ClassVar[dict[str, str]] = CLASSES
@@ -56,6 +58,7 @@ class SchedulerConfig:
     timestep_spacing: str = "leading"
     rescale_betas_zero_snr: bool = False
     variance_type: str = "fixed_small"
+    written: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.class_name not in self.CLASSES:
@@ -187,20 +190,29 @@ class SchedulerConfig:
         checked = {key: _checked(name, key, value) for key, value in own.items()}
         if checked.get("variance_type") in LEARNED_VARIANCE and name != "DDPMScheduler":
             del checked["variance_type"]  # they only leave the network's half for it out
-        return _config(name, {**KEYS[name], **checked})
+        return replace(_config(name, {**KEYS[name], **checked}), written=settings)
 
     def settings(self) -> dict[str, Any]:
         """The settings of this class under diffusers' names, as its own ``__init__`` takes them."""
         return {key: self[key] for key in KEYS[self.class_name]}
 
+    def stated(self) -> dict[str, Any]:
+        """What the file says, or without one what differs from the defaults of the class."""
+        if self.written is not None:
+            return dict(self.written)
+        return {key: value for key, value in self.settings().items() if value != KEYS[self.class_name][key]}
+
     def as_class(self, class_name: str) -> SchedulerConfig:
-        """The config of another class with the settings that both have, as diffusers' ``from_config`` makes it."""
+        """The config of another class, as diffusers' ``from_config`` makes it of the same file.
+
+        What the file says, for whatever class, goes over; what it leaves to the default of its own class does not, but
+        for the levels of noise that the network was trained on.
+        """
         if class_name == self.class_name:
             return self
-        if {class_name, self.class_name} == {"DDIMScheduler", "DDPMScheduler"}:  # the same fields
-            return replace(self, class_name=class_name)
-        shared = {key: self[key] for key in KEYS[class_name] if key in KEYS[self.class_name]}
-        kept = {key: value for key, value in shared.items() if _carries_over(class_name, key, value)}
+        known = {key: value for key, value in self.stated().items() if key in KEYS[class_name]}
+        known |= {key: self[key] for key in TRAINED if key in KEYS[class_name] and key in KEYS[self.class_name]}
+        kept = {key: value for key, value in known.items() if _carries_over(class_name, key, value)}
         if FIXED_PREDICTION.get(self.sampler) != FIXED_PREDICTION.get(CLASSES[class_name]):
             kept.pop("prediction_type", None)  # EDM's v_prediction is not DDIM's
         made = SchedulerConfig.from_dict({"_class_name": class_name, **kept})
@@ -227,7 +239,7 @@ class SolverConfig(SchedulerConfig):
         return replace(self, options={**self.options, **facts})
 
 
-_FIELDS = {entry.name for entry in fields(SchedulerConfig)} - {"class_name"}
+_FIELDS = {entry.name for entry in fields(SchedulerConfig)} - {"class_name", "written"}
 
 
 def _config(name: str, settings: Mapping[str, Any]) -> SchedulerConfig:

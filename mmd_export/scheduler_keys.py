@@ -17,6 +17,7 @@ _BETAS: dict[str, Any] = {
     "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
     "trained_betas": None, "prediction_type": "epsilon",
 }  # fmt: skip
+TRAINED = tuple(_BETAS)  # of the network, whatever sampler runs it
 _LATENT = {**_BETAS, "beta_start": 0.00085, "beta_end": 0.012}
 _GRID = {"timestep_spacing": "linspace", "steps_offset": 0}
 _CLIP = {"clip_sample": True, "clip_sample_range": 1.0}

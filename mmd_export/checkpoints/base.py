@@ -180,7 +180,7 @@ def diffusers_configs(config: Mapping[str, Any], scheduler: SchedulerConfig) -> 
     """``unet/config.json`` and ``scheduler/scheduler_config.json`` of a converted network."""
     return {
         "unet/config.json": _json(config),
-        "scheduler/scheduler_config.json": _json({"_class_name": scheduler.class_name, **scheduler.settings()}),
+        "scheduler/scheduler_config.json": _json({"_class_name": scheduler.class_name, **scheduler.stated()}),
     }
 
 
