@@ -34,7 +34,16 @@ from mmd_export.program import SamplerProgram, export_program
 from mmd_export.reference import golden_arrays
 from mmd_export.runtime import ChainSession, RunOptions
 from mmd_export.target_options import DEFAULTS, TargetOptions, flag
-from mmd_export.targets import Compiled, CompileOptions, DeferrableTarget, Target, get_target, onnx, target_names
+from mmd_export.targets import (
+    ChecksOptions,
+    Compiled,
+    CompileOptions,
+    DeferrableTarget,
+    Target,
+    get_target,
+    onnx,
+    target_names,
+)
 from mmd_export.tolerance import artefact_tolerance
 from mmd_export.tuned_precision import TunedPrecision
 from mmd_runtime.registry import runtime_for
@@ -200,10 +209,12 @@ def usable_target(options: BuildOptions) -> Target:
     deferrable = isinstance(target, DeferrableTarget)
     _require_taken(options, target)
     if options.defer and not deferrable:
-        raise NotAvailableError(f"target {target.name} has no --defer: what it builds runs anywhere; leave it out")
+        raise NotAvailableError(f"target {target.name} has no --defer, as it compiles here; leave it out")
     if not (found := (GRAPH if options.defer else target).availability()).available:
         later = "; or add --defer and finalize the bundle where it will run" if deferrable and not options.defer else ""
         raise NotAvailableError(f"target {target.name} cannot build here: {found.detail}; {found.install}{later}")
+    if isinstance(target, ChecksOptions) and not options.defer:
+        target.require_options(options.precision, options.of_target)
     if options.of_target.calibration is not None:
         from mmd_export.precision.formats import require_ranges
 

@@ -15,7 +15,7 @@ from mmd_export.cli_bench import BENCH_EXAMPLES, REPORT_EXAMPLES, bench, report
 from mmd_export.cli_build import BUILD_EXAMPLES, FINALIZE_EXAMPLES, build, finalize
 from mmd_export.cli_data import Balance, Crop, FeatureCacheSwitch, Features, Flip, Holdout, HoldoutFraction, Resize
 from mmd_export.cli_embed import EMBED_EXAMPLES, embed
-from mmd_export.cli_errors import usage_line
+from mmd_export.cli_errors import missing_line, usage_line
 from mmd_export.cli_evaluate import EVALUATE_EXAMPLE, evaluate
 from mmd_export.cli_finetune import (
     Autocast,
@@ -356,14 +356,22 @@ def run(entry: Callable[..., Any], arguments: list[str] | None = None) -> int:
             return UsageError.exit_code
         if os.environ.get(TRACEBACK):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400].rstrip(":")
-        if is_out_of_memory(error):
-            return _out_of_memory(reason)
-        say(f"unexpected error: {reason}; set {TRACEBACK}=1 for the traceback")
-        return 1
+        return _unexpected(error)
     if code == INTERRUPTED:  # typer's answer to KeyboardInterrupt
         say("interrupted; nothing half-written was left, saved states are kept (finetune --resume [--finish])")
     return code
+
+
+def _unexpected(error: Exception) -> int:
+    """What is known of an error that no code of ours raised."""
+    if isinstance(error, ModuleNotFoundError) and (lacking := missing_line(error)):
+        say(f"error: {lacking}")
+        return NotAvailableError.exit_code
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:400].rstrip(":")
+    if is_out_of_memory(error):
+        return _out_of_memory(reason)
+    say(f"unexpected error: {reason}; set {TRACEBACK}=1 for the traceback")
+    return 1
 
 
 def _out_of_memory(reason: str) -> int:

@@ -1,9 +1,25 @@
-"""What typer says of wrong options, in one line."""
+"""What typer says of wrong options, and Python of packages that are missing, in one line."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+# The extra that brings a package, by the name under which it is imported; what is needed everywhere is in none.
+_EXTRAS = {
+    **dict.fromkeys(("torch", "diffusers", "sklearn", "matplotlib"), "tune"),
+    **dict.fromkeys(("accelerate", "datasets", "peft", "tensorboard", "transformers"), "finetune"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnx_ir", "onnxruntime"), "onnx"),
+    "coremltools": "coreml", "coreai": "coreai", "coreai_torch": "coreai", "executorch": "executorch",
+    "jinja2": "report", "openvino": "openvino",
+}  # fmt: skip
+
+
+def missing_line(error: ModuleNotFoundError) -> str | None:
+    """``torch is not installed; pip install 'mmd-export[tune]'``; None for a module that no extra brings."""
+    package = (error.name or "").partition(".")[0]
+    extra = _EXTRAS.get(package)
+    return f"{package} is not installed; pip install 'mmd-export[{extra}]'" if extra else None
 
 
 def usage_line(error: Exception, arguments: Sequence[str]) -> str | None:

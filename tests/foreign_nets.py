@@ -192,6 +192,13 @@ class MeanEnergy(Energy):
         return gradient
 
 
+class Leading(Plain):
+    """Takes something of the first sample from all, which the first one alone does not show."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(x, timestep) - (x - x[:1]).mean()
+
+
 class Noisy(Plain):
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
         return super().forward(x, timestep) + torch.randn_like(x)

@@ -50,8 +50,8 @@ def read_autoencoder(pipeline: Path, network: Mapping[str, Any]) -> Autoencoder 
     settings = autoencoder.config
     require_latents(network, settings, str(pipeline))  # again, with what the class fills in
     scale, shift = _number(settings, "scaling_factor", 1.0, where), _number(settings, "shift_factor", 0.0, where)
-    if scale == 0.0:
-        raise UsageError(f"{where}: scaling_factor is 0; latents are divided by it")
+    if scale <= 0.0:
+        raise UsageError(f"{where}: scaling_factor is {scale:g}; latents are divided by it, so it must be positive")
     mean, std = (_channels(settings, name, network.get("in_channels"), where) for name in STATISTICS)
     if 0.0 in std:
         raise UsageError(f"{where}: latents_std is {list(std)}; a channel times 0 is none")

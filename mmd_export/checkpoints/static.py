@@ -91,8 +91,7 @@ def require_static(network: nn.Module, signature: Signature, where: str) -> bool
     again = float((call(network, signature, inputs, where) - first).abs().max())
     if again > 0.0:
         raise UsageError(f"{where} draws noise or keeps state: two calls with the same input differ by {again:.2g}")
-    alone = call(network, signature, (inputs[0][:1], inputs[1], *(value[:1] for value in inputs[2:])), where)
-    mixed = float((alone - first[:1]).abs().max() / first.abs().max().clamp(min=1e-6))
+    mixed = max(_apart(network, signature, inputs, first, row, where) for row in range(len(first)))
     if mixed > SAME:
         raise UsageError(
             f"{where} mixes the samples of a batch: one sample alone differs by {mixed:.2g} of the largest output from "
@@ -100,6 +99,15 @@ def require_static(network: nn.Module, signature: Signature, where: str) -> bool
         )
     _require_double(network, signature, where)
     return takes_gradient
+
+
+def _apart(
+    network: nn.Module, signature: Signature, inputs: tuple[Tensor, ...], whole: Tensor, row: int, where: str
+) -> float:
+    """How far sample ``row`` alone is from the same one in the batch, relative to the largest output."""
+    one = slice(row, row + 1)
+    alone = call(network, signature, (inputs[0][one], inputs[1], *(value[one] for value in inputs[2:])), where)
+    return float((alone - whole[one]).abs().max() / whole.abs().max().clamp(min=1e-6))
 
 
 def _shapes_alone_decide(network: nn.Module, signature: Signature, where: str) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ _OF_OPTIMIZER = {"state", "param_groups"}
 # How diffusers named the attention of its first UNets and autoencoders; its own loader renames them too
 # (ModelMixin._convert_deprecated_attention_blocks, diffusers/models/modeling_utils.py, 0.42).
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+_FOUND = re.compile(r"(Trying to load |Unsupported |GLOBAL )", re.IGNORECASE)  # of torch's unpickler
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,9 @@ def read_shards(index: Path) -> StateDict:
 def read_pickle(path: Path) -> Any:
     """What torch.load gives with ``weights_only=True``; nothing else is ever tried."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle's protocol; the outcome says more
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UsageError(
             f"weights {path} are refused by weights_only=True or damaged ({_reason(error)}); convert to safetensors"
@@ -98,9 +103,9 @@ def read_pickle(path: Path) -> Any:
 
 def _reason(error: Exception) -> str:
     """What torch.load found, without its advice to load the file nonetheless."""
-    found = re.search(r"WeightsUnpickler error: (.*?)(?: was not an allowed|\. |\n|$)", str(error))
-    lines = str(error).strip().splitlines()
-    return found[1].strip() if found else lines[0] if lines else type(error).__name__
+    lines = [line.strip().removeprefix("WeightsUnpickler error:").strip() for line in str(error).splitlines()]
+    found = next((line for line in lines if _FOUND.match(line)), "")
+    return found.split(" was not an allowed")[0].rstrip(".") or next(filter(None, lines), type(error).__name__)
 
 
 def pickle_warning(path: Path) -> str:

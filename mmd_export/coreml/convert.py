@@ -97,7 +97,12 @@ def convert(captured: Captured, wanted: Wanted) -> Any:
 def coremltools() -> Any:
     """The package, which ships no types; importing it takes a second."""
     with _quiet(), _without(_OTHER_SOURCES):
-        return importlib.import_module("coremltools")
+        try:
+            return importlib.import_module("coremltools")
+        except (ImportError, OSError) as error:
+            raise NotAvailableError(
+                f"coremltools is not available here ({one_line(error)}); pip install 'mmd-export[tune,coreml]'"
+            ) from error
 
 
 @contextlib.contextmanager

@@ -80,6 +80,15 @@ class Target(Protocol):
 
 
 @runtime_checkable
+class ChecksOptions(Protocol):
+    """A target that can say of its options alone that a build would fail."""
+
+    def require_options(self, precision: str, options: TargetOptions) -> None:
+        """Raise UsageError or NotAvailableError before anything is read."""
+        ...
+
+
+@runtime_checkable
 class DeferrableTarget(Target, Protocol):
     """One that compiles an ONNX file, and so can do it later, without torch, where the result will run."""
 

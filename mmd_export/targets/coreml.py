@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mmd_export.errors import NotAvailableError
 from mmd_export.runtime import Availability
+from mmd_export.target_options import TargetOptions
 from mmd_export.targets import Compiled, CompileOptions
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ class CoreMLTarget:
         if missing:
             return Availability(False, f"{', '.join(missing)} not installed", "pip install 'mmd-export[tune,coreml]'")
         return Availability(True, f"coremltools {version('coremltools')}")
+
+    def require_options(self, precision: str, options: TargetOptions) -> None:  # noqa: ARG002 - ChecksOptions
+        from mmd_export.coreml.convert import checked_system, checked_units
+
+        checked_system(options.deployment_target), checked_units(options.compute_units)
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
         """``model.mlpackage``; one program gives the same bytes."""

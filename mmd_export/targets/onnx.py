@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from mmd_export.program import SamplerProgram
 
-# A judgement between two costs in benchmarks/results/forms.json: loading 10, 20, 50 unrolled steps takes 1, 2, 9 CPU s,
-# a loop 0.1 at any; a run of the loop takes 1.2 to 1.3 times as long.
-LOOP_ABOVE = 20
+# An unrolled graph runs faster (benchmarks/results/forms.json), so ``auto`` unrolls as long as it also loads quickly:
+# up to the most steps measured there and in forms_large.json that load within so many CPU seconds.
+LOADS_WITHIN, LOOP_ABOVE = 2.0, 20
 PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir")
 # A protobuf message holds less than 2 GiB (https://protobuf.dev/programming-guides/proto-limits): above this weights
 # go into a file of their own beside the graph, as ONNX external data.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmd_export.folders import scratch_folder
 from mmd_export.runtime import Availability
+from mmd_export.target_options import TargetOptions
 from mmd_export.targets import Compiled, CompileOptions, onnx
 from mmd_export.trt.device import find_device
 from mmd_export.trt.library import TENSORRT, Library
@@ -37,9 +39,12 @@ class EngineTarget:
         self.options: tuple[str, ...] = (*library.options, "calibration")
 
     def availability(self) -> Availability:
-        graph = onnx.TARGET.availability()
-        found = self.compiler()
-        return graph if found.available and not graph.available else found
+        graph, found = onnx.TARGET.availability(), self.compiler()
+        if found.available and not graph.available:
+            return graph
+        if found.install == self.library.install:  # what compiles a graph; one is made here first
+            return replace(found, install=f"pip install 'mmd-export[tune,{self.extra}]'")
+        return found
 
     def compiler(self) -> Availability:
         """Whether the library is whole, and there is a GPU if it needs one."""
@@ -49,6 +54,12 @@ class EngineTarget:
         if found.available and find_spec("onnx_ir") is None:
             return Availability(False, "onnx_ir is not installed", self.library.install)
         return found
+
+    def require_options(self, precision: str, options: TargetOptions) -> None:
+        from mmd_export.trt.engine import require_capable, require_gpu_where_needed
+
+        require_gpu_where_needed(self.library, options, find_device())
+        require_capable(precision, options)
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
         """``model.plan``, and ``model.onnx`` beside an engine without weights."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mmd_export.errors import NotAvailableError
 from mmd_export.runtime import Availability
+from mmd_export.target_options import TargetOptions
 from mmd_export.targets import Compiled, CompileOptions
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ class TorchTarget:
         if (compiler := find_compiler()) is None:
             return Availability(False, "no C++ compiler (g++, or what CXX names)", COMPILER)
         return Availability(True, f"torch {version('torch')}, {Path(compiler).name}")
+
+    def require_options(self, precision: str, options: TargetOptions) -> None:  # noqa: ARG002 - ChecksOptions
+        usable_device(options.device)
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
         """Compile the whole sampler ahead of time."""

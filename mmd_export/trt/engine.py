@@ -43,7 +43,7 @@ def build_engine(library: Library, request: Request, engine: Path) -> LockFacts:
     """Write ``engine``; raises NotAvailableError in one line whatever stops it."""
     device = find_device()
     require_gpu_where_needed(library, request.options, device)
-    require_capable(request)
+    require_capable(request.precision, request.options)
     nodes = require_buildable(request.onnx, library.title)
     digest, folder = onnx_sha256(request.onnx), cache_folder(request.options.cache)
     job = job_for(library, request, engine, folder, device, library.version)
@@ -89,15 +89,15 @@ def require_gpu_where_needed(library: Library, options: TargetOptions, device: D
             raise NotAvailableError(f"{library.title} needs a GPU for {name}, and there is none; use --defer")
 
 
-def require_capable(request: Request) -> None:
+def require_capable(precision: str, options: TargetOptions) -> None:
     """Raise NotAvailableError for GPUs that lack the precision."""
-    least, wanted = _LEAST_CAPABILITY.get(request.precision), request.options.compute_capability
+    least, wanted = _LEAST_CAPABILITY.get(precision), options.compute_capability
     if least is None or wanted is None:
         return
     for capability in wanted.split(","):
         if tuple(map(int, capability.split("."))) < tuple(map(int, least.split("."))):
             raise NotAvailableError(
-                f"--precision {request.precision} needs compute capability {least}, --compute-capability has "
+                f"--precision {precision} needs compute capability {least}, --compute-capability has "
                 f"{capability}; give {least} or more"
             )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmd_export.errors import NotAvailableError
+from mmd_export.errors import BundleError, NotAvailableError, one_line
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -19,10 +19,16 @@ _CRASHES = {"Attention"}
 
 
 def require_buildable(path: Path, title: str) -> int:
-    """The number of nodes; raises NotAvailableError that names the first thing which ``title`` should not be given."""
+    """The number of nodes; raises NotAvailableError that names the first thing which ``title`` should not be given.
+
+    And BundleError for a damaged file.
+    """
     import onnx_ir as ir
 
-    model = ir.load(path)
+    try:
+        model = ir.load(path)
+    except Exception as error:  # of protobuf, which has no class for it that is public
+        raise BundleError(f"{path.name} is no ONNX graph ({one_line(error)}); build the bundle again") from error
     if found := engine_faults(model):
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise NotAvailableError(f"{title} cannot be given {found[0]}{more}; build the graph again with mmd-export")

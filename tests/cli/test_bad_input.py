@@ -19,10 +19,27 @@ from safetensors.numpy import load_file, save_file
 
 from mmd_export import __version__
 from mmd_export.checkpoint import BUILT_IN
-from mmd_export.cli import app
+from mmd_export.cli import app, run
+from mmd_export.errors import NotAvailableError
 from tests.cli.conftest import Command
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        ("torch.nn", NotAvailableError.exit_code, "error: torch is not installed; pip install 'mmd-export[tune]'"),
+        ("sklearn", NotAvailableError.exit_code, "error: sklearn is not installed; pip install 'mmd-export[tune]'"),
+        ("of_ours", 1, "unexpected error: ModuleNotFoundError: No module named 'of_ours'; set "),
+    ],
+)
+def test_a_package_that_is_missing(name: str, code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def lacking(**_: object) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    assert run(lacking, []) == code
+    assert f"mmd-export: {said}" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ def edit(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scaling_factor": 0.0}, "scaling_factor is 0; latents are divided by it"),
+        ({"scaling_factor": 0.0}, "scaling_factor is 0; latents are divided by it, so it must be positive"),
+        ({"scaling_factor": -1.0}, "scaling_factor is -1; latents are divided by it"),
         ({"scaling_factor": "1"}, "scaling_factor is '1'; a number is expected"),
         ({"latents_mean": [0.0] * 3}, r"latents_mean is \[0.0, 0.0, 0.0\]; a list of 4 numbers is expected"),
         ({"latents_std": [1.0, None, 1.0, 1.0]}, "latents_std is .*; a list of 4 numbers is expected"),

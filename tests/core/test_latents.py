@@ -264,6 +264,13 @@ def test_bytes_of_the_image(folder: Path, tmp_path: Path) -> None:
     assert np.abs(found.astype(int) - golden.sample[:2]).max() <= 1
 
 
+def test_a_scheduler_that_clamps_latents_is_warned_of(tmp_path: Path) -> None:
+    folder, said = save_latent_model(tmp_path / "clamped", **SHIFTED), list[str]()
+    edit(next(folder.rglob("scheduler_config.json")), clip_sample=True)
+    build(BuildOptions(str(folder), "onnx", tmp_path / "out", steps=1, verify=False), said.append)
+    assert any("warning: the scheduler clamps the clean guess to 1, and these are latents" in line for line in said)
+
+
 def test_without_decode_the_latent_comes_out_as_it_is(undecoded: Bundle, folder: Path) -> None:
     golden = undecoded.golden()
     assert undecoded.manifest.decoder is None

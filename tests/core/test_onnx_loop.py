@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from mmd_export.onnx_loop import loop_tables
 from mmd_export.parity import artefact_rung
 from mmd_export.plan import Step, StepPlan, Term
 from mmd_export.runtime import RunOptions
-from mmd_export.targets.onnx import LOOP_ABOVE, chosen_form
+from mmd_export.targets.onnx import LOADS_WITHIN, LOOP_ABOVE, chosen_form
 from mmd_runtime.registry import runtime_for
+
+ROOT = Path(__file__).parents[2]
 
 # One each: deterministic, a clamped guess and noise, multistep with outputs and states behind, two noises a step.
 SAMPLERS = ("ddim", "ddpm", "unipc", "pndm", "dpmsolver-sde")
@@ -112,7 +115,14 @@ def test_the_tables_hold_every_term() -> None:
     assert (tables.depth("state"), tables.depth("output")) == (1, 0)
 
 
-def test_auto_is_a_loop_above_the_measured_step_count() -> None:
+def test_auto_unrolls_what_was_measured_to_load_quickly() -> None:
+    rows = [
+        row
+        for name in ("forms.json", "forms_large.json")
+        for row in json.loads((ROOT / "benchmarks/results" / name).read_text())["rows"]
+    ]
+    slow = min(row["steps"] for row in rows if row["unrolled"]["load_cpu_seconds"] > LOADS_WITHIN)
+    assert max(row["steps"] for row in rows if row["steps"] < slow) == LOOP_ABOVE
     assert chosen_form("auto", LOOP_ABOVE) == "unrolled"
     assert chosen_form("auto", LOOP_ABOVE + 1) == "loop"
     assert chosen_form("loop", 1) == "loop"

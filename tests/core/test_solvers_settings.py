@@ -12,10 +12,11 @@ import pytest
 from mmd_export.checkpoints.agreement import require_agreement, require_same_prediction
 from mmd_export.diffusers_loop import scheduler_class
 from mmd_export.errors import UsageError
-from mmd_export.plans import choose_plan, plan_again
+from mmd_export.plans import ROUNDING, choose_plan, plan_again
+from mmd_export.probe import largest_error
 from mmd_export.schedule import SchedulerConfig
 from mmd_export.scheduler_keys import CLASSES, FIXED_PREDICTION, KEYS
-from mmd_export.solvers import SOLVERS, make_plan
+from mmd_export.solvers import SOLVERS, make_plan, resolve
 from mmd_export.solvers.beta_quantile import beta_quantile
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -83,9 +84,54 @@ def test_settings_that_schedulers_leave_in_each_others_configs(class_name: str) 
     assert make_plan(config_of(class_name, **STABLE_DIFFUSION_XL), 4).step_count >= 4
 
 
+# Schedulers of Stable Diffusion 1.5 and XL and of google/ddpm-cifar10-32, as published.
+_SD = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "sd15": {**_SD, "_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True,
+             "steps_offset": 1, "trained_betas": None, "clip_sample": False},
+    "sdxl": {**STABLE_DIFFUSION_XL, "_class_name": "EulerDiscreteScheduler"},
+    "cifar10": {"_class_name": "DDPMScheduler", "beta_end": 0.02, "beta_schedule": "linear", "beta_start": 0.0001,
+                "clip_sample": True, "num_train_timesteps": 1000, "trained_betas": None,
+                "variance_type": "fixed_large"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_another_class_gets_what_from_config_gives_it(name: str) -> None:
+    """What the file says goes over, for whatever class it is; what it leaves to its own class' default does not."""
+    data = PUBLISHED[name]
+    own = scheduler_class(data["_class_name"]).from_config(data)
+    config, checked = SchedulerConfig.from_dict(data), 0
+    for class_name in KEYS:
+        if class_name in ("DPMSolverSDEScheduler", "SCMScheduler"):  # needs torchsde; predicts another thing
+            continue
+        theirs = scheduler_class(class_name).from_config(own.config).config
+        ours = config.as_class(class_name).settings()
+        ours.pop("disable_corrector", None)
+        for key in ours.keys() & theirs.keys():
+            if key == "variance_type" and class_name != "DDPMScheduler":
+                continue  # not read there
+            assert ours[key] == theirs[key], (class_name, key)
+            checked += 1
+    assert checked > 100
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver", "pndm", "euler", "ddpm"])
+def test_another_sampler_of_stable_diffusion_is_diffusers_own_loop(sampler: str) -> None:
+    config = SchedulerConfig.from_dict(PUBLISHED["sdxl"])
+    plan = choose_plan(config, 5, sampler=sampler)
+    assert plan.clip is None
+    chosen, count = resolve(config, 5, sampler=sampler)
+    eta = plan.settings.get("eta")
+    theirs = scheduler_class(chosen.class_name).from_config(PUBLISHED["sdxl"])
+    theirs.set_timesteps(count)
+    assert [round(float(t), 3) for t in theirs.timesteps] == [round(t, 3) for t in plan.timesteps]
+    assert largest_error(plan, chosen, count, None if eta is None else float(eta)) <= ROUNDING
+
+
 @pytest.mark.parametrize("sampler", SOLVERS)
 def test_another_sampler_for_the_same_model(sampler: str) -> None:
-    """As ``from_config`` does: the schedule is carried over, the rest is the class's own default."""
+    """The schedule is carried over, the rest is the class's own default."""
     config = config_of("DDIMScheduler", beta_schedule="scaled_linear", prediction_type="v_prediction", beta_end=0.012)
     plan = make_plan(config, 4, sampler=sampler)
     assert plan.solver == sampler

@@ -49,10 +49,10 @@ def request(onnx: Path, **options: Any) -> Request:
 @pytest.mark.parametrize("capabilities", ["8.0", "12.0,8.6"])
 def test_gpus_that_lack_the_precision_are_refused_before_the_build(capabilities: str, one_node: OneNode) -> None:
     plain = request(one_node("Relu", (1, 1)), compute_capability=capabilities)
-    require_capable(plain)
+    require_capable("fp32", plain.options)
     with pytest.raises(NotAvailableError, match=r"fp8 needs compute capability 8\.9, --compute-capability has 8\."):
-        require_capable(replace(plain, precision="fp8"))
-    require_capable(replace(request(plain.onnx, compute_capability="12.0"), precision="fp8"))
+        require_capable("fp8", plain.options)
+    require_capable("fp8", TargetOptions(compute_capability="12.0"))
 
 
 def key(library: Library, asked: Request, device: Device | None = None) -> str:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import onnx_ir as ir
 import pytest
 
-from mmd_export.errors import NotAvailableError
+from mmd_export.errors import BundleError, NotAvailableError
 from mmd_export.exit_codes import how_it_ended
 from mmd_export.trt import worker
 from mmd_export.trt.job import Job
@@ -53,6 +53,9 @@ def test_the_lint_keeps_such_a_graph_away_from_it(one_node: OneNode) -> None:
     assert engine_faults(double) == ["float64 value 'sample'"]
     fine = one_node("Relu", (1, 2))
     assert require_buildable(fine, "TensorRT-RTX") == 1
+    fine.write_bytes(fine.read_bytes()[:-9])
+    with pytest.raises(BundleError, match=r"is no ONNX graph \(.*\); build the bundle again"):
+        require_buildable(fine, "TensorRT-RTX")
 
 
 def test_without_a_choice_it_is_built_for_all_that_have_the_precision(one_node: OneNode) -> None:

@@ -219,7 +219,8 @@ def _inference_session(bundle: Bundle, model: Path | bytes, options: RunOptions,
         if type(error).__name__ == "NotImplemented":
             version = ort.__version__
             raise NotAvailableError(
-                f"bundle {bundle.name}: onnxruntime {version} cannot run it: {one_line(error)}; update onnxruntime"
+                f"bundle {bundle.name}: onnxruntime {version} cannot run it: {one_line(error)}; "
+                "choose a provider that has the operator in this precision, or build another --precision"
             ) from error
         raise _broken(bundle, error) from error
 
