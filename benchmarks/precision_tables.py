@@ -68,6 +68,18 @@ def island_rows(result: dict[str, Any]) -> Table:
     return ("16 bits", "operations of a call in float32", "rms of a pixel, to float32", "Frechet distance"), rows
 
 
+def autocast_rows(result: dict[str, Any]) -> Table:
+    """An existing converter beside ours."""
+    rows: list[tuple[str, ...]] = [
+        (row["tool"], f"{row['bytes'] / 1e6:.2f}", str(row["casts"]),
+         "passes" if row["checker"] is None else "refuses it: not in topological order"
+         if "topologically" in row["checker"] else f"refuses it: {row['checker']}",
+         row["onnxruntime"] or f"{row['largest_error']:.0e}")
+        for row in result["rows"]
+    ]  # fmt: skip
+    return ("made by", "MB", "casts", "`onnx.checker`", "largest error in onnxruntime"), rows
+
+
 def end_rows(result: dict[str, Any]) -> Table:
     """What of half precision was tried in float32: errors of many images."""
     rows: list[tuple[str, ...]] = [

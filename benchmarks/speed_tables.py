@@ -16,6 +16,15 @@ def interval(ratio: dict[str, Any]) -> str:
 OWN_SGEMM = "sgemm in onnxruntime"
 
 
+def guidance_rows(result: dict[str, Any]) -> Table:
+    """The two forms of guidance."""
+    rows: list[tuple[str, ...]] = [
+        (f"{row['parameters'] / 1e6:.1f} M", str(row["batch"]), interval(row["doubled_over_two_calls"]))
+        for row in result["rows"]
+    ]
+    return ("parameters", "batch", "one doubled batch takes, times two calls"), rows
+
+
 def form_rows(result: dict[str, Any]) -> Table:
     """Unrolled graph and loop by step count."""
     rows = []

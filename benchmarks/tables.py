@@ -29,6 +29,7 @@ from benchmarks.parity_tables import (
 )
 from benchmarks.precision_tables import (
     Table,
+    autocast_rows,
     elsewhere_rows,
     end_rows,
     int8_rows,
@@ -37,7 +38,7 @@ from benchmarks.precision_tables import (
     step_rows,
 )
 from benchmarks.reference_tables import commands, manifest_rows, required_rows, result_rows, tool_rows
-from benchmarks.speed_tables import form_rows, gate_rows, interval, layer_rows, pipeline_rows
+from benchmarks.speed_tables import form_rows, gate_rows, guidance_rows, interval, layer_rows, pipeline_rows
 from benchmarks.target_tables import coreml_rows, norm_rows, openvino_rows, target_rows
 from benchmarks.tuning_tables import aware_rows, choice_rows
 
@@ -292,6 +293,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision": of_result("precision.json", precision_rows),
     "precision_elsewhere": of_result("precision.json", elsewhere_rows),
     "precision_steps": of_result("precision.json", step_rows),
+    "guidance": of_result("guidance.json", guidance_rows),
+    "autocast": of_result("autocast.json", autocast_rows),
     "islands": of_result("precision.json", island_rows),
     "half_ends": of_result("half_ends.json", end_rows),
     "int8": of_result("precision.json", int8_rows),

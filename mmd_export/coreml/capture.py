@@ -7,6 +7,7 @@ reported faults on GPUs, and older systems have none.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,9 @@ def capture(program: SamplerProgram, output: str) -> Captured:
     fields = vars(program)
     if program.decoder is not None:
         fields = fields | {"decoder": _Decoder(**vars(program.decoder))}
-    exported = unroll(_Program(**fields), states=True).run_decompositions({})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 copies what it deprecates itself (LeafSpec)
+        exported = unroll(_Program(**fields), states=True).run_decompositions({})
     steps = program.plan.step_count
     plan = _name_states(exported, steps, program.plan.clamp_output or program.decoder is not None)
     if output == "uint8":
