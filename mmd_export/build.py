@@ -152,6 +152,8 @@ def _pack(prepared: _Prepared, options: BuildOptions, kept: tuple[str, ...], not
         release_heap()
         note = f"; float32 for parity: {', '.join(kept)}" if kept else ""
         found = measured(bundle, runtime_for(draft.format), note)
+        if found.unverified:
+            notify(f"warning: not verified: {found.unverified}")
         return replace(found, card=with_lineage(found.card, prepared.lineage))
 
     card = with_lineage(model_card(draft), prepared.lineage)

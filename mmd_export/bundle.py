@@ -108,10 +108,11 @@ class Golden:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a check of the unpublished bundle adds to it."""
+    """What a check of the unpublished bundle adds to it; ``unverified``: why there was none."""
 
     card: str
     parity: Mapping[str, float] | None = None
+    unverified: str = ""
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ def measured(bundle: Bundle, runtime: Runtime, note: str = "") -> Measured:
     ``note`` goes into the card too.
     """
     if not (found := runtime.availability()).available:
-        return Measured(model_card(bundle.manifest, f"not verified: runtime {runtime.name}: {found.detail}"))
+        return _unverified(bundle, f"runtime {runtime.name}: {found.detail}")
     try:
         rung = check_artefact(bundle, runtime, RunOptions())
     except NotAvailableError as error:  # the runtime is here, but it cannot run this artefact, such as one of bf16
-        return Measured(model_card(bundle.manifest, f"not verified: {error}"))
+        return _unverified(bundle, str(error))
     except MmdExportError as error:
         if type(error) is not MmdExportError:
             raise
@@ -37,6 +37,10 @@ def measured(bundle: Bundle, runtime: Runtime, note: str = "") -> Measured:
     draft = bundle.manifest.model_copy(update={"parity": parity})
     unseen = f"; states not seen: {rung.unseen}" if rung.unseen else ""
     return Measured(model_card(draft, f"runtime {runtime.name}, {found.detail}{unseen}{note}"), parity)
+
+
+def _unverified(bundle: Bundle, reason: str) -> Measured:
+    return Measured(model_card(bundle.manifest, f"not verified: {reason}"), unverified=reason)
 
 
 def rounded_up(error: float) -> float:

@@ -35,6 +35,7 @@ def test_bf16_is_built_and_claims_nothing(command: Command, tmp_path: Path, tiny
     bundle = Bundle.open(out)
     assert bundle.manifest.parity is None
     card = (out / "README.md").read_text(encoding="utf-8")
+    assert "warning: not verified: " in err
     assert "**not verified: " in card
     assert "onnxruntime" in card.split("not verified: ")[1].splitlines()[0]
     code, _, err = command("verify", out)
