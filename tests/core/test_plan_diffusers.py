@@ -63,8 +63,8 @@ def numpy_table(config: SchedulerConfig) -> NDArray[np.float64]:
 
 def diffusers_scheduler(config: SchedulerConfig, plan: StepPlan, *, float64: bool = True) -> Any:
     """diffusers' scheduler of the same settings on the plan's grid; its tables in float64 unless asked otherwise."""
-    others = {key for solver, keys in OWN.items() if solver != plan.solver for key in keys} | {"class_name"}
-    settings = {key: value for key, value in vars(config).items() if key not in others}
+    others = {key for solver, keys in OWN.items() if solver != plan.solver for key in keys}
+    settings = {key: value for key, value in config.settings().items() if key not in others}
     if config.trained_betas is not None:
         settings["trained_betas"] = list(config.trained_betas)
     scheduler = getattr(diffusers, CLASSES[plan.solver])(**settings)
