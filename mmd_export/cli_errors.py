@@ -17,9 +17,8 @@ _EXTRAS = {
 
 def missing_line(error: ModuleNotFoundError) -> str | None:
     """``torch is not installed; pip install 'mmd-export[tune]'``; None for a module that no extra brings."""
-    package = (error.name or "").partition(".")[0]
-    extra = _EXTRAS.get(package)
-    return f"{package} is not installed; pip install 'mmd-export[{extra}]'" if extra else None
+    extra = _EXTRAS.get(error.name or "")  # of a package that is there, a part may be missing: another fault
+    return f"{error.name} is not installed; pip install 'mmd-export[{extra}]'" if extra else None
 
 
 def usage_line(error: Exception, arguments: Sequence[str]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mmd_export.errors import UsageError
 from mmd_export.plan import StepPlan
 from mmd_export.schedule import SchedulerConfig
 from mmd_export.solvers import SOLVERS, make_plan, resolve
@@ -26,7 +27,7 @@ def choose_plan(
     and where a formula loses digits that diffusers' order of operations keeps.
     """
     from mmd_export.diffusers_loop import TakesNoListError
-    from mmd_export.probe import largest_error, probe
+    from mmd_export.probe import VERIFIED, largest_error, probe
 
     chosen, count = resolve(config, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
     if (sampler or chosen.sampler) not in SOLVERS:
@@ -40,7 +41,12 @@ def choose_plan(
         return plan
     if error <= ROUNDING:
         return plan
-    probed = probe(chosen, count, used)
+    try:
+        probed = probe(chosen, count, used)
+    except UsageError:
+        if error > VERIFIED:
+            raise
+        return plan
     return probed if largest_error(probed, chosen, count, used) < error else plan
 
 

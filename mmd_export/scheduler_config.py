@@ -20,7 +20,6 @@ from mmd_export.scheduler_keys import (
     FOREIGN,
     INERT,
     KEYS,
-    LEARNED_VARIANCE,
     LINEAR_SHIFT,
     PIPELINE_SHIFT,
     TRAINED,
@@ -39,7 +38,7 @@ class SchedulerConfig:
     """The settings of diffusers' DDIMScheduler and DDPMScheduler that decide the numbers; same names, same defaults.
 
     ``timestep_spacing`` may also be ``mmd-ddm`` or list the timesteps, ``"leading:999,749,499,249"``. ``written``: what
-    the file says, settings of other classes among it; None where there is no file.
+    ``from_dict`` was given, settings of other classes among it; None for a config that was made otherwise.
     """
 
     CLASSES: ClassVar[dict[str, str]] = CLASSES
@@ -188,8 +187,6 @@ class SchedulerConfig:
                 known = ", ".join(sorted(KEYS[name]))
                 raise UsageError(f"scheduler: setting {key!r} is unknown to {name}; known: {known}")
         checked = {key: _checked(name, key, value) for key, value in own.items()}
-        if checked.get("variance_type") in LEARNED_VARIANCE and name != "DDPMScheduler":
-            del checked["variance_type"]  # they only leave the network's half for it out
         return replace(_config(name, {**KEYS[name], **checked}), written=settings)
 
     def settings(self) -> dict[str, Any]:
@@ -197,10 +194,14 @@ class SchedulerConfig:
         return {key: self[key] for key in KEYS[self.class_name]}
 
     def stated(self) -> dict[str, Any]:
-        """What the file says, or without one what differs from the defaults of the class."""
-        if self.written is not None:
-            return dict(self.written)
-        return {key: value for key, value in self.settings().items() if value != KEYS[self.class_name][key]}
+        """What the file says, of any class, and what else differs from the defaults of its own.
+
+        Without a file, the levels that the network was trained on are stated too.
+        """
+        own = self.settings()
+        said = dict.fromkeys(TRAINED) if self.written is None else self.written
+        found = {key: own.get(key, value) for key, value in said.items() if self.written is not None or key in own}
+        return found | {key: value for key, value in own.items() if value != KEYS[self.class_name][key]}
 
     def as_class(self, class_name: str) -> SchedulerConfig:
         """The config of another class, as diffusers' ``from_config`` makes it of the same file.
@@ -261,7 +262,8 @@ def _carries_over(class_name: str, key: str, value: Any) -> bool:
         return KEYS[class_name][key] is None
     if key in ("solver_type", "algorithm_type", "variance_type"):
         return value in (choices_of(class_name, key) or ())
-    return key not in ("timestep_spacing",) or value in ("leading", "trailing", "linspace")
+    ours = class_name in ("DDIMScheduler", "DDPMScheduler")  # whose spacing may also be one of ours, or a list
+    return key != "timestep_spacing" or ours or value in ("leading", "trailing", "linspace")
 
 
 def _checked(name: str, key: str, value: Any) -> Any:

@@ -39,11 +39,13 @@ def baseline(name: str, checkpoint: Checkpoint, plan: StepPlan, inputs: Inputs, 
 def _pipeline(checkpoint: Checkpoint, plan: StepPlan, batch: int) -> Sample:
     """diffusers' own pipeline as a user calls it, pictures as numpy; it draws its noise itself, from a fixed seed."""
     name, denoiser = _PIPELINES.get(plan.solver), checkpoint.denoiser
-    told = checkpoint.conditions
-    if name is None or told or not isinstance(denoiser, DiffusersUNet) or denoiser.channels is not None:
+    conditions = checkpoint.conditions
+    if isinstance(denoiser, DiffusersUNet) and denoiser.channels is not None:
+        raise NotAvailableError("--against diffusers: its pipelines take no learned variance; use --against torch")
+    if name is None or conditions or not isinstance(denoiser, DiffusersUNet):
         raise NotAvailableError(
             f"--against diffusers: its pipelines for plain UNets are {', '.join(_PIPELINES)}; this bundle runs "
-            f"{plan.solver} on {type(denoiser).__name__} with {len(told)} conditions; use --against "
+            f"{plan.solver} on {type(denoiser).__name__} with {len(conditions)} conditions; use --against "
             "torch"
         )
     diffusers = import_diffusers()
@@ -64,7 +66,8 @@ def _scheduler(diffusers: Any, pipeline: str, checkpoint: Checkpoint) -> Any:
     """The pipeline's scheduler with the checkpoint's settings; its grid may be another where diffusers lacks it."""
     chosen = getattr(diffusers, pipeline.replace("Pipeline", "Scheduler"))
     known = inspect.signature(chosen.__init__).parameters
-    settings = {name: value for name, value in checkpoint.scheduler.settings().items() if name in known}
+    of_class = checkpoint.scheduler.as_class(chosen.__name__)
+    settings = {name: value for name, value in of_class.settings().items() if name in known}
     if settings.get("timestep_spacing") not in ("leading", "trailing", "linspace"):
         settings.pop("timestep_spacing", None)  # as many calls, which is what is timed
     return chosen(**settings)

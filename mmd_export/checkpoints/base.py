@@ -91,6 +91,8 @@ class Checkpoint:
             plan = choose_plan(self.scheduler, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
             return self._suited(plan)
         tuned = self._suited(self.plan)
+        if all(option is None for option in (steps, sampler, eta, spacing, timesteps)):
+            return tuned
         if is_learned(self.plan):
             self._require_unasked(steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
             return tuned

@@ -106,7 +106,7 @@ def resolve(
 
 
 def of_sampler(config: SchedulerConfig, sampler: str) -> SchedulerConfig:
-    """The config of the class that runs ``sampler``, with the settings that both classes have."""
+    """The config of the class that runs ``sampler``, as ``SchedulerConfig.as_class`` makes it."""
     if sampler not in _CLASS_OF:
         raise UsageError(f"--sampler {sampler!r} is unknown; known: {', '.join(sorted(_CLASS_OF))}")
     return config.as_class(_CLASS_OF[sampler])

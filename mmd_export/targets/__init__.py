@@ -81,7 +81,7 @@ class Target(Protocol):
 
 @runtime_checkable
 class ChecksOptions(Protocol):
-    """A target that can say of its options alone that a build would fail."""
+    """A target that can say of its options and this machine alone that a build would fail."""
 
     def require_options(self, precision: str, options: TargetOptions) -> None:
         """Raise UsageError or NotAvailableError before anything is read."""

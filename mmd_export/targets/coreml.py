@@ -41,6 +41,7 @@ class CoreMLTarget:
         return Availability(True, f"coremltools {version('coremltools')}")
 
     def require_options(self, precision: str, options: TargetOptions) -> None:  # noqa: ARG002 - ChecksOptions
+        """Raise for names that are unknown."""
         from mmd_export.coreml.convert import checked_system, checked_units
 
         checked_system(options.deployment_target), checked_units(options.compute_units)

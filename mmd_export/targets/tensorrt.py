@@ -56,6 +56,7 @@ class EngineTarget:
         return found
 
     def require_options(self, precision: str, options: TargetOptions) -> None:
+        """Raise where a GPU is needed and missing, or those that are named lack the precision."""
         from mmd_export.trt.engine import require_capable, require_gpu_where_needed
 
         require_gpu_where_needed(self.library, options, find_device())
@@ -82,6 +83,7 @@ class EngineTarget:
 
         with scratch_folder() as scratch:
             if self.library.unshare and options.target.strip_weights:  # the weights come from the graph that was built
+                self.require_buildable(model)
                 model = unshared(model.absolute(), scratch)
             request = Request(model, options.batch, options.target, options.precision, options.log, options.notify)
             facts = build_engine(self.library, request, folder / self.artefact)

@@ -47,6 +47,7 @@ class TorchTarget:
         return Availability(True, f"torch {version('torch')}, {Path(compiler).name}")
 
     def require_options(self, precision: str, options: TargetOptions) -> None:  # noqa: ARG002 - ChecksOptions
+        """Raise for a GPU that is not there."""
         usable_device(options.device)
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 from torch import fx
@@ -44,15 +45,19 @@ def call_peak(call: ExportedProgram, batch: int, inputs: int) -> int:
     ]
     kept = {node: _bytes(node, batch) for node in given[:inputs]}
     fixed = {node for node in call.graph.nodes if node.op == "placeholder" and node not in kept}
-    operations = []
+    operations, whole = [], dict[fx.Node, fx.Node]()  # one of several results: the operator that made them all
     for node in call.graph.nodes:
+        reads = [whole.get(read, read) for read in node.all_input_nodes]
         if node.op != "call_function":
             continue
-        if node.all_input_nodes and fixed.issuperset(node.all_input_nodes):
+        if reads and fixed.issuperset(reads):
             fixed.add(node)  # of weights alone
-        makes = {} if node in fixed else {node: _bytes(node, batch)}
-        operations.append(Operation(node.all_input_nodes, makes))
-    return peak_bytes(kept, operations, {*kept, *call.graph.output_node().all_input_nodes})
+        if node.target is operator.getitem:
+            whole[node] = reads[0]
+            continue
+        operations.append(Operation(reads, {} if node in fixed else {node: _bytes(node, batch)}))
+    last = (whole.get(read, read) for read in call.graph.output_node().all_input_nodes)
+    return peak_bytes(kept, operations, {*kept, *last})
 
 
 def kept_beside(plan: StepPlan, k: int) -> int:

@@ -24,10 +24,11 @@ def require_buildable(path: Path, title: str) -> int:
     And BundleError for a damaged file.
     """
     import onnx_ir as ir
+    from google.protobuf.message import DecodeError
 
     try:
         model = ir.load(path)
-    except Exception as error:  # of protobuf, which has no class for it that is public
+    except DecodeError as error:
         raise BundleError(f"{path.name} is no ONNX graph ({one_line(error)}); build the bundle again") from error
     if found := engine_faults(model):
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +21,20 @@ from safetensors.numpy import load_file, save_file
 from mmd_export import __version__
 from mmd_export.checkpoint import BUILT_IN
 from mmd_export.cli import app, run
+from mmd_export.cli_errors import _EXTRAS
 from mmd_export.errors import NotAvailableError
 from tests.cli.conftest import Command
 
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.mark.parametrize(
     ("name", "code", "said"),
     [
-        ("torch.nn", NotAvailableError.exit_code, "error: torch is not installed; pip install 'mmd-export[tune]'"),
+        ("torch", NotAvailableError.exit_code, "error: torch is not installed; pip install 'mmd-export[tune]'"),
         ("sklearn", NotAvailableError.exit_code, "error: sklearn is not installed; pip install 'mmd-export[tune]'"),
+        ("torch.new", 1, "unexpected error: ModuleNotFoundError: No module named 'torch.new'; set "),
         ("of_ours", 1, "unexpected error: ModuleNotFoundError: No module named 'of_ours'; set "),
     ],
 )
@@ -40,6 +44,14 @@ def test_a_package_that_is_missing(name: str, code: int, said: str, capsys: pyte
 
     assert run(lacking, []) == code
     assert f"mmd-export: {said}" in capsys.readouterr().err
+
+
+def test_the_extras_are_those_of_the_project() -> None:
+    imported = {"scikit-learn": "sklearn", "coreai-core": "coreai"}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for package, extra in _EXTRAS.items():
+        names = [re.split("[>=;\\[ ]", line)[0] for line in extras[extra]]
+        assert package in [imported.get(name, name.replace("-", "_")) for name in names], (package, extra)
 
 
 @pytest.fixture

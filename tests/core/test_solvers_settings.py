@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,15 @@ def test_another_class_gets_what_from_config_gives_it(name: str) -> None:
             assert ours[key] == theirs[key], (class_name, key)
             checked += 1
     assert checked > 100
+
+
+def test_a_config_that_was_changed_goes_over_as_it_is() -> None:
+    config = SchedulerConfig.from_dict(PUBLISHED["cifar10"])
+    changed = replace(config, variance_type="fixed_small").as_class("DDIMScheduler").as_class("DDPMScheduler")
+    assert changed["variance_type"] == "fixed_small"
+    for sampler in ("LCMScheduler", "HeunDiscreteScheduler"):  # whose own default are other levels
+        assert SchedulerConfig(clip_sample=False).as_class(sampler)["beta_end"] == 0.02
+    assert SchedulerConfig(clip_sample=False).stated()["beta_end"] == 0.02  # for those who read what is written of it
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmsolver", "pndm", "euler", "ddpm"])

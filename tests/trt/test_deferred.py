@@ -174,6 +174,13 @@ def test_beside_a_stripped_engine_lies_the_graph_that_was_built(
     assert facts.onnx_sha256 == onnx_sha256(folder / "model.onnx") != onnx_sha256(tmp_path / "model.onnx")
 
 
+@pytest.mark.usefixtures("_rtx")
+def test_what_no_gpu_that_is_named_can_do_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    chosen = TargetOptions(compute_capability="8.0")
+    with pytest.raises(NotAvailableError, match=r"fp8 needs compute capability 8\.9, --compute-capability has 8\.0"):
+        build(options(tmp_path / "none", tmp_path / "out", precision="fp8", of_target=chosen))
+
+
 def test_options_of_compiling_belong_to_finalize(tmp_path: Path) -> None:
     chosen = TargetOptions(cache=tmp_path / "cache", memory_limit=16)
     with pytest.raises(UsageError, match="--defer compiles nothing here; give --cache and --memory-limit to finalize"):
