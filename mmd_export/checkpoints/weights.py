@@ -246,7 +246,10 @@ def _with_new_names(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor
 def hash_weights(
     weights: Mapping[str, Tensor], config: Mapping[str, Any], scheduler: SchedulerConfig | None = None
 ) -> str:
-    """SHA-256 over names, types, shapes and bytes of all tensors and over both configs; free of paths and formats."""
+    """SHA-256 over names, types, shapes and bytes of all tensors and over both configs; free of paths and formats.
+
+    Of the scheduler's, what its own class reads: what a file says for others, the digest of a plan tells.
+    """
     digest = hashlib.sha256()
     public = {key: value for key, value in config.items() if not key.startswith("_")}
     digest.update(json.dumps([public, repr(scheduler)], sort_keys=True).encode())

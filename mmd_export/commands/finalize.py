@@ -60,10 +60,10 @@ def finalize(options: FinalizeOptions, notify: Callable[[str], None] = lambda _:
             return Measured(with_lineage_of(model_card(made.manifest), bundle.card))
         notify("verifying the artefact")
         found = measured(made, runtime_for(draft.format))
+        if found.parity is None and options.out is None:
+            raise NotAvailableError(_unverifiable(bundle, found.unverified))
         if found.unverified:
             notify(f"warning: not verified: {found.unverified}")
-        if found.parity is None and options.out is None:
-            raise NotAvailableError(_unverifiable(bundle, "its runtime refuses it here"))
         return replace(found, card=with_lineage_of(found.card, bundle.card))
 
     card = with_lineage_of(model_card(draft), bundle.card)

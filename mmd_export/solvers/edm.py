@@ -10,7 +10,7 @@ from mmd_export.solvers.dpm import Node, Update, multistep, multistep_order, req
 from mmd_export.solvers.grids import karras
 from mmd_export.solvers.table import Form, Table
 
-SAME = 1e-12  # relative; a karras grid ends on sigma_min but for rounding, which is no step
+SAME_LEVEL = 1e-12  # relative; a karras grid ends on sigma_min but for rounding, which is no step
 
 
 def edm_sigmas(config: SchedulerConfig, steps: int) -> list[float]:
@@ -59,7 +59,7 @@ def edm_dpmsolver(config: SchedulerConfig, steps: int) -> StepPlan:
     require_third_order(config, with_noise=True)
     sigmas = edm_sigmas(config, steps)
     final = config["sigma_min"] if config["final_sigmas_type"] == "sigma_min" else 0.0
-    if math.isclose(final, sigmas[-1], rel_tol=SAME):
+    if math.isclose(final, sigmas[-1], rel_tol=SAME_LEVEL):
         final = sigmas[-1]
     nodes = [Node(1.0, sigma, sigma) for sigma in [*sigmas, final]]
     first_at_final = config["euler_at_final"] or final == 0.0
