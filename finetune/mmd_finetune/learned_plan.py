@@ -77,7 +77,9 @@ class PlanNumbers(nn.Module):
         # Written as shifts, which are exactly 0 at the start.
         shifts = torch.cat([gaps * torch.expm1(self.times[:-1]), last[None]])
         found = begin + shifts.flip(0).cumsum(0).flip(0)
-        return found * (self.largest / found.max()).clamp_max(1.0) if float(found.detach().max()) > 0.0 else found
+        if float(found.detach().max()) <= 0.0:
+            return found
+        return (found * (self.largest / found.max()).clamp_max(1.0)).clamp_max(self.largest)  # again, for rounding
 
     def live(self) -> LivePlan:
         """The plan as tensors, to back-propagate through; computed anew for each pass."""
