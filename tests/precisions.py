@@ -75,22 +75,30 @@ def hand_made(
     return Calls(ir.Model(graph, ir_version=10), rows, plan, shape, 1)
 
 
-def open_session(model: ir.Model, optimised: Path | None = None) -> onnxruntime.InferenceSession:
-    """One thread; what onnxruntime made of the graph goes to ``optimised``."""
+def open_session(
+    model: ir.Model, optimised: Path | None = None, *, as_written: bool = False
+) -> onnxruntime.InferenceSession:
+    """One thread; what onnxruntime made of the graph goes to ``optimised``.
+
+    ``as_written``: products of dequantised values in float32, not integer kernels, which saturate on processors without
+    VNNI.
+    """
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = 1
     settings.log_severity_level = 3
+    if as_written:
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")
     if optimised is not None:
         settings.optimized_model_filepath = str(optimised)
     return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), settings, ["CPUExecutionProvider"])
 
 
-def run(model: ir.Model, inputs: dict[str, Any], *names: str) -> list[NDArray[Any]]:
+def run(model: ir.Model, inputs: dict[str, Any], *names: str, as_written: bool = False) -> list[NDArray[Any]]:
     """Values by name in onnxruntime; all outputs if none is named."""
     opened = model.clone()
     made = {value.name: value for node in opened.graph for value in node.outputs}
     opened.graph.outputs.extend(made[name] for name in names if name != "sample")
-    found: list[NDArray[Any]] = open_session(opened).run(list(names) or None, inputs)
+    found: list[NDArray[Any]] = open_session(opened, as_written=as_written).run(list(names) or None, inputs)
     return found
 
 

@@ -277,7 +277,7 @@ def test_it_is_made_where_the_library_is_not_there(
     arguments = ("build", "digits", "--target", TENSORRT.name, "--steps", 1, "--workspace", 64, "--out", tmp_path / "b")
     code, _, err = command(*arguments)
     assert code == 3
-    assert "tensorrt is not installed; pip install 'mmd-export[tensorrt]'; or add --defer" in err
+    assert "tensorrt is not installed; pip install 'mmd-export[tune,tensorrt]'; or add --defer" in err
     code, out, err = command(*arguments, "--defer", "--skip-verify")
     assert code == 0, err
     assert f"next, where it will run: mmd-export finalize {tmp_path / 'b'}" in out
