@@ -25,6 +25,7 @@ Source: TypeAlias = Literal["state", "output", "clean", "noise"]
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction", "sample", "flow_prediction", "edm", "trigflow"]
 Scalar: TypeAlias = "str | int | float | bool | None"
 LEARNED = "learned-"  # in front of the solver that a learned plan started from
+AGREES = 1e-9  # of numbers that rounding alone sets apart; a table's are within 1e-11 of diffusers'
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,20 @@ class StepPlan:
             return cls(**{**data, "steps": tuple(_step_from_dict(step) for step in data["steps"])})
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             raise UsageError(f"plan: a value has the wrong type or length ({error})") from error
+
+    def agrees(self, other: StepPlan) -> bool:
+        """Whether both are one sampler, but for the rounding of another machine or release."""
+        facts = [
+            (
+                (plan.solver, plan.prediction_type, plan.clip is None, plan.clamp_output),
+                [(step.clean is None, [(term.source, term.index) for term in step.update]) for step in plan.steps],
+            )
+            for plan in (self, other)
+        ]
+        if facts[0] != facts[1]:
+            return False
+        pairs = zip(self._numbers(), other._numbers(), strict=True)
+        return all(math.isclose(ours, theirs, rel_tol=AGREES, abs_tol=AGREES) for ours, theirs in pairs)
 
     def digest(self) -> str:
         """SHA-256 over the numbers; two plans with the same digest compute the same sampler."""

@@ -199,9 +199,9 @@ class SchedulerConfig:
         Without a file, the levels that the network was trained on are stated too.
         """
         own = self.settings()
-        said = dict.fromkeys(TRAINED) if self.written is None else self.written
-        found = {key: own.get(key, value) for key, value in said.items() if self.written is not None or key in own}
-        return found | {key: value for key, value in own.items() if value != KEYS[self.class_name][key]}
+        said = {key: own[key] for key in TRAINED if key in own} if self.written is None else self.written
+        changed = {key: value for key, value in own.items() if value != KEYS[self.class_name][key]}
+        return {key: own.get(key, value) for key, value in said.items()} | changed
 
     def as_class(self, class_name: str) -> SchedulerConfig:
         """The config of another class, as diffusers' ``from_config`` makes it of the same file.

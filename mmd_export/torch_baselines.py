@@ -45,8 +45,8 @@ def _pipeline(checkpoint: Checkpoint, plan: StepPlan, batch: int) -> Sample:
     if name is None or conditions or not isinstance(denoiser, DiffusersUNet):
         raise NotAvailableError(
             f"--against diffusers: its pipelines for plain UNets are {', '.join(_PIPELINES)}; this bundle runs "
-            f"{plan.solver} on {type(denoiser).__name__} with {len(conditions)} conditions; use --against "
-            "torch"
+            f"{plan.solver} on {type(denoiser).__name__} with {len(conditions)} conditions; use "
+            "--against torch"
         )
     diffusers = import_diffusers()
     pipeline = getattr(diffusers, name)(unet=denoiser.unet.eval(), scheduler=_scheduler(diffusers, name, checkpoint))

@@ -91,15 +91,13 @@ class Checkpoint:
             plan = choose_plan(self.scheduler, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
             return self._suited(plan)
         tuned = self._suited(self.plan)
-        if all(option is None for option in (steps, sampler, eta, spacing, timesteps)):
-            return tuned
         if is_learned(self.plan):
             self._require_unasked(steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
             return tuned
         wanted = self._suited(
             plan_again(self.plan, self.scheduler, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
         )
-        if wanted.digest() != tuned.digest():
+        if not wanted.agrees(tuned):
             raise UsageError(
                 f"{self.name}: tuned for {describe(self.plan)}, asked for {describe(wanted)}; "
                 "leave the sampler options out, or tune for that plan"

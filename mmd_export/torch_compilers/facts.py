@@ -32,8 +32,7 @@ def peak_activation_bytes(program: SamplerProgram) -> int:
     """That of the largest call, and what the plan keeps meanwhile; views count as values, as nodes of ONNX do."""
     batch = program.batch or 1
     state = 4 * batch * math.prod(program.shape)
-    conditions = [condition.name for condition in program.conditions]
-    network = call_peak(program.step, batch, inputs=1 + len(conditions))
+    network = call_peak(program.step, batch, inputs=1 + len(program.conditions))
     peak = max(network + state * kept_beside(program.plan, k) for k in range(program.plan.step_count))
     return peak if program.decoder is None else max(peak, call_peak(program.decoder.call, batch, inputs=1))
 

@@ -157,6 +157,15 @@ def test_a_run_folder_keeps_its_plan(folder: Path) -> None:
             tuned.plan_for(**options)
     with pytest.raises(UsageError):
         tuned.plan_for(sampler="ddpm")
+    for change, same in ((1e-13, True), (1e-6, False)):  # another machine's rounding; a number that was changed
+        weights = [[replace(t, weight=t.weight * (1.0 + change)) for t in step.update] for step in plan.steps]
+        steps = tuple(replace(step, update=tuple(w)) for step, w in zip(plan.steps, weights, strict=True))
+        changed = replace(tuned, plan=replace(plan, steps=steps))
+        if same:
+            assert changed.plan_for() == changed.plan != plan
+        else:
+            with pytest.raises(UsageError, match="tuned for ddim with 4 steps"):
+                changed.plan_for()
     assert replace(tuned, plan=None).plan_for(5).step_count == 5
 
 
