@@ -196,7 +196,7 @@ class Leading(Plain):
     """Takes something of the first sample from all, which the first one alone does not show."""
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        return super().forward(x, timestep) - (x - x[:1]).mean()
+        return super().forward(x, timestep) - x[:1].mean()
 
 
 class Noisy(Plain):

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from mmd_export.errors import UsageError
-from mmd_export.plans import ROUNDING, choose_plan
+from mmd_export.plans import choose_plan
 from mmd_export.probe import largest_error
 from mmd_export.schedule import SchedulerConfig
 from mmd_export.solvers import make_plan, resolve
 
-STEPS = 5
+STEPS, ROUNDING = 5, 1e-12
 ZERO_SNR: dict[str, Any] = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 
 

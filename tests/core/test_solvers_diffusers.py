@@ -12,7 +12,7 @@ import pytest
 from mmd_export.diffusers_loop import DiffusersLoop
 from mmd_export.dynamic_shift import with_tokens
 from mmd_export.plan import StepPlan
-from mmd_export.plans import ROUNDING, choose_plan, plan_again
+from mmd_export.plans import choose_plan, plan_again
 from mmd_export.probe import largest_error, probe
 from mmd_export.schedule import SchedulerConfig
 from mmd_export.scheduler_keys import CLASSES
@@ -21,6 +21,7 @@ from mmd_export.solvers import SOLVERS, make_plan, resolve
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers 0.42 under numpy 2.4
 
 STEPS = (1, 2, 3, 5, 10, 25)
+ROUNDING = 1e-12
 EPS_V, PREDICTIONS = ("epsilon", "v_prediction"), ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
 SIGMAS: tuple[dict[str, Any], ...] = (

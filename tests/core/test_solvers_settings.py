@@ -13,7 +13,7 @@ import pytest
 from mmd_export.checkpoints.agreement import require_agreement, require_same_prediction
 from mmd_export.diffusers_loop import scheduler_class
 from mmd_export.errors import UsageError
-from mmd_export.plans import ROUNDING, choose_plan, plan_again
+from mmd_export.plans import choose_plan, plan_again
 from mmd_export.probe import largest_error
 from mmd_export.schedule import SchedulerConfig
 from mmd_export.scheduler_keys import CLASSES, FIXED_PREDICTION, KEYS
@@ -21,6 +21,7 @@ from mmd_export.solvers import SOLVERS, make_plan, resolve
 from mmd_export.solvers.beta_quantile import beta_quantile
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+ROUNDING = 1e-12
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 THRESHOLDING = {"thresholding", "dynamic_thresholding_ratio", "sample_max_value"}
 
@@ -121,8 +122,9 @@ def test_a_config_that_was_changed_goes_over_as_it_is() -> None:
     config = SchedulerConfig.from_dict(PUBLISHED["cifar10"])
     changed = replace(config, variance_type="fixed_small").as_class("DDIMScheduler").as_class("DDPMScheduler")
     assert changed["variance_type"] == "fixed_small"
-    for sampler in ("LCMScheduler", "HeunDiscreteScheduler"):  # whose own default are other levels
-        assert SchedulerConfig(clip_sample=False).as_class(sampler)["beta_end"] == 0.02
+    silent = SchedulerConfig.from_dict({"_class_name": "DDIMScheduler", "clip_sample": False})
+    for sampler in ("LCMScheduler", "HeunDiscreteScheduler"):  # whose own defaults are other levels
+        assert silent.as_class(sampler)["beta_end"] == SchedulerConfig().as_class(sampler)["beta_end"] == 0.02
     assert SchedulerConfig(clip_sample=False).stated()["beta_end"] == 0.02  # for those who read what is written of it
 
 
