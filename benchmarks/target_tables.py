@@ -6,8 +6,7 @@ from typing import Any
 
 from benchmarks.precision_tables import Table
 from benchmarks.speed_tables import interval
-from benchmarks.targets import MODELS
-from mmd_export.targets import get_target, target_names
+from benchmarks.targets import MODELS, choices, target_of
 
 NOT_MEASURED = {"refused": "not measured yet"}
 
@@ -24,8 +23,8 @@ def target_rows(result: dict[str, Any]) -> Table:
             model, target, precision,
             cell=cells.get(f"{model} | {target} | {precision}", NOT_MEASURED), full=cells.get(f"{model} | onnx | fp32"),
         )
-        for target in target_names()
-        for precision in get_target(target).precisions
+        for target in choices()
+        for precision in target_of(target).precisions
         for model in MODELS
     ]  # fmt: skip
     return heads, rows
@@ -40,9 +39,10 @@ def row_of(
         return (*name, "not run", "", "", "", "", "", "", "", cell.get("refused") or cell.get("failed", ""))
     fraction = "" if full is None or "bytes" not in full else f"{cell['bytes'] / full['bytes']:.2f}"
     where = f"not run: {cell['not_verified']}" if cell["not_verified"] else cell["runtime"]
+    deferred = cell.get("deferred", False)
     return (
         *name,
-        f"{cell['bytes'] / 1e6:.2f} MB",
+        f"{cell['bytes'] / 1e6:.2f} MB{', deferred' if deferred else ''}",
         fraction,
         f"{cell['nodes']:,}",
         f"{cell['cpu_seconds']:.0f}",
@@ -50,7 +50,7 @@ def row_of(
         "not run" if cell["sample_error"] is None else f"{cell['sample_error']:.0e}",
         _state(cell),
         f"{cell['tolerance']:g}",
-        where,
+        f"not compiled here; its graph in {where}" if deferred else where,
     )
 
 

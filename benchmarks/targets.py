@@ -2,7 +2,8 @@
 
 One cell a process, so that CPU seconds (with those of compilers it starts) and peak memory are its own. A cell that was
 written before is not run again: ``--again`` starts afresh, ``--model``, ``--target`` and ``--precision`` choose cells.
-Parity is the bound of the manifest: the worst error of the sample and of any state, rounded up to one digit.
+Parity is the bound of the manifest: the worst error of the sample and of any state, rounded up to one digit. A target
+whose compiler is not here is measured as ``--defer`` leaves it: the graph, run by ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -24,12 +25,29 @@ from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
 from mmd_export.errors import MmdExportError
 from mmd_export.exit_codes import how_it_ended
-from mmd_export.targets import get_target, target_names
+from mmd_export.target_options import TargetOptions
+from mmd_export.targets import DeferrableTarget, Target, get_target, target_names
 from mmd_runtime.registry import runtime_for
 
 STEPS = 5
 MODELS = ("digits", "class-conditional 16x16", "ddpm-cifar10 architecture")
+# Options besides --precision that change what is made, by how the command line spells them after the target.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tensorrt-rtx --form loop": {"form": "loop"},
+    "torch --device cuda": {"of_target": TargetOptions(device="cuda")},
+}
 LIMIT_SECONDS = 1200
+
+
+def choices() -> list[str]:
+    """Every target, and behind it its variants."""
+    found = [*target_names(), *VARIANTS]
+    return sorted(found, key=lambda name: (name.split()[0], name))
+
+
+def target_of(choice: str) -> Target:
+    """The target of one of ``choices``."""
+    return get_target(choice.split(maxsplit=1)[0])
 
 
 def saved(model: str, folder: Path) -> str:
@@ -53,12 +71,18 @@ def measure(model: str, target: str, precision: str) -> dict[str, Any]:
         source = saved(model, Path(scratch))
         os.environ["MMD_EXPORT_CACHE"] = str(Path(scratch) / "cache")  # an engine of an earlier run costs nothing
         start = time.perf_counter()
+        made = target_of(target)
+        deferred = isinstance(made, DeferrableTarget) and not made.compiler().available
         try:
-            options = BuildOptions(source, target, Path(scratch) / "bundle", precision, steps=STEPS, sampler="ddim")
+            options = BuildOptions(
+                source, made.name, Path(scratch) / "bundle", precision,
+                steps=STEPS, sampler="ddim", defer=deferred, **VARIANTS.get(target, {}),
+            )  # fmt: skip
             bundle = build(options, lambda text: print(f"  {text}", flush=True))
         except MmdExportError as error:
             return {"refused": " ".join(str(error).replace(scratch, "").split())}
-        return {"wall_seconds": round(time.perf_counter() - start, 1), **costs(), **facts(bundle)}
+        spent = {"wall_seconds": round(time.perf_counter() - start, 1), **costs()}
+        return {"deferred": deferred, **spent, **facts(bundle)}
 
 
 def costs() -> dict[str, Any]:
@@ -118,7 +142,7 @@ def run_cell(model: str, target: str, precision: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS)
-    parser.add_argument("--target", choices=target_names())
+    parser.add_argument("--target", choices=choices())
     parser.add_argument("--precision")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--cell", type=Path, help="measure the one cell in this process and write it there")
@@ -133,8 +157,8 @@ def main() -> None:
     for cell in cells.values():
         cell.setdefault("where", old["environment"]["cpu"])
     for model in (arguments.model,) if arguments.model else MODELS:
-        for target in (arguments.target,) if arguments.target else target_names():
-            for precision in (arguments.precision,) if arguments.precision else get_target(target).precisions:
+        for target in (arguments.target,) if arguments.target else choices():
+            for precision in (arguments.precision,) if arguments.precision else target_of(target).precisions:
                 key = f"{model} | {target} | {precision}"
                 if "bytes" in cells.get(key, {}):
                     continue

@@ -310,13 +310,19 @@ def inspect(
         say(f"{plot}: the plan as a picture")
 
 
-@app.command(epilog="Example: mmd-export doctor --json -")
-def doctor(json: JsonFile = None) -> None:
+@app.command(epilog="Example: mmd-export doctor --imports --json -")
+def doctor(
+    imports: Annotated[
+        bool,
+        typer.Option("--imports", help="also import every package, up to a minute: finds broken ones"),
+    ] = False,
+    json: JsonFile = None,
+) -> None:
     """What can be built and run on this machine, and the pip line for the rest."""
-    from mmd_export.commands.inspect import doctor as look
-    from mmd_export.commands.inspect import doctor_rows
+    from mmd_export.commands.doctor import doctor as look
+    from mmd_export.commands.doctor import doctor_rows
 
-    facts = look()
+    facts = look(imports, say)
     title = f"mmd-export {facts['mmd_export']} on {facts['machine']}"
     heads = ("", "name", "builds here", "runs here", "detail", "install")
     show_table(title, heads, doctor_rows(facts), json)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -23,6 +24,11 @@ class Availability:
     available: bool
     detail: str
     install: str = ""
+
+
+def uninstalled(modules: Iterable[str]) -> str:
+    """Those that are not installed, as text; nothing is imported, a package that is installed may yet be broken."""
+    return ", ".join(name for name in modules if find_spec(name) is None)
 
 
 @dataclass(frozen=True)
@@ -134,11 +140,13 @@ class BindingSession(Protocol):
 class Runtime(Protocol):
     """One way of running artefacts of certain formats.
 
-    ``unseen`` says why the states inside its artefacts cannot be seen, and is empty where they can.
+    ``modules``: the packages that it imports. ``unseen`` says why the states inside its artefacts cannot be seen, and
+    is empty where they can.
     """
 
     name: str
     formats: tuple[str, ...]
+    modules: tuple[str, ...]
     unseen: str
 
     def availability(self) -> Availability:

@@ -1,7 +1,11 @@
-"""The observer of the command line: a bar with loss, held-out distance and the time left, on stderr."""
+"""The observer of the command line: loss, held-out distance and the time left, on stderr.
+
+A bar on a terminal; elsewhere a line every half minute, so that a log shows that a long run is alive.
+"""
 
 from __future__ import annotations
 
+from time import monotonic
 from types import TracebackType
 from typing import Self
 
@@ -13,6 +17,7 @@ from mmd_finetune.world import is_first_process
 
 BAR = (10, 40)  # columns, at least and at most
 NUMBERS = 68  # columns that all but the bar takes
+SECONDS = 30.0  # between lines where there is no terminal
 
 
 class ProgressBar:
@@ -33,6 +38,7 @@ class ProgressBar:
             console=shown,
         )
         self._task = self._bar.add_task("tuning", total=None, measured="")
+        self._said = monotonic()
 
     def __call__(self, report: Report) -> None:
         """Show one iteration."""
@@ -41,6 +47,9 @@ class ProgressBar:
             measured = f"MMD² {report.loss:.4f}, {measured}"
         self._bar.start()
         self._bar.update(self._task, completed=report.iteration, total=report.iterations, measured=measured)
+        if not self._bar.console.is_terminal and monotonic() - self._said >= SECONDS:
+            self._said = monotonic()
+            self._bar.console.print(f"iteration {report.iteration} of {report.iterations}: {measured}", soft_wrap=True)
 
     def __enter__(self) -> Self:
         return self

@@ -1,20 +1,16 @@
-"""``mmd-export inspect`` and ``doctor``: what something is, and what this machine can do."""
+"""``mmd-export inspect``: what something is."""
 
 from __future__ import annotations
 
-import os
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmd_export import __version__
 from mmd_export.bundle import Bundle
 from mmd_export.commands.sample import is_bundle
 from mmd_export.errors import UsageError
 from mmd_export.network_options import AS_IT_IS, NetworkOptions
 from mmd_export.plan import StepPlan
 from mmd_export.plan_options import PlanOptions
-from mmd_runtime.registry import every_runtime
 
 if TYPE_CHECKING:
     from mmd_export.checkpoint import Checkpoint
@@ -98,48 +94,3 @@ def _symbol(source: str, index: int, k: int) -> str:
     """x, out and clean of this step without a number, of an earlier one with it."""
     short = {"state": "x", "output": "out", "clean": "clean", "noise": "z"}[source]
     return f"{short}{index}" if source == "noise" or index != k else short
-
-
-def doctor() -> dict[str, Any]:
-    """What can be built and run on this machine, and the pip line for the rest.
-
-    A row a target and a runtime, one with each of its providers: whether it builds (targets), the runtimes that run it
-    here (targets) or itself (runtimes), and what is missing.
-    """
-    from mmd_export.targets import get_target, target_names
-
-    runtimes = [(runtime, runtime.availability()) for runtime in every_runtime()]
-    rows: list[dict[str, Any]] = []
-    for name in target_names():
-        target = get_target(name)
-        found = target.availability()
-        able = [runtime for runtime, _ in runtimes if target.format in runtime.formats]
-        here = [runtime.name for runtime, works in runtimes if runtime in able and works.available]
-        rows.append(
-            {
-                "kind": "target",
-                "name": name,
-                **vars(found),
-                "format": target.format,
-                "precisions": list(target.precisions),
-                "runs_in": here,
-                "could_run_in": [runtime.name for runtime in able if runtime.name not in here],
-            }
-        )
-    for runtime, found in runtimes:
-        rows.append({"kind": "runtime", "name": runtime.name, **vars(found), "formats": list(runtime.formats)})
-    machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores"
-    return {"mmd_export": __version__, "machine": machine, "parts": rows}
-
-
-def doctor_rows(facts: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Kind, name, whether it builds here, whether and in what it runs here, detail, pip line; as text."""
-    rows: list[tuple[str, ...]] = []
-    for part in facts["parts"]:
-        works = "yes" if part["available"] else "no"
-        detail, builds, runs = part["detail"], "-", works
-        if part["kind"] == "target":
-            runs = ", ".join(part["runs_in"]) or "no"
-            builds, detail = works, f"{detail}; {', '.join(part['precisions'])}"
-        rows.append((part["kind"], part["name"], builds, runs, detail, part["install"]))
-    return rows

@@ -56,6 +56,7 @@ class Compiled:
 class Target(Protocol):
     """Compiles a program to one artefact format.
 
+    ``modules``: the packages that it imports.
     ``options``: the fields of TargetOptions that it takes. ``several_batches``: whether one artefact can take more than
     one batch size.
     """
@@ -63,6 +64,7 @@ class Target(Protocol):
     name: str
     format: str
     artefact: str
+    modules: tuple[str, ...]
     precisions: tuple[str, ...]
     outputs: tuple[str, ...]
     forms: tuple[str, ...]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmd_export.runtime import Availability
+from mmd_export.runtime import Availability, uninstalled
 from mmd_export.targets import Compiled, CompileOptions
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ class CoreAiTarget:
     name = "coreai"
     format = "aimodel"
     artefact = "model.aimodel"
+    modules: tuple[str, ...] = ("torch", "coreai", "coreai_torch")
     precisions: tuple[str, ...] = ("fp32",)
     outputs: tuple[str, ...] = ("float32", "uint8")
     forms: tuple[str, ...] = ("unrolled",)
@@ -28,9 +28,8 @@ class CoreAiTarget:
     extra = "coreai"
 
     def availability(self) -> Availability:
-        missing = [name for name in ("torch", "coreai", "coreai_torch") if find_spec(name) is None]
-        if missing:
-            return Availability(False, f"{', '.join(missing)} not installed", "pip install 'mmd-export[tune,coreai]'")
+        if missing := uninstalled(self.modules):
+            return Availability(False, f"{missing} not installed", "pip install 'mmd-export[tune,coreai]'")
         return Availability(True, f"coreai-torch {version('coreai-torch')}, beta")
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:

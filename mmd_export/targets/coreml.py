@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmd_export.errors import NotAvailableError
-from mmd_export.runtime import Availability
+from mmd_export.runtime import Availability, uninstalled
 from mmd_export.target_options import TargetOptions
 from mmd_export.targets import Compiled, CompileOptions
 
@@ -27,6 +26,7 @@ class CoreMLTarget:
     name = "coreml"
     format = "mlpackage"
     artefact = "model.mlpackage"
+    modules: tuple[str, ...] = ("torch", "coremltools")
     precisions: tuple[str, ...] = ("fp32", "fp16", "w8", "w6", "w4")
     outputs: tuple[str, ...] = ("float32", "uint8")
     forms: tuple[str, ...] = ("unrolled",)
@@ -35,9 +35,8 @@ class CoreMLTarget:
     extra = "coreml"
 
     def availability(self) -> Availability:
-        missing = [name for name in ("torch", "coremltools") if find_spec(name) is None]
-        if missing:
-            return Availability(False, f"{', '.join(missing)} not installed", "pip install 'mmd-export[tune,coreml]'")
+        if missing := uninstalled(self.modules):
+            return Availability(False, f"{missing} not installed", "pip install 'mmd-export[tune,coreml]'")
         return Availability(True, f"coremltools {version('coremltools')}")
 
     def require_options(self, precision: str, options: TargetOptions) -> None:  # noqa: ARG002 - ChecksOptions

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmd_export.runtime import Availability
+from mmd_export.runtime import Availability, uninstalled
 from mmd_export.targets import Compiled, CompileOptions
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ class ExecuTorchTarget:
     name = "executorch"
     format = "pte"
     artefact = "model.pte"
+    modules: tuple[str, ...] = ("torch", "executorch")
     precisions: tuple[str, ...] = ("fp32",)
     outputs: tuple[str, ...] = ("float32", "uint8")
     forms: tuple[str, ...] = ("unrolled",)
@@ -31,11 +31,8 @@ class ExecuTorchTarget:
     extra = "executorch"
 
     def availability(self) -> Availability:
-        missing = [name for name in ("torch", "executorch") if find_spec(name) is None]
-        if missing:
-            return Availability(
-                False, f"{', '.join(missing)} not installed", "pip install 'mmd-export[tune,executorch]'"
-            )
+        if missing := uninstalled(self.modules):
+            return Availability(False, f"{missing} not installed", "pip install 'mmd-export[tune,executorch]'")
         return Availability(True, f"executorch {version('executorch')}, XNNPACK")
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:

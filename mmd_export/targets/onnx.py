@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmd_export.errors import NotAvailableError
-from mmd_export.runtime import Availability
+from mmd_export.runtime import Availability, uninstalled
 from mmd_export.targets import Compiled, CompileOptions
 
 if TYPE_CHECKING:
@@ -38,6 +37,7 @@ class OnnxTarget:
     name = "onnx"
     format = "onnx"
     artefact = "model.onnx"
+    modules: tuple[str, ...] = ("torch", "onnx", "onnxscript", "onnx_ir")
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "fp8", "w8", "w4")
     outputs: tuple[str, ...] = ("float32", "uint8")
     forms: tuple[str, ...] = ("unrolled", "loop")
@@ -49,9 +49,8 @@ class OnnxTarget:
         self.largest_file = largest_file
 
     def availability(self) -> Availability:
-        missing = [name for name in ("torch", "onnx", "onnxscript", "onnx_ir") if find_spec(name) is None]
-        if missing:
-            return Availability(False, f"{', '.join(missing)} not installed", "pip install 'mmd-export[tune,onnx]'")
+        if missing := uninstalled(self.modules):
+            return Availability(False, f"{missing} not installed", "pip install 'mmd-export[tune,onnx]'")
         return Availability(True, f"onnx {version('onnx')}")
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmd_export import openvino_library
 from mmd_export.folders import scratch_folder
-from mmd_export.runtime import Availability
+from mmd_export.runtime import Availability, uninstalled
 from mmd_export.targets import Compiled, CompileOptions
 from mmd_export.targets.onnx import TARGET as ONNX
 
@@ -24,6 +23,7 @@ class OpenVinoTarget:
     name = "openvino"
     format = "openvino"
     artefact = "model.xml"
+    modules: tuple[str, ...] = (*ONNX.modules, "openvino")
     precisions: tuple[str, ...] = ("fp32", "w16")
     outputs: tuple[str, ...] = ("float32", "uint8")
     forms: tuple[str, ...] = ("unrolled",)
@@ -32,10 +32,8 @@ class OpenVinoTarget:
     extra = "openvino"
 
     def availability(self) -> Availability:
-        if not (found := ONNX.availability()).available:
-            return Availability(False, found.detail, "pip install 'mmd-export[tune,openvino]'")
-        if find_spec("openvino") is None:
-            return Availability(False, "openvino not installed", "pip install 'mmd-export[tune,openvino]'")
+        if missing := uninstalled(self.modules):
+            return Availability(False, f"{missing} not installed", "pip install 'mmd-export[tune,openvino]'")
         return openvino_library.availability()
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmd_export.folders import scratch_folder
-from mmd_export.runtime import Availability
+from mmd_export.runtime import Availability, uninstalled
 from mmd_export.target_options import TargetOptions
 from mmd_export.targets import Compiled, CompileOptions, onnx
 from mmd_export.trt.device import find_device
@@ -36,6 +35,7 @@ class EngineTarget:
     def __init__(self, library: Library) -> None:
         self.library = library
         self.name = self.format = self.extra = library.name
+        self.modules: tuple[str, ...] = (*onnx.TARGET.modules, library.module)
         self.options: tuple[str, ...] = (*library.options, "calibration")
 
     def availability(self) -> Availability:
@@ -51,7 +51,7 @@ class EngineTarget:
         found = self.library.installed()
         if found.available and self.library.needs_gpu and find_device() is None:
             return Availability(False, f"{found.detail}, but no NVIDIA GPU with a driver is here", self.library.install)
-        if found.available and find_spec("onnx_ir") is None:
+        if found.available and uninstalled(["onnx_ir"]):
             return Availability(False, "onnx_ir is not installed", self.library.install)
         return found
 
@@ -79,12 +79,12 @@ class EngineTarget:
     def compile_onnx(self, model: Path, folder: Path, options: CompileOptions) -> LockFacts:
         """The engine of a graph, and what it is locked to."""
         from mmd_export.trt.engine import Request, build_engine, onnx_files
-        from mmd_export.trt.rewrite import unshared
+        from mmd_export.trt.rewrite import suited
 
         with scratch_folder() as scratch:
-            if self.library.unshare and options.target.strip_weights:  # the weights come from the graph that was built
+            if self.library.rewrite and options.target.strip_weights:  # the weights come from the graph that was built
                 self.require_buildable(model)
-                model = unshared(model.absolute(), scratch)
+                model = suited(model.absolute(), scratch)
             request = Request(model, options.batch, options.target, options.precision, options.log, options.notify)
             facts = build_engine(self.library, request, folder / self.artefact)
             if options.target.strip_weights:

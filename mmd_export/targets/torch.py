@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmd_export.errors import NotAvailableError
-from mmd_export.runtime import Availability
+from mmd_export.runtime import Availability, uninstalled
 from mmd_export.target_options import TargetOptions
 from mmd_export.targets import Compiled, CompileOptions
 
@@ -30,6 +29,7 @@ class TorchTarget:
     name = "torch"
     format = "pt2"
     artefact = "model.pt2"
+    modules: tuple[str, ...] = ("torch",)
     precisions: tuple[str, ...] = ("fp32",)
     outputs: tuple[str, ...] = ("float32", "uint8")
     forms: tuple[str, ...] = ("unrolled",)
@@ -38,8 +38,8 @@ class TorchTarget:
     extra = "tune"
 
     def availability(self) -> Availability:
-        if find_spec("torch") is None:
-            return Availability(False, "torch not installed", INSTALL)
+        if missing := uninstalled(self.modules):
+            return Availability(False, f"{missing} not installed", INSTALL)
         from mmd_export.torch_compilers.compiler import find_compiler
 
         if (compiler := find_compiler()) is None:

@@ -18,7 +18,7 @@ from mmd_export.trt.library import Library, system
 from mmd_export.trt.lint import require_buildable
 from mmd_export.trt.lock import ANY_SYSTEM, LockFacts
 from mmd_export.trt.process import run_job
-from mmd_export.trt.rewrite import unshared
+from mmd_export.trt.rewrite import suited
 
 AMPERE = "8.0"
 _BUILDER = (Path(__file__).with_name("worker.py"), Path(__file__).with_name("rewrite.py"))
@@ -55,8 +55,8 @@ def build_engine(library: Library, request: Request, engine: Path) -> LockFacts:
         request.notify(f"{library.title}: building an engine of {nodes:,} nodes")
         _make(folder)
         with scratch_folder() as scratch:
-            if library.unshare:
-                job = replace(job, onnx=str(unshared(request.onnx.absolute(), scratch)))
+            if library.rewrite:
+                job = replace(job, onnx=str(suited(request.onnx.absolute(), scratch)))
             said = run_job(job, library.title, request.log, request.notify, folder / f"{key}.log")
         _keep(folder, key, engine, said, request.notify)
     return _facts(library, request.options, digest, said, device)

@@ -27,7 +27,7 @@ class Library:
         core: the shared library that does the work, as the linker calls it.
         options: the fields of TargetOptions that it has.
         needs_gpu: whether it builds for the GPU at hand only.
-        unshare: whether it fails on weights that several steps dequantise, see ``mmd_export.trt.rewrite``.
+        rewrite: whether graphs go through ``mmd_export.trt.rewrite`` first.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Library:
     core: str
     options: tuple[str, ...]
     needs_gpu: bool
-    unshare: bool = False
+    rewrite: bool = False
 
     @property
     def module(self) -> str:
@@ -98,7 +98,7 @@ RTX = Library(
     "tensorrt_rtx",
     (*_ANYWHERE, "compute_capability"),
     needs_gpu=False,
-    unshare=True,
+    rewrite=True,
 )
 LIBRARIES = {library.name: library for library in (TENSORRT, RTX)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,28 +12,15 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def unshared(path: Path, folder: Path) -> Path:
-    """``path`` itself, or a copy in ``folder`` where no two layers but convolutions dequantise the same weight.
+def suited(path: Path, folder: Path) -> Path:
+    """``path`` itself, or a copy in ``folder`` that TensorRT-RTX 1.7.1 compiles, of the same numbers.
 
-    TensorRT-RTX 1.7.1 fails on such graphs (Myelin, vector::_M_range_check): a w8 or w4 sampler of two steps or more.
-    Convolutions may share theirs. Delete this once ``test_steps_share_quantised_weights`` passes without it.
+    Each rewrite can go once its test, which builds such a graph, passes without it.
     """
     import onnx_ir as ir
 
     model = ir.load(path)
-    read: set[ir.Value] = set()
-    copied = False
-    for node in model.graph.all_nodes():
-        if node.op_type != "DequantizeLinear" or all(use.node.op_type == "Conv" for use in node.outputs[0].uses()):
-            continue
-        for place, value in enumerate(node.inputs):
-            if value is None or value.const_value is None:
-                continue
-            if value in read:
-                node.replace_input_with(place, _copy(model, value, f"{value.name}_of_{node.name}"))
-                copied = True
-            read.add(value)
-    if not copied:
+    if not _unshare(model) | _unfuse(model):
         return path
     whole = folder / path.name
     try:
@@ -42,6 +30,67 @@ def unshared(path: Path, folder: Path) -> Path:
             f"no room for a copy of {path.name} in {folder.parent}: {error.strerror or error}; set TMPDIR"
         ) from error
     return whole
+
+
+def _unshare(model: ir.Model) -> bool:
+    """No two layers but convolutions dequantise the same weight; whether anything changed.
+
+    The library fails on such graphs (Myelin, vector::_M_range_check): a w8 or w4 sampler of two steps or more.
+    Convolutions may share theirs.
+    """
+    read: set[ir.Value] = set()
+    changed = False
+    for node in model.graph.all_nodes():
+        if node.op_type != "DequantizeLinear" or all(use.node.op_type == "Conv" for use in node.outputs[0].uses()):
+            continue
+        for place, value in enumerate(node.inputs):
+            if value is None or value.const_value is None:
+                continue
+            if value in read:
+                node.replace_input_with(place, _copy(model, value, f"{value.name}_of_{node.name}"))
+                changed = True
+            read.add(value)
+    return changed
+
+
+def _unfuse(model: ir.Model) -> bool:
+    """In the body of a loop, at most two products of one value have weights with a scale a channel; whether it changed.
+
+    The library fuses three (query, key and value of an attention) and fails (Myelin, ``op->parent() == this``): a w8
+    sampler in the form ``loop``. The weights of the third are dequantised here.
+    """
+    seen: Counter[ir.Value] = Counter()
+    changed = False
+    for node in list(model.graph.all_nodes()):
+        weight = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] is not None else None
+        if node.graph is model.graph or weight is None or not _by_channel(weight) or node.inputs[0] is None:
+            continue
+        seen[node.inputs[0]] += 1
+        if seen[node.inputs[0]] > 2:
+            node.replace_input_with(1, _dequantised(model, weight))
+            changed = True
+    return changed
+
+
+def _by_channel(node: ir.Node) -> bool:
+    """Whether ``node`` dequantises a constant, symmetric, a scale a channel rather than a block."""
+    constants = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
+    whole = node.op_type == "DequantizeLinear" and len(constants) == len(node.inputs) == 2
+    return whole and constants[1].shape.rank() == 1 and "block_size" not in node.attributes
+
+
+def _dequantised(model: ir.Model, node: ir.Node) -> ir.Value:
+    """The constant that ``node`` computes, ``q * scale`` in the type of the scale."""
+    import numpy as np
+
+    from mmd_export.onnx_nodes import array_of, constant
+
+    quantised, scale = array_of(node.inputs[0]), array_of(node.inputs[1])
+    assert quantised is not None
+    assert scale is not None
+    along = np.arange(quantised.ndim) == node.attributes.get_int("axis", 1) % quantised.ndim
+    product = quantised.astype(np.float32) * scale.astype(np.float32).reshape(np.where(along, -1, 1))
+    return constant(model.graph, f"{node.name}/constant", product.astype(scale.dtype))
 
 
 def _copy(model: ir.Model, value: ir.Value, name: str) -> ir.Value:

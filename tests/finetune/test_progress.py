@@ -29,3 +29,15 @@ def test_nothing_is_shown_before_the_first_report() -> None:
         raise ValueError("refused")
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == ""
+
+
+def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 31.0, 31.5, 40.0])
+    monkeypatch.setattr("mmd_finetune.progress.monotonic", lambda: next(clock, 41.0))
+    console = Console(file=io.StringIO(), width=40)
+    with ProgressBar(console) as bar:
+        for iteration in (1, 2, 3):
+            bar(Report(iteration=iteration, iterations=9, loss=None, held_out=2.0, best=1.5, seconds=4.0))
+    assert isinstance(console.file, io.StringIO)
+    lines = [line for line in console.file.getvalue().splitlines() if line.startswith("iteration")]
+    assert lines == ["iteration 2 of 9: held-out 2.00, best 1.50"]

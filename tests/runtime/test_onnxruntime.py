@@ -228,6 +228,7 @@ def test_a_missing_package_is_named_with_its_pip_line(bundle: Bundle, monkeypatc
     with pytest.raises(NotAvailableError, match=r"pip install 'mmd-export\[onnx\]'"):
         RUNTIME.open(bundle, OPTIONS)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else found(name))
+    monkeypatch.setattr("mmd_export.runtime.find_spec", importlib.util.find_spec)
     assert not RUNTIME.availability().available
     assert RUNTIME.availability().install == "pip install 'mmd-export[onnx]'"
     with pytest.raises(NotAvailableError, match=r"needs the onnx package.*pip install 'mmd-export\[onnx\]'"):

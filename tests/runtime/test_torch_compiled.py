@@ -125,7 +125,7 @@ def test_a_missing_package_is_named_with_its_line(
     found = importlib.util.find_spec
     hidden = PACKAGES[name]
     monkeypatch.setattr(importlib.util, "find_spec", lambda each: None if each == hidden else found(each))
-    monkeypatch.setattr(f"mmd_export.targets.{name}.find_spec", importlib.util.find_spec)
+    monkeypatch.setattr("mmd_export.runtime.find_spec", importlib.util.find_spec)
     with pytest.raises(NotAvailableError, match=rf"target {name} cannot build here: {hidden} not .*; pip install") as e:
         build(wanted)
     assert e.value.exit_code == 3

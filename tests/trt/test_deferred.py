@@ -151,6 +151,14 @@ def test_steps_share_quantised_weights(precision: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_rtx")
+def test_a_loop_has_an_attention_of_quantised_weights(tmp_path: Path) -> None:
+    """The library gets one of query, key and value as a constant of half precision."""
+    chosen = TargetOptions(compute_capability="8.9", cache=tmp_path / "cache")
+    bundle = build(options("digits", tmp_path / "digits", precision="w8", form="loop", steps=2, of_target=chosen))
+    assert bundle.artefact_path.stat().st_size > 2**20
+
+
+@pytest.mark.usefixtures("_rtx")
 def test_beside_a_stripped_engine_lies_the_graph_that_was_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

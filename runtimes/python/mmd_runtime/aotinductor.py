@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 import zipfile
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from mmd_export.bundle import Bundle
 from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, one_line
-from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session
+from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session, uninstalled
 from mmd_runtime.chunks import check_inputs
 
 INSTALL = "pip install 'mmd-export[tune]'"
@@ -23,10 +22,11 @@ class AotInductorRuntime:
 
     name = "aotinductor"
     formats: tuple[str, ...] = ("pt2",)
+    modules: tuple[str, ...] = ("torch",)
     unseen = "the states are inside one compiled library, which returns the sample alone"
 
     def availability(self) -> Availability:
-        if importlib.util.find_spec("torch") is None:
+        if uninstalled(self.modules):
             return Availability(False, "torch not installed", INSTALL)
         return Availability(True, f"torch {importlib.metadata.version('torch')}")
 

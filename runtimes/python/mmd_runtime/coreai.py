@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import threading
 import weakref
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import numpy as np
 
 from mmd_export.bundle import Bundle
 from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, one_line
-from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session
+from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session, uninstalled
 from mmd_runtime.chunks import check_inputs, check_step
 
 INSTALL = "pip install 'mmd-export[coreai]'"
@@ -28,10 +27,11 @@ class CoreAiRuntime:
 
     name = "coreai"
     formats: tuple[str, ...] = ("aimodel",)
+    modules: tuple[str, ...] = ("coreai",)
     unseen = ""
 
     def availability(self) -> Availability:
-        if importlib.util.find_spec("coreai") is None:
+        if uninstalled(self.modules):
             return Availability(False, "coreai-core is not installed", INSTALL)
         return Availability(
             True, f"coreai-core {importlib.metadata.version('coreai-core')}, beta, a correctness oracle"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import platform
 import sys
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from mmd_export.bundle import Bundle
 from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, one_line
-from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session
+from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session, uninstalled
 from mmd_runtime.chunks import check_inputs
 
 INSTALL = "pip install 'mmd-export[coreml]'"
@@ -27,13 +26,14 @@ class CoreMLRuntime:
 
     name = "coreml"
     formats: tuple[str, ...] = ("mlpackage",)
+    modules: tuple[str, ...] = ("coremltools",)
     unseen = "Core ML shows no states inside a compiled graph; runtime coreml-reference sees those of the same package"
 
     def availability(self) -> Availability:
         """Core ML is a part of macOS."""
         if sys.platform != "darwin":
             return Availability(False, f"Core ML is on macOS alone, this is {platform.system()}", "run it on a Mac")
-        if importlib.util.find_spec("coremltools") is None:
+        if uninstalled(self.modules):
             return Availability(False, "coremltools is not installed", INSTALL)
         version = importlib.metadata.version("coremltools")
         return Availability(True, f"Core ML of macOS {platform.mac_ver()[0]}, coremltools {version}")

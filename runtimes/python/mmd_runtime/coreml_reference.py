@@ -26,6 +26,7 @@ class CoreMLReferenceRuntime:
 
     name = "coreml-reference"
     formats: tuple[str, ...] = ("mlpackage",)
+    modules: tuple[str, ...] = ()
     unseen = ""
 
     def availability(self) -> Availability:

@@ -37,6 +37,7 @@ class EngineRuntime:
         self.library = library
         self.name = library.name
         self.formats: tuple[str, ...] = (library.name,)
+        self.modules: tuple[str, ...] = (library.module, "cuda.bindings.runtime")
 
     def availability(self) -> Availability:
         """Look for the GPU first: without one the libraries may crash."""

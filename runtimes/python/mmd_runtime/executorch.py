@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from mmd_export.bundle import Bundle
 from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, one_line
-from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session
+from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session, uninstalled
 from mmd_runtime.chunks import check_inputs, check_step
 
 INSTALL = "pip install 'mmd-export[tune,executorch]'"
@@ -23,12 +22,12 @@ class ExecuTorchRuntime:
 
     name = "executorch"
     formats: tuple[str, ...] = ("pte",)
+    modules: tuple[str, ...] = ("torch", "executorch")
     unseen = ""
 
     def availability(self) -> Availability:
-        missing = [name for name in ("torch", "executorch") if importlib.util.find_spec(name) is None]
-        if missing:
-            return Availability(False, f"{', '.join(missing)} not installed", INSTALL)
+        if missing := uninstalled(self.modules):
+            return Availability(False, f"{missing} not installed", INSTALL)
         return Availability(True, f"executorch {importlib.metadata.version('executorch')}, CPU")
 
     def open(self, bundle: Bundle, options: RunOptions) -> Session:

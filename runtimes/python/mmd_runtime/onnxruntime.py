@@ -11,7 +11,7 @@ from typing import Any
 
 from mmd_export.bundle import Bundle
 from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, UsageError, one_line
-from mmd_export.runtime import Array, Arrays, Availability, ChainSession, Placement, RunOptions, Session
+from mmd_export.runtime import Array, Arrays, Availability, ChainSession, Placement, RunOptions, Session, uninstalled
 from mmd_runtime.chunks import check_inputs
 from mmd_runtime.cut_chain import Call, CutChain
 from mmd_runtime.onnx_bound import BoundRun
@@ -38,6 +38,7 @@ class OnnxRuntime:
     """Runs ``onnx`` bundles, nodes in order: on the CPU, or with the provider that was asked for, never without it."""
 
     formats: tuple[str, ...] = ("onnx",)
+    modules: tuple[str, ...] = ("onnxruntime",)
     unseen = ""
     providers: tuple[str, ...] = tuple(PROVIDERS)
 
@@ -51,7 +52,7 @@ class OnnxRuntime:
 
     def availability(self) -> Availability:
         """Whether the onnxruntime package is installed, and the provider works: a trial needs the package imported."""
-        if importlib.util.find_spec("onnxruntime") is None:
+        if uninstalled(self.modules):
             return Availability(False, "onnxruntime is not installed", INSTALL)
         if self.provider is not None:
             return availability(_onnxruntime(), self.provider)

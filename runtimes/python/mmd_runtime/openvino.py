@@ -28,6 +28,7 @@ class OpenVinoRuntime:
 
     name = "openvino"
     formats: tuple[str, ...] = ("openvino",)
+    modules: tuple[str, ...] = ("openvino",)
     unseen = ""
 
     def availability(self) -> Availability:

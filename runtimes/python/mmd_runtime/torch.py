@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmd_export.bundle import Bundle
 from mmd_export.errors import NotAvailableError, UsageError
-from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session
+from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session, uninstalled
 from mmd_runtime.chunks import check_inputs
 
 if TYPE_CHECKING:
@@ -24,12 +23,12 @@ class TorchRuntime:
 
     name = "torch"
     formats: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ("torch", "diffusers")
     unseen = ""
 
     def availability(self) -> Availability:
-        missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
-        if missing:
-            return Availability(False, f"{', '.join(missing)} not installed", INSTALL)
+        if missing := uninstalled(self.modules):
+            return Availability(False, f"{missing} not installed", INSTALL)
         return Availability(True, f"torch {importlib.metadata.version('torch')}, CPU")
 
     def open(self, bundle: Bundle, options: RunOptions) -> Session:

@@ -1,0 +1,101 @@
+"""``mmd-export doctor``: what this machine can build and run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from importlib.metadata import packages_distributions
+from typing import Any
+
+from mmd_export import __version__
+from mmd_export.exit_codes import how_it_ended
+from mmd_export.runtime import Availability, Runtime
+from mmd_export.targets import Target, get_target, target_names
+from mmd_runtime.registry import every_runtime
+
+_SECONDS = 120.0  # coremltools takes 12
+# openvino reports its import to its maker unless this package cannot be imported.
+_TRIAL = "import importlib, sys; sys.modules['openvino_telemetry'] = None; importlib.import_module(sys.argv[1])"
+
+
+def doctor(imports: bool = False, notify: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """What can be built and run on this machine, and the pip line for the rest.
+
+    ``imports``: also import the packages of what is there, each in a process of its own, of which ``notify`` hears:
+    some install and are broken.
+    A row a target and a runtime, one with each of its providers: whether it builds (targets), the runtimes that run it
+    here (targets) or itself (runtimes), and what is missing.
+    """
+    broken: dict[str, str] = {}
+
+    def look(part: Target | Runtime) -> Availability:
+        found = part.availability()
+        return imported(found, part.modules, broken, notify) if imports and found.available else found
+
+    runtimes = [(runtime, look(runtime)) for runtime in every_runtime()]
+    rows: list[dict[str, Any]] = []
+    for name in target_names():
+        target = get_target(name)
+        found = look(target)
+        able = [runtime for runtime, _ in runtimes if target.format in runtime.formats]
+        here = [runtime.name for runtime, works in runtimes if runtime in able and works.available]
+        rows.append(
+            {
+                "kind": "target",
+                "name": name,
+                **vars(found),
+                "format": target.format,
+                "precisions": list(target.precisions),
+                "runs_in": here,
+                "could_run_in": [runtime.name for runtime in able if runtime.name not in here],
+            }
+        )
+    for runtime, found in runtimes:
+        rows.append({"kind": "runtime", "name": runtime.name, **vars(found), "formats": list(runtime.formats)})
+    machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores"
+    return {"mmd_export": __version__, "machine": machine, "parts": rows}
+
+
+def doctor_rows(facts: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Kind, name, whether it builds here, whether and in what it runs here, detail, pip line; as text."""
+    rows: list[tuple[str, ...]] = []
+    for part in facts["parts"]:
+        works = "yes" if part["available"] else "no"
+        detail, builds, runs = part["detail"], "-", works
+        if part["kind"] == "target":
+            runs = ", ".join(part["runs_in"]) or "no"
+            builds, detail = works, f"{detail}; {', '.join(part['precisions'])}"
+        rows.append((part["kind"], part["name"], builds, runs, detail, part["install"]))
+    return rows
+
+
+def imported(
+    found: Availability, modules: Iterable[str], known: dict[str, str], notify: Callable[[str], None] = lambda _: None
+) -> Availability:
+    """``found``, or what says which of ``modules`` cannot be imported; ``known`` keeps why for each that was tried."""
+    for name in modules:
+        if name not in known:
+            notify(f"importing {name}")
+            known[name] = why_not(name)
+        if known[name]:
+            packages = packages_distributions().get(name.partition(".")[0], [name])
+            again = f"pip install --force-reinstall {' '.join(sorted(set(packages)))}"
+            return replace(found, available=False, detail=f"{name} is there but broken: {known[name]}", install=again)
+    return found
+
+
+def why_not(module: str) -> str:
+    """Why a process that imports it fails, in one line; empty if it does not."""
+    try:
+        command = [sys.executable, "-c", _TRIAL, module]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"its import took more than {_SECONDS:.0f} s"
+    if ended.returncode == 0:
+        return ""
+    said = ended.stderr.strip().splitlines()
+    return said[-1] if ended.returncode > 0 and said else f"its import {how_it_ended(ended.returncode)}"
