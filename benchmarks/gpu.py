@@ -9,12 +9,13 @@ tries the code out where there is no GPU and marks its result so. Part ``cifar10
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch  # noqa: E402 - the source tree has to be on the path first
 
 from benchmarks.common import save_cifar10, write_result  # noqa: E402
 from mmd_export.build import BuildOptions, build  # noqa: E402
+from mmd_export.bundle import Bundle  # noqa: E402
 from mmd_export.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from mmd_export.errors import MmdExportError, NotAvailableError  # noqa: E402
 from mmd_export.latency import measure  # noqa: E402
@@ -213,7 +215,8 @@ def parity(arguments: argparse.Namespace) -> dict[str, Any]:
             folder = Path(scratch) / "cifar10"
             models["ddpm-cifar10 architecture"] = (cifar10(folder), str(folder))
         for name, ((checkpoint, plan), source) in models.items():
-            artefacts[name] = verified(source, Path(scratch) / f"bundles-{name[:6]}", arguments.device)
+            batches = BATCHES[:1] if arguments.smoke else BATCHES
+            artefacts[name] = verified(source, Path(scratch) / f"bundles-{name[:6]}", arguments.device, batches)
             inputs = golden_inputs(checkpoint, plan, 4)
             exact = run_chain(sampler_of(checkpoint.as_double(), plan), inputs, torch.float64)
             sampler = sampler_of(checkpoint, plan).to(arguments.device)
@@ -225,26 +228,32 @@ def parity(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"steps": STEPS, "max_abs_error": results, "artefacts": artefacts}
 
 
-def verified(source: str, folder: Path, device: str) -> dict[str, Any]:
-    """Each artefact of the device, through its runtime against the golden file: errors, or why there are none."""
+def verified(source: str, folder: Path, device: str, batches: Sequence[int]) -> dict[str, Any]:
+    """Each artefact of the device, through its runtime against the golden file: errors, or why there are none.
+
+    At each batch size; ONNX Runtime on a GPU with a captured CUDA graph too.
+    """
     wanted = {
         "onnx": (TargetOptions(), "onnxruntime:cuda" if device == "cuda" else "onnxruntime"),
         "torch": (TargetOptions(device=device), "aotinductor"),
         "tensorrt-rtx": (TargetOptions(), "tensorrt-rtx"),
     }
     found: dict[str, Any] = {}
-    for target, (chosen, name) in wanted.items():
+    for (target, (chosen, name)), batch in itertools.product(wanted.items(), batches):
         options = BuildOptions(
-            source, target, folder / target, steps=STEPS, sampler="ddim", of_target=chosen, verify=False
-        )
-        try:
-            runtime = get_runtime(name)
-            rung = check_artefact(build(options), runtime, RunOptions())
-            errors = {each.name: each.max_abs for each in rung.comparisons}
-            found[f"{target} in {name}"] = {"passed": rung.passed, "max_abs_error": errors}
-        except MmdExportError as error:
-            found[f"{target} in {name}"] = {"not_run": str(error)}
-        print(target, name, found[f"{target} in {name}"], flush=True)
+            source, target, folder / f"{target}-{batch}", batch=str(batch),
+            steps=STEPS, sampler="ddim", of_target=chosen, verify=False,
+        )  # fmt: skip
+        for graph in (False, True) if name == "onnxruntime:cuda" else (False,):
+            what = f"{target} in {name}, batch {batch}{', CUDA graph' if graph else ''}"
+            try:
+                bundle = Bundle.open(options.out) if options.out.exists() else build(options)
+                rung = check_artefact(bundle, get_runtime(name), RunOptions(cuda_graph=graph))
+                errors = {each.name: each.max_abs for each in rung.comparisons}
+                found[what] = {"passed": rung.passed, "max_abs_error": errors}
+            except MmdExportError as error:
+                found[what] = {"not_run": str(error)}
+            print(what, found[what], flush=True)
     return found
 
 

@@ -107,7 +107,7 @@ def artefacts() -> str:
     result = read("artefacts.json")
     if result is None:
         return NOT_MEASURED
-    rows = []
+    rows, processors = [], (read("openvino.json") or {"models": {}})["models"]
     for model, values in result["models"].items():
         size, build = values["size"], values["build"]
         ratios = values.get("latency", {}).get("ratios")
@@ -117,6 +117,8 @@ def artefacts() -> str:
             f"{cost['cpu_seconds']:.0f} CPU s, {cost['peak_memory_mb'] / 1000:.1f} GB" if cost else NOT_MEASURED
             for cost in (values.get("compile"), build)
         ]
+        of_cpu = processors.get(model, {}).get("times_faster_than_eager", {}).get("onnxruntime --device cpu")
+        speed.insert(1, interval(of_cpu) if of_cpu else NOT_MEASURED)
         rows.append((model, weights, f"{size['nodes']:,}", *costs, f"{values['worst_artefact_error']:.0e}", *speed))
     heads = (
         "model",
@@ -126,6 +128,7 @@ def artefacts() -> str:
         "with reference and verification",
         "worst error",
         "torch eager takes",
+        "of `--device cpu`",
         "per-step session takes",
     )
     return markdown(heads, rows)

@@ -16,7 +16,7 @@ def target_rows(result: dict[str, Any]) -> Table:
     cells = result["cells"]
     heads = (
         "target", "precision", "model", "artefact", "of fp32", "nodes", "build, CPU s", "peak, GB",
-        "error: sample", "worst state", "tolerance", "run in",
+        "error: sample", "worst state", "tolerance", "run in", "processor",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = [
         row_of(
@@ -36,7 +36,8 @@ def row_of(
     """One row; ``full`` is the ONNX fp32 artefact of the model, of which the size is a fraction."""
     name = (f"`{target}`", f"`{precision}`", model)
     if "bytes" not in cell:
-        return (*name, "not run", "", "", "", "", "", "", "", cell.get("refused") or cell.get("failed", ""))
+        why = cell.get("refused") or cell.get("failed", "")
+        return (*name, "not run", "", "", "", "", "", "", "", why, cell.get("where", ""))
     fraction = "" if full is None or "bytes" not in full else f"{cell['bytes'] / full['bytes']:.2f}"
     where = f"not run: {cell['not_verified']}" if cell["not_verified"] else cell["runtime"]
     deferred = cell.get("deferred", False)
@@ -50,7 +51,8 @@ def row_of(
         "not run" if cell["sample_error"] is None else f"{cell['sample_error']:.0e}",
         _state(cell),
         f"{cell['tolerance']:g}",
-        f"not compiled here; its graph in {where}" if deferred else where,
+        f"not compiled here; its graph{' ' if cell['not_verified'] else ': '}{where}" if deferred else where,
+        cell["where"],
     )
 
 

@@ -314,7 +314,10 @@ def inspect(
 def doctor(
     imports: Annotated[
         bool,
-        typer.Option("--imports", help="also import every package, up to a minute: finds broken ones"),
+        typer.Option(
+            "--imports",
+            help="also import each installed package in a process of its own (a minute or so): finds broken ones",
+        ),
     ] = False,
     json: JsonFile = None,
 ) -> None:

@@ -61,6 +61,13 @@ def load() -> list[float] | None:
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
+def why_no_cuda(version: str, cuda: str | None) -> str:
+    """What to do about a torch of ``version``, built for ``cuda``, that finds no GPU."""
+    if cuda is None:
+        return f"torch {version} is built without CUDA; install a CUDA build of it (https://pytorch.org)"
+    return f"torch {version} finds no GPU with a driver for CUDA {cuda}; nvidia-smi shows both, update the driver"
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from mmd_export.conditions import Condition, names_of
 from mmd_export.errors import NotAvailableError
 from mmd_export.onnx_memory import peak_activation_bytes
+from mmd_export.onnx_nodes import weights_of
 
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 _CONTROL_FLOW = {"If", "Loop", "Scan", "SequenceMap"}
@@ -50,7 +51,7 @@ class GraphReport:
 def report(model: ir.Model, batch: int = 1) -> GraphReport:
     """Count nodes, weights, ops and activations of ``model``, these at ``batch``."""
     counts = Counter(node.op_type for node in model.graph.all_nodes())
-    sizes = [value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None]
+    sizes = [value.const_value.nbytes for value in weights_of(model) if value.const_value is not None]
     form = "loop" if counts["Loop"] else "unrolled"
     return GraphReport(
         counts.total(), sum(sizes), dict(sorted(counts.items())), form, peak_activation_bytes(model, batch)
@@ -79,7 +80,7 @@ def faults(model: ir.Model, conditions: Sequence[Condition] = (), precision: str
 def _type_faults(model: ir.Model, precision: str) -> list[str]:
     """Types and opset that the precision does not need, and anything but float32 where the sampler itself computes."""
     made = [value for node in model.graph.all_nodes() for value in node.outputs]
-    kinds = (("input", model.graph.inputs), ("value", made), ("weight", model.graph.initializers.values()))
+    kinds = (("input", model.graph.inputs), ("value", made), ("weight", weights_of(model)))
     allowed = _PLAIN | _TYPES[precision]
     found = [
         f"{_NAMES.get(value.dtype, value.dtype.name.lower())} {kind} {value.name!r}"

@@ -134,6 +134,21 @@ class _Body:
         return terms
 
 
+def quantised_weights(graph: ir.Graph) -> list[ir.Value]:
+    """What the matrix products of the body dequantise.
+
+    onnxruntime 1.32 fuses such products into MatMulNBits and then looks for their weights in the body alone; it cannot
+    load a model that has them outside (qdq_actions.cc, "Missing required weight").
+    """
+    found: dict[ir.Value, None] = {}
+    for node in graph:
+        if node.op_type == "DequantizeLinear" and any(
+            use.node.op_type in ("MatMul", "Gemm") for use in node.outputs[0].uses()
+        ):
+            found |= {value: None for value in node.inputs if value is not None and value.const_value is not None}
+    return list(found)
+
+
 def compose_loop(
     call: ir.Model, plan: StepPlan, constants: Sequence[Sequence[NDArray[np.generic]]], spec: GraphSpec
 ) -> ir.Model:
@@ -149,7 +164,10 @@ def compose_loop(
     trips = composer.constant("loop/trips", np.array(plan.step_count, np.int64))
     go = composer.constant("loop/go", np.array(True))
     graph = body.write(constants, step_noise)
-    composer.initializers |= body.composer.initializers
+    own = quantised_weights(graph)
+    for value in own:
+        graph.register_initializer(value)
+    composer.initializers |= {name: value for name, value in body.composer.initializers.items() if value not in own}
     node = ir.Node(
         "", "Loop", [trips, go, *start], attributes=[ir.AttrGraph("body", graph)],
         num_outputs=len(start) + 1, name="loop",

@@ -26,6 +26,11 @@ def sizes(graph: ir.Graph, shape: Sequence[int]) -> ir.Value:
     return constant(graph, f"shape.{'x'.join(map(str, shape))}", np.array(shape, np.int64))
 
 
+def weights_of(model: ir.Model) -> list[ir.Value]:
+    """Every initialiser, those of subgraphs too."""
+    return [value for graph in model.graphs() for value in graph.initializers.values()]
+
+
 def array_of(value: ir.Value | None) -> NDArray[Any] | None:
     """The numbers of a weight; None for what is computed, or absent."""
     return None if value is None or value.const_value is None else value.const_value.numpy()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 from mmd_export.errors import NotAvailableError
-from mmd_export.runtime import Availability
+from mmd_export.runtime import Availability, uninstalled
 
 INSTALL = "pip install 'mmd-export[openvino]'"
 _PACKAGE, _TELEMETRY = "openvino", "openvino_telemetry"
@@ -39,6 +38,6 @@ def openvino() -> Any:
 
 def availability() -> Availability:
     """Whether the package is installed; it is not imported."""
-    if find_spec(_PACKAGE) is None:
+    if uninstalled([_PACKAGE]):
         return Availability(False, "openvino is not installed", INSTALL)
     return Availability(True, f"openvino {version(_PACKAGE)}, CPU")

@@ -25,7 +25,6 @@ Source: TypeAlias = Literal["state", "output", "clean", "noise"]
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction", "sample", "flow_prediction", "edm", "trigflow"]
 Scalar: TypeAlias = "str | int | float | bool | None"
 LEARNED = "learned-"  # in front of the solver that a learned plan started from
-AGREES = 1e-9  # of numbers that rounding alone sets apart; a table's are within 1e-11 of diffusers'
 
 
 @dataclass(frozen=True)
@@ -142,19 +141,36 @@ class StepPlan:
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             raise UsageError(f"plan: a value has the wrong type or length ({error})") from error
 
-    def agrees(self, other: StepPlan) -> bool:
-        """Whether both are one sampler, but for the rounding of another machine or release."""
-        facts = [
-            (
-                (plan.solver, plan.prediction_type, plan.clip is None, plan.clamp_output),
-                [(step.clean is None, [(term.source, term.index) for term in step.update]) for step in plan.steps],
-            )
-            for plan in (self, other)
-        ]
-        if facts[0] != facts[1]:
+    def agrees(self, other: StepPlan, tolerance: float) -> bool:
+        """Whether both compute one sampler, every number within ``tolerance``, relative above 1.
+
+        A term that is not there has weight 0. The levels of a step are not compared: they say where it is, and nothing
+        is computed with them.
+        """
+        if self.step_count != other.step_count:
             return False
-        pairs = zip(self._numbers(), other._numbers(), strict=True)
-        return all(math.isclose(ours, theirs, rel_tol=AGREES, abs_tol=AGREES) for ours, theirs in pairs)
+        ours, theirs = self._computed(), other._computed()
+        return all(
+            math.isclose(ours.get(key, 0.0), theirs.get(key, 0.0), rel_tol=tolerance, abs_tol=tolerance)
+            for key in ours | theirs
+        )
+
+    def _computed(self) -> dict[tuple[Any, ...], float]:
+        """Every number that a sample depends on, by its place."""
+        found: dict[tuple[Any, ...], float] = {
+            ("initial_scale",): self.initial_scale,
+            ("clip", self.clip is None): self.clip or 0.0,
+            ("clamp_output",): float(self.clamp_output),
+            ("predicts", self.prediction_type): 1.0,
+        }
+        for k, step in enumerate(self.steps):
+            found |= {(k, "timestep"): step.timestep, (k, "scale"): step.scale}
+            if step.clean is not None:
+                found |= {(k, "clean", 0): step.clean[0], (k, "clean", 1): step.clean[1]}
+            for term in step.update:
+                key = (k, term.source, term.index)
+                found[key] = found.get(key, 0.0) + term.weight
+        return found
 
     def digest(self) -> str:
         """SHA-256 over the numbers; two plans with the same digest compute the same sampler."""

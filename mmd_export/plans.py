@@ -60,11 +60,13 @@ def plan_again(
     spacing: str | None = None,
     timesteps: Sequence[float] | None = None,
 ) -> StepPlan:
-    """The plan that ``plan`` was, but for the options that are given: equal digests mean that nothing was changed."""
+    """What ``choose_plan`` makes of the settings of ``plan`` and the options; UsageError if it does not tell them."""
     settings = plan.settings
     known_eta, known_steps = settings.get("eta"), settings.get("num_inference_steps", plan.step_count)
     same = sampler in (None, plan.solver)
     if timesteps is None and spacing is None and same and (steps is None or steps == known_steps):
+        if "timestep_spacing" not in settings:
+            raise UsageError(f"plan {plan.solver}: it does not say how it was made; leave the sampler options out")
         spacing = str(settings["timestep_spacing"])
     if timesteps is None and steps is None:
         steps = int(str(known_steps))

@@ -27,8 +27,18 @@ class Availability:
 
 
 def uninstalled(modules: Iterable[str]) -> str:
-    """Those that are not installed, as text; nothing is imported, a package that is installed may yet be broken."""
-    return ", ".join(name for name in modules if find_spec(name) is None)
+    """The packages of those that are not installed, as text; one that is installed may yet be broken.
+
+    Only the parents of a dotted name are imported.
+    """
+    return ", ".join(dict.fromkeys(name.partition(".")[0] for name in modules if not _found(name)))
+
+
+def _found(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ImportError:  # of a parent
+        return False
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from mmd_export.errors import NotAvailableError, UsageError
 
 HARDWARE_COMPAT = ("ampere+", "same-compute-capability")
 DEVICES = ("cpu", "cuda")
+_MOST_MEMORY = 2**24  # MiB, more than any machine has
 
 # Of the building machine, or used up when the graph was made: no part of a recipe.
 _NOT_LATER = ("cache", "memory_limit", "calibration")
@@ -55,8 +56,8 @@ class TargetOptions:
     def __post_init__(self) -> None:
         """Raise UsageError for a value that no target could take."""
         for name in ("workspace", "memory_limit"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UsageError(f"{flag(name)} is {value} MiB; it must be at least 1")
+            if (value := getattr(self, name)) is not None and not 1 <= value <= _MOST_MEMORY:
+                raise UsageError(f"{flag(name)} is {value} MiB; it must be from 1 to {_MOST_MEMORY:,}")
         if self.hardware_compat not in (None, *HARDWARE_COMPAT):
             raise UsageError(f"--hardware-compat is {self.hardware_compat!r}; give {' or '.join(HARDWARE_COMPAT)}")
         if self.device not in (None, *DEVICES):

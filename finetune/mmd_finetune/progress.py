@@ -1,10 +1,11 @@
 """The observer of the command line: loss, held-out distance and the time left, on stderr.
 
-A bar on a terminal; elsewhere a line every half minute, so that a log shows that a long run is alive.
+A bar on a terminal or in a notebook; elsewhere a line every half minute, so that a log shows a long run alive.
 """
 
 from __future__ import annotations
 
+from datetime import timedelta
 from time import monotonic
 from types import TracebackType
 from typing import Self
@@ -17,7 +18,7 @@ from mmd_finetune.world import is_first_process
 
 BAR = (10, 40)  # columns, at least and at most
 NUMBERS = 68  # columns that all but the bar takes
-SECONDS = 30.0  # between lines where there is no terminal
+LINE_INTERVAL = 30.0  # seconds between lines where there is no bar
 
 
 class ProgressBar:
@@ -47,9 +48,13 @@ class ProgressBar:
             measured = f"MMD² {report.loss:.4f}, {measured}"
         self._bar.start()
         self._bar.update(self._task, completed=report.iteration, total=report.iterations, measured=measured)
-        if not self._bar.console.is_terminal and monotonic() - self._said >= SECONDS:
+        shown = self._bar.console
+        if not (shown.is_terminal or shown.is_jupyter) and monotonic() - self._said >= LINE_INTERVAL:
             self._said = monotonic()
-            self._bar.console.print(f"iteration {report.iteration} of {report.iterations}: {measured}", soft_wrap=True)
+            left = self._bar.tasks[0].time_remaining
+            when = "" if left is None else f", {timedelta(seconds=round(left))} left"
+            line = f"iteration {report.iteration} of {report.iterations}: {measured}{when}"
+            shown.print(line, soft_wrap=True, highlight=False)
 
     def __enter__(self) -> Self:
         return self

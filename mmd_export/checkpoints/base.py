@@ -21,6 +21,7 @@ from mmd_export.network_options import Choice
 from mmd_export.plan import StepPlan, is_learned
 from mmd_export.plans import choose_plan, plan_again
 from mmd_export.schedule import SchedulerConfig
+from mmd_export.tolerance import EXACT
 from mmd_export.tuned_precision import TunedPrecision
 
 if TYPE_CHECKING:
@@ -91,13 +92,15 @@ class Checkpoint:
             plan = choose_plan(self.scheduler, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
             return self._suited(plan)
         tuned = self._suited(self.plan)
+        if all(option is None for option in (steps, sampler, eta, spacing, timesteps)):
+            return tuned
         if is_learned(self.plan):
             self._require_unasked(steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
             return tuned
         wanted = self._suited(
             plan_again(self.plan, self.scheduler, steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=timesteps)
         )
-        if not wanted.agrees(tuned):
+        if not wanted.agrees(tuned, EXACT.atol):
             raise UsageError(
                 f"{self.name}: tuned for {describe(self.plan)}, asked for {describe(wanted)}; "
                 "leave the sampler options out, or tune for that plan"

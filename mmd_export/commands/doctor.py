@@ -7,34 +7,32 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, version
 from typing import Any
 
 from mmd_export import __version__
 from mmd_export.exit_codes import how_it_ended
-from mmd_export.runtime import Availability, Runtime
+from mmd_export.runtime import Availability, Runtime, uninstalled
 from mmd_export.targets import Target, get_target, target_names
 from mmd_runtime.registry import every_runtime
 
-_SECONDS = 120.0  # coremltools takes 12
-# openvino reports its import to its maker unless this package cannot be imported.
+_IMPORT_TIMEOUT = 120.0  # seconds; coremltools takes 12
+# -P: not from the current folder. Why the telemetry of openvino is hidden: ``mmd_export.openvino_library``.
 _TRIAL = "import importlib, sys; sys.modules['openvino_telemetry'] = None; importlib.import_module(sys.argv[1])"
 
 
 def doctor(imports: bool = False, notify: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """What can be built and run on this machine, and the pip line for the rest.
 
-    ``imports``: also import the packages of what is there, each in a process of its own, of which ``notify`` hears:
-    some install and are broken.
+    ``imports``: also import what is installed, each package in a process of its own, of which ``notify`` hears.
     A row a target and a runtime, one with each of its providers: whether it builds (targets), the runtimes that run it
     here (targets) or itself (runtimes), and what is missing.
     """
-    broken: dict[str, str] = {}
+    known: dict[str, str] = {}
 
     def look(part: Target | Runtime) -> Availability:
-        found = part.availability()
-        return imported(found, part.modules, broken, notify) if imports and found.available else found
+        broken = broken_import(part.modules, known, notify) if imports and not uninstalled(part.modules) else None
+        return broken or part.availability()  # which may import, and crash with, what is broken
 
     runtimes = [(runtime, look(runtime)) for runtime in every_runtime()]
     rows: list[dict[str, Any]] = []
@@ -73,29 +71,36 @@ def doctor_rows(facts: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def imported(
-    found: Availability, modules: Iterable[str], known: dict[str, str], notify: Callable[[str], None] = lambda _: None
-) -> Availability:
-    """``found``, or what says which of ``modules`` cannot be imported; ``known`` keeps why for each that was tried."""
+def broken_import(
+    modules: Iterable[str], known: dict[str, str], notify: Callable[[str], None] = lambda _: None
+) -> Availability | None:
+    """What says which of ``modules`` does not import, if one does not; ``known`` keeps why for each that was tried."""
     for name in modules:
         if name not in known:
             notify(f"importing {name}")
             known[name] = why_not(name)
-        if known[name]:
-            packages = packages_distributions().get(name.partition(".")[0], [name])
-            again = f"pip install --force-reinstall {' '.join(sorted(set(packages)))}"
-            return replace(found, available=False, detail=f"{name} is there but broken: {known[name]}", install=again)
-    return found
+        if why := known[name]:
+            return Availability(False, f"{name} is installed but does not import: {why}", _repair(name, why))
+    return None
+
+
+def _repair(module: str, why: str) -> str:
+    """The next move. No dependency is touched, and no version changed."""
+    if "cannot open shared object file" in why:
+        return "install the system library that it names"
+    packages = sorted(set(packages_distributions().get(module.partition(".")[0], [])))
+    pinned = " ".join(f"{name}=={version(name)}" for name in packages) or module
+    return f"pip install --force-reinstall --no-deps {pinned}"
 
 
 def why_not(module: str) -> str:
     """Why a process that imports it fails, in one line; empty if it does not."""
     try:
-        command = [sys.executable, "-c", _TRIAL, module]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        command = [sys.executable, "-P", "-c", _TRIAL, module]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
-        return f"its import took more than {_SECONDS:.0f} s"
+        return f"it took more than {_IMPORT_TIMEOUT:.0f} s"
     if ended.returncode == 0:
         return ""
     said = ended.stderr.strip().splitlines()
-    return said[-1] if ended.returncode > 0 and said else f"its import {how_it_ended(ended.returncode)}"
+    return said[-1] if ended.returncode > 0 and said else f"it {how_it_ended(ended.returncode)}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from mmd_export.bundle import Bundle, Golden, ManifestDraft
@@ -12,7 +11,7 @@ from mmd_export.commands.distribution import DistributionOptions, distribution_r
 from mmd_export.comparison import NO_LIMITS
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.parity import Culprit, Limits, ParityReport, Rung, check_artefact, chunks, require_outputs
-from mmd_export.runtime import RunOptions, Runtime
+from mmd_export.runtime import RunOptions, Runtime, uninstalled
 from mmd_export.tolerance import ON_A_DEVICE
 from mmd_runtime.registry import get_runtime, runtime_for, runtime_names
 
@@ -112,8 +111,8 @@ def find_reference(bundle: Bundle, model: str | None, notify: Callable[[str], No
     if model is None:
         hint = name if name in BUILT_IN else "MODEL"
         return None, f"the checkpoint {name!r} was not given; pass --checkpoint {hint}"
-    if missing := [package for package in ("torch", "diffusers") if find_spec(package) is None]:
-        return None, f"{', '.join(missing)} not installed; pip install 'mmd-export[tune]'"
+    if missing := uninstalled(("torch", "diffusers")):
+        return None, f"{missing} not installed; pip install 'mmd-export[tune]'"
     from mmd_export.checkpoint import load_matching
     from mmd_export.plan import StepPlan
 

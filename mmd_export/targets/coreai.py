@@ -19,7 +19,7 @@ class CoreAiTarget:
     name = "coreai"
     format = "aimodel"
     artefact = "model.aimodel"
-    modules: tuple[str, ...] = ("torch", "coreai", "coreai_torch")
+    modules: tuple[str, ...] = ("torch", "coreai.authoring", "coreai_torch")
     precisions: tuple[str, ...] = ("fp32",)
     outputs: tuple[str, ...] = ("float32", "uint8")
     forms: tuple[str, ...] = ("unrolled",)

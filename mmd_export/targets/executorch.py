@@ -22,7 +22,7 @@ class ExecuTorchTarget:
     name = "executorch"
     format = "pte"
     artefact = "model.pte"
-    modules: tuple[str, ...] = ("torch", "executorch")
+    modules: tuple[str, ...] = ("torch", "executorch.exir")
     precisions: tuple[str, ...] = ("fp32",)
     outputs: tuple[str, ...] = ("float32", "uint8")
     forms: tuple[str, ...] = ("unrolled",)

@@ -136,7 +136,9 @@ def save(model: ir.Model, path: Path, largest_file: int = LARGEST_FILE) -> None:
 
 def file_size(model: ir.Model) -> int:
     """At most so many bytes as one file; nothing is serialised to find out."""
-    weights = [value.const_value for value in model.graph.initializers.values()]
+    from mmd_export.onnx_nodes import weights_of
+
+    weights = [value.const_value for value in weights_of(model)]
     nodes = sum(1 for _ in model.graph.all_nodes())
     return sum(weight.nbytes for weight in weights if weight is not None) + _NODE_BYTES * nodes
 

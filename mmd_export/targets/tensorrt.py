@@ -79,12 +79,12 @@ class EngineTarget:
     def compile_onnx(self, model: Path, folder: Path, options: CompileOptions) -> LockFacts:
         """The engine of a graph, and what it is locked to."""
         from mmd_export.trt.engine import Request, build_engine, onnx_files
-        from mmd_export.trt.rewrite import suited
+        from mmd_export.trt.rewrite import rewritten
 
         with scratch_folder() as scratch:
             if self.library.rewrite and options.target.strip_weights:  # the weights come from the graph that was built
                 self.require_buildable(model)
-                model = suited(model.absolute(), scratch)
+                model = rewritten(model.absolute(), scratch)
             request = Request(model, options.batch, options.target, options.precision, options.log, options.notify)
             facts = build_engine(self.library, request, folder / self.artefact)
             if options.target.strip_weights:

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmd_export.environment import why_no_cuda
 from mmd_export.errors import NotAvailableError
 from mmd_export.runtime import Availability, uninstalled
 from mmd_export.target_options import TargetOptions
@@ -44,7 +45,8 @@ class TorchTarget:
 
         if (compiler := find_compiler()) is None:
             return Availability(False, "no C++ compiler (g++, or what CXX names)", COMPILER)
-        return Availability(True, f"torch {version('torch')}, {Path(compiler).name}")
+        only = ", no CUDA" if version("torch").endswith("+cpu") else ""
+        return Availability(True, f"torch {version('torch')}{only}, {Path(compiler).name}")
 
     def require_options(self, precision: str, options: TargetOptions) -> None:  # noqa: ARG002 - ChecksOptions
         """Raise for a GPU that is not there."""
@@ -71,9 +73,8 @@ def usable_device(wanted: str | None) -> str:
 
     device = wanted or "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise NotAvailableError(
-            f"--device cuda: torch {torch.__version__} finds no GPU; build on the machine that it shall run on"
-        )
+        why = why_no_cuda(torch.__version__, torch.version.cuda)
+        raise NotAvailableError(f"--device cuda builds on the GPU that it is for: {why}")
     return device
 
 

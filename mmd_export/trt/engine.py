@@ -18,10 +18,11 @@ from mmd_export.trt.library import Library, system
 from mmd_export.trt.lint import require_buildable
 from mmd_export.trt.lock import ANY_SYSTEM, LockFacts
 from mmd_export.trt.process import run_job
-from mmd_export.trt.rewrite import suited
+from mmd_export.trt.rewrite import rewritten
 
 AMPERE = "8.0"
-_BUILDER = (Path(__file__).with_name("worker.py"), Path(__file__).with_name("rewrite.py"))
+# What makes an engine of a graph beside the library: a change of it is another key in the cache.
+_BUILDER = tuple(Path(__file__).parent / name for name in ("worker.py", "rewrite.py", "../onnx_nodes.py"))
 # TensorRT-RTX 1.7.1 refuses float8 below 8.9 (measured); full TensorRT builds for the GPU at hand.
 _LEAST_CAPABILITY = {"fp8": "8.9"}
 _NOT_IN_THE_BYTES = ("onnx", "engine", "memory_limit", "timing_cache")
@@ -56,7 +57,7 @@ def build_engine(library: Library, request: Request, engine: Path) -> LockFacts:
         _make(folder)
         with scratch_folder() as scratch:
             if library.rewrite:
-                job = replace(job, onnx=str(suited(request.onnx.absolute(), scratch)))
+                job = replace(job, onnx=str(rewritten(request.onnx.absolute(), scratch)))
             said = run_job(job, library.title, request.log, request.notify, folder / f"{key}.log")
         _keep(folder, key, engine, said, request.notify)
     return _facts(library, request.options, digest, said, device)

@@ -62,7 +62,8 @@ def run_job(
         reason = f"its builder took {taken} MiB of memory, --memory-limit is {job.memory_limit} MiB; try more"
     else:
         reason = f"its builder {how_it_ended(code)}; the last it said: {last_useful(text)}"
-        reason += "; try --workspace with fewer MiB" if code == -signal.SIGKILL else ""
+        killed = "; free memory, or build again with a smaller --workspace"
+        reason += killed if code == -signal.SIGKILL else "; use --target onnx, or another release of the library"
     raise NotAvailableError(f"{title}: {reason}{kept}")
 
 

@@ -12,15 +12,18 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def suited(path: Path, folder: Path) -> Path:
-    """``path`` itself, or a copy in ``folder`` that TensorRT-RTX 1.7.1 compiles, of the same numbers.
+_PRODUCTS = ("MatMul", "Gemm")
 
-    Each rewrite can go once its test, which builds such a graph, passes without it.
+
+def rewritten(path: Path, folder: Path) -> Path:
+    """``path`` itself, or a copy in ``folder`` that computes the same and that TensorRT-RTX 1.7.1 compiles.
+
+    Each rewrite can go once the test that it names passes without it.
     """
     import onnx_ir as ir
 
     model = ir.load(path)
-    if not _unshare(model) | _unfuse(model):
+    if not _unshare(model) | _dequantise_third_product(model):
         return path
     whole = folder / path.name
     try:
@@ -36,7 +39,7 @@ def _unshare(model: ir.Model) -> bool:
     """No two layers but convolutions dequantise the same weight; whether anything changed.
 
     The library fails on such graphs (Myelin, vector::_M_range_check): a w8 or w4 sampler of two steps or more.
-    Convolutions may share theirs.
+    Convolutions may share theirs. tests/trt/test_deferred.py::test_steps_share_quantised_weights
     """
     read: set[ir.Value] = set()
     changed = False
@@ -53,17 +56,19 @@ def _unshare(model: ir.Model) -> bool:
     return changed
 
 
-def _unfuse(model: ir.Model) -> bool:
+def _dequantise_third_product(model: ir.Model) -> bool:
     """In the body of a loop, at most two products of one value have weights with a scale a channel; whether it changed.
 
-    The library fuses three (query, key and value of an attention) and fails (Myelin, ``op->parent() == this``): a w8
-    sampler in the form ``loop``. The weights of the third are dequantised here.
+    The library fuses three or more (query, key and value of an attention, the time projections of residual blocks) and
+    fails (Myelin, ``op->parent() == this``): a w8 sampler in the form ``loop``. The weights from the third on are
+    dequantised here.
+    tests/trt/test_deferred.py::test_a_loop_has_products_of_quantised_weights
     """
     seen: Counter[ir.Value] = Counter()
     changed = False
     for node in list(model.graph.all_nodes()):
-        weight = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] is not None else None
-        if node.graph is model.graph or weight is None or not _by_channel(weight) or node.inputs[0] is None:
+        weight = node.inputs[1].producer() if node.op_type in _PRODUCTS and node.inputs[1] is not None else None
+        if node.graph is model.graph or weight is None or not _per_channel(weight) or node.inputs[0] is None:
             continue
         seen[node.inputs[0]] += 1
         if seen[node.inputs[0]] > 2:
@@ -72,7 +77,7 @@ def _unfuse(model: ir.Model) -> bool:
     return changed
 
 
-def _by_channel(node: ir.Node) -> bool:
+def _per_channel(node: ir.Node) -> bool:
     """Whether ``node`` dequantises a constant, symmetric, a scale a channel rather than a block."""
     constants = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
     whole = node.op_type == "DequantizeLinear" and len(constants) == len(node.inputs) == 2

@@ -62,7 +62,9 @@ def build(trt: Any, job: Job, tell: Tell) -> dict[str, Any]:
     config.progress_monitor = _monitor(trt, tell)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise Refused(f"the build failed: {log.last or 'no reason given'}", log=True)
+        raise Refused(
+            f"the build failed: {log.last or 'no reason given'}; use --target onnx or another --form", log=True
+        )
     Path(job.engine).write_bytes(memoryview(plan))
     if cache is not None and job.timing_cache is not None:
         _save(Path(job.timing_cache), bytes(memoryview(config.get_timing_cache().serialize())))

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import json
+
+from benchmarks.common import RESULTS
 from benchmarks.target_tables import target_rows
-from benchmarks.targets import MODELS
-from mmd_export.targets import get_target, target_names
+from benchmarks.targets import MODELS, choices, target_of
 
 
 def test_a_cell_that_is_missing_is_a_row_that_says_so() -> None:
     _, rows = target_rows({"cells": {f"{MODELS[0]} | onnx | fp32": {"failed": "its process crashed (SIGSEGV)"}}})
-    assert len(rows) == len(MODELS) * sum(len(get_target(name).precisions) for name in target_names())
-    said = {row[:3]: row[-1] for row in rows}
+    assert len(rows) == len(MODELS) * sum(len(target_of(name).precisions) for name in choices())
+    said = {row[:3]: row[-2] for row in rows}
     assert said["`onnx`", "`fp32`", MODELS[0]] == "its process crashed (SIGSEGV)"
     assert {said[row[:3]] for row in rows} == {"not measured yet", "its process crashed (SIGSEGV)"}
+
+
+def test_reference_evaluation_of_core_ml_is_within_1e_5() -> None:
+    """Arithmetic in float32 on both sides; Core ML on a device has a tolerance of 1e-4."""
+    packages = json.loads((RESULTS / "coreml.json").read_text(encoding="utf-8"))["packages"]
+    errors = {row["model"]: row["worst"] for row in packages if row["precision"] == "fp32"}
+    assert len(errors) >= 2
+    assert max(errors.values()) <= 1e-5
+
+
+def test_a_graph_that_was_not_compiled_says_how_it_ran() -> None:
+    measured = {
+        "deferred": True, "bytes": 2_000_000, "nodes": 9, "cpu_seconds": 3.0, "peak_memory_mb": 500, "tolerance": 0.01,
+        "sample_error": 0.002, "worst_state_error": 0.003, "not_verified": "",
+        "runtime": "onnxruntime 1", "where": "CPU",
+    }  # fmt: skip
+    silent = measured | {"sample_error": None, "worst_state_error": None, "not_verified": "no Mul in bf16"}
+    cells = {f"{MODELS[0]} | tensorrt | fp16": measured, f"{MODELS[0]} | tensorrt | bf16": silent}
+    rows = {row[:3]: row for row in target_rows({"cells": cells})[1]}
+    fp16, bf16 = (rows["`tensorrt`", f"`{precision}`", MODELS[0]] for precision in ("fp16", "bf16"))
+    assert fp16[3] == "2.00 MB, deferred"
+    assert fp16[-2:] == ("not compiled here; its graph: onnxruntime 1", "CPU")
+    assert bf16[-2:] == ("not compiled here; its graph not run: no Mul in bf16", "CPU")

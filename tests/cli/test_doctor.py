@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from mmd_export.commands import doctor
-from mmd_export.runtime import Availability
-from mmd_runtime.registry import get_runtime
+from mmd_export.errors import NotAvailableError
+from mmd_export.runtime import Runtime, uninstalled
+from mmd_export.targets import Target, get_target, target_names
+from mmd_runtime.onnxruntime import INSTALL
+from mmd_runtime.registry import every_runtime, get_runtime
 from tests.cli.conftest import Command
-
-THERE = Availability(True, "of version 1")
 
 
 @pytest.fixture
@@ -23,44 +24,86 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "broken.py"
 
 
+@pytest.mark.parametrize("part", [*map(get_target, target_names()), *every_runtime()], ids=lambda part: part.name)
+def test_what_a_part_imports_is_a_module_that_can_fail(part: Target | Runtime) -> None:
+    """A namespace package imports whatever is in it."""
+    from importlib.util import find_spec
+
+    for name in part.modules:
+        if not uninstalled([name]):
+            assert (spec := find_spec(name)) is not None
+            assert spec.origin is not None
+
+
 def test_a_package_that_does_not_import_is_broken(package: Path) -> None:
-    package.write_text("raise ImportError('libmissing.so.1: cannot open')", encoding="utf-8")
+    package.write_text("raise ImportError('no such symbol')", encoding="utf-8")
     said: list[str] = []
-    found = doctor.imported(THERE, ("json", "broken"), known := {}, said.append)
-    assert found == Availability(
-        False,
-        "broken is there but broken: ImportError: libmissing.so.1: cannot open",
-        "pip install --force-reinstall broken",
-    )
-    assert doctor.imported(THERE, ("broken",), known, said.append) == found
+    known: dict[str, str] = {}
+    found = doctor.broken_import(("json", "broken"), known, said.append)
+    assert found is not None
+    assert not found.available
+    assert found.detail == "broken is installed but does not import: ImportError: no such symbol"
+    assert found.install == "pip install --force-reinstall --no-deps broken"
+    assert doctor.broken_import(("broken",), known, said.append) == found
     assert said == ["importing json", "importing broken"]
 
 
-def test_a_package_that_crashes_is_named_too(package: Path) -> None:
-    package.write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", encoding="utf-8")
-    assert doctor.imported(THERE, ("broken",), {}).detail.endswith("its import crashed (SIGSEGV)")
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "it crashed (SIGSEGV)"),
+        ("import time; time.sleep(600)", "it took more than 1 s"),
+    ],
+)
+def test_one_that_crashes_or_hangs(package: Path, source: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    package.write_text(source, encoding="utf-8")
+    monkeypatch.setattr(doctor, "_IMPORT_TIMEOUT", 1.0)
+    assert (found := doctor.broken_import(("broken",), {})) is not None
+    assert found.detail.endswith(why)
 
 
-def test_one_that_hangs_is_given_up(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package.write_text("import time; time.sleep(600)", encoding="utf-8")
-    monkeypatch.setattr(doctor, "_SECONDS", 1.0)
-    assert doctor.imported(THERE, ("broken",), {}).detail.endswith("its import took more than 1 s")
+def test_a_missing_system_library_is_no_matter_of_pip(package: Path) -> None:
+    package.write_text("raise OSError('libx.so.1: cannot open shared object file')", encoding="utf-8")
+    assert (found := doctor.broken_import(("broken",), {})) is not None
+    assert found.install == "install the system library that it names"
 
 
-def test_what_works_stays(package: Path) -> None:
+def test_what_works_is_not_broken(package: Path) -> None:
     package.write_text("", encoding="utf-8")
-    assert doctor.imported(THERE, ("broken", "json"), {}) is THERE
+    assert doctor.broken_import(("broken", "json"), {}) is None
+
+
+def test_nothing_is_imported_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sqlite3.py").write_text("raise ValueError", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert doctor.broken_import(("sqlite3",), {}) is None
 
 
 def test_the_command_tries_imports_when_asked(command: Command, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package.write_text("raise OSError('no such device')", encoding="utf-8")
     monkeypatch.setattr(doctor, "target_names", list)
-    monkeypatch.setattr(doctor, "every_runtime", lambda: [get_runtime("onnxruntime")])
+    monkeypatch.setattr(doctor, "every_runtime", lambda: [get_runtime("onnxruntime"), get_runtime("onnxruntime:cpu")])
     for flags, available in ((), True), (("--imports",), False):
         code, out, err = command("doctor", *flags, "--json", "-")
         assert code == 0
-        (part,) = json.loads(out)["parts"]
-        assert part["available"] is available
+        parts = json.loads(out)["parts"]
+        assert [part["available"] for part in parts] == [available, available]
         assert ("importing onnxruntime" in err) is not available
-    assert part["detail"] == "onnxruntime is there but broken: OSError: no such device"
-    assert part["install"] == "pip install --force-reinstall onnxruntime"
+    assert {part["detail"] for part in parts} == {
+        "onnxruntime is installed but does not import: OSError: no such device"
+    }
+
+
+def test_a_provider_of_a_broken_onnxruntime_is_a_row(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise NotAvailableError("onnxruntime is not available here (no such symbol)")
+
+    monkeypatch.setattr("mmd_runtime.onnxruntime._onnxruntime", broken)
+    monkeypatch.setattr(doctor, "target_names", list)
+    monkeypatch.setattr(doctor, "every_runtime", lambda: [get_runtime("onnxruntime:cpu")])
+    code, out, _ = command("doctor", "--json", "-")
+    assert code == 0
+    (part,) = json.loads(out)["parts"]
+    assert not part["available"]
+    assert part["detail"] == "onnxruntime is not available here (no such symbol)"
+    assert part["install"] == INSTALL

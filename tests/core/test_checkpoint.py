@@ -161,11 +161,16 @@ def test_a_run_folder_keeps_its_plan(folder: Path) -> None:
         weights = [[replace(t, weight=t.weight * (1.0 + change)) for t in step.update] for step in plan.steps]
         steps = tuple(replace(step, update=tuple(w)) for step, w in zip(plan.steps, weights, strict=True))
         changed = replace(tuned, plan=replace(plan, steps=steps))
+        assert changed.plan_for() == changed.plan != plan
         if same:
-            assert changed.plan_for() == changed.plan != plan
+            assert changed.plan_for(4) == changed.plan
         else:
             with pytest.raises(UsageError, match="tuned for ddim with 4 steps"):
-                changed.plan_for()
+                changed.plan_for(4)
+    silent = replace(tuned, plan=replace(plan, settings={}))
+    assert silent.plan_for() == silent.plan
+    with pytest.raises(UsageError, match="plan ddim: it does not say how it was made; leave the sampler options out"):
+        silent.plan_for(4)
     assert replace(tuned, plan=None).plan_for(5).step_count == 5
 
 

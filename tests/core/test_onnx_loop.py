@@ -19,7 +19,8 @@ from mmd_export.onnx_loop import loop_tables
 from mmd_export.parity import artefact_rung
 from mmd_export.plan import Step, StepPlan, Term
 from mmd_export.runtime import RunOptions
-from mmd_export.targets.onnx import LOADS_WITHIN, LOOP_ABOVE, chosen_form
+from mmd_export.targets import get_target
+from mmd_export.targets.onnx import LARGEST_FILE, LOADS_WITHIN, LOOP_ABOVE, chosen_form
 from mmd_runtime.registry import runtime_for
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,19 @@ def test_a_loop_takes_any_batch_and_class_labels(tiny_labels: Path, tmp_path: Pa
     np.testing.assert_allclose(both, bundle.golden().sample[:2], rtol=0, atol=1e-5)
     other = session.run(inputs | {"class_labels": (inputs["class_labels"] + 1) % 5})["sample"]
     assert np.abs(other - both).max() > 1e-3
+
+
+@pytest.mark.parametrize(("precision", "largest_file"), [("w8", LARGEST_FILE), ("w4", LARGEST_FILE), ("w8", 2**10)])
+def test_quantised_products_find_their_weights(
+    precision: str, largest_file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime looks for those of query, key and value in the body alone."""
+    monkeypatch.setattr(get_target("onnx"), "largest_file", largest_file)
+    options = BuildOptions("digits", "onnx", tmp_path / "digits", precision, steps=2, form="loop")
+    bundle = build(options)
+    assert bundle.manifest.parity is not None
+    outside = onnx.load(bundle.artefact_path, load_external_data=False).graph.initializer
+    assert bundle.manifest.graph.unique_weight_bytes > sum(len(tensor.raw_data) for tensor in outside)
 
 
 def test_its_size_does_not_grow_with_the_steps(tiny: Path, tmp_path: Path) -> None:

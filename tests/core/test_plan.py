@@ -102,6 +102,29 @@ def test_every_number_is_in_the_digest() -> None:
     assert len(digests) == 1 + 3 + 2 * 7
 
 
+def test_plans_agree_in_all_that_is_computed() -> None:
+    plan, within = by_hand(), 1e-9
+    data = plan.to_dict()
+    changes: list[dict[str, Any]] = [{"initial_scale": 1.01}, {"clip": 1.01}, {"prediction_type": "sample"}]
+    changes += [{"clamp_output": False}]
+    for k, key in ((0, "timestep"), (1, "timestep"), (0, "scale"), (1, "scale")):
+        steps = json.loads(json.dumps(data["steps"]))
+        steps[k][key] *= 1.0 + 1e-7
+        changes.append({"steps": steps})
+    for k, term in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)):
+        steps = json.loads(json.dumps(data["steps"]))
+        steps[k]["update"][term][2] += 1e-7
+        changes.append({"steps": steps})
+    for change in changes:
+        other = StepPlan.from_dict(data | change)
+        assert not plan.agrees(other, within), change
+        assert not other.agrees(plan, within), change
+    first = replace(plan.steps[0], alpha=0.7, sigma=0.3, update=(*plan.steps[0].update[1:], plan.steps[0].update[0]))
+    last = replace(plan.steps[1], update=(*plan.steps[1].update, Term("state", 1, 1e-12)))
+    assert plan.agrees(replace(plan, solver="probed", steps=(first, last), settings={"eta": 1.0}), within)
+    assert not plan.agrees(replace(plan, steps=plan.steps[:1]), within)
+
+
 def test_counts() -> None:
     plan = by_hand()
     assert (plan.step_count, plan.noisy_steps, plan.timesteps) == (2, 2, (900.0, 400.0))

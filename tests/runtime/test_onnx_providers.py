@@ -22,7 +22,15 @@ from mmd_export.numbers import latency_markdown
 from mmd_export.parity import check_artefact
 from mmd_export.runtime import BindingSession, Placement, ProviderRuntime, RunOptions, placement_of
 from mmd_runtime import registry
-from mmd_runtime.onnx_providers import CPU, PROVIDERS, Provider, availability, get_provider
+from mmd_runtime.onnx_providers import (
+    CPU,
+    PROVIDERS,
+    UPDATE_DRIVER,
+    Provider,
+    ProviderMissingError,
+    availability,
+    get_provider,
+)
 from mmd_runtime.onnxruntime import RUNTIME, OnnxRuntime, _GraphSession, _inference_session
 from tests.runtime.chains import close, make, noises, reference
 
@@ -99,9 +107,26 @@ def test_a_provider_that_onnxruntime_leaves_out_is_refused(bundle: Bundle, monke
     provider = ABSENT[0]
     everything = [provider.full_name, *ort.get_available_providers()]
     monkeypatch.setattr(ort, "get_available_providers", lambda: everything)  # as a wheel does that lacks its libraries
-    with pytest.raises(NotAvailableError, match=r"cannot load it, only CPUExecutionProvider; .*pip install"):
-        RUNTIME.on(provider.name).open(bundle, OPTIONS)
-    assert "cannot load it" in RUNTIME.on(provider.name).availability().detail
+    assert provider.device == "cuda"
+    for nvidia, move in ((None, "with a driver is here; run it on a machine that has one"), (object(), "pip install")):
+        monkeypatch.setattr("mmd_runtime.onnx_providers.find_device", lambda found=nvidia: found)
+        with pytest.raises(NotAvailableError, match=rf"cannot load it, only CPUExecutionProvider.*{move}"):
+            RUNTIME.on(provider.name).open(bundle, OPTIONS)
+        assert "cannot load it" in RUNTIME.on(provider.name).availability().detail
+
+
+@pytest.mark.parametrize(
+    ("reason", "install"),
+    [
+        ("CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version", UPDATE_DRIVER),
+        ("CUDA failure 804 ; GPU=0", UPDATE_DRIVER),
+        ("libcudnn.so.9: cannot open shared object file", PROVIDERS["cuda"].install),
+    ],
+)
+def test_a_driver_that_is_too_old_is_no_matter_of_pip(reason: str, install: str) -> None:
+    error = ProviderMissingError(PROVIDERS["cuda"], reason)
+    assert error.install == install
+    assert str(error).endswith(f"{reason}; {install}")
 
 
 def test_a_provider_that_takes_no_node_is_refused(bundle: Bundle) -> None:

@@ -11,9 +11,9 @@ from onnx import TensorProto, helper
 
 from mmd_export.trt.library import RTX
 from tests.cli.conftest import command
-from tests.models import tiny, tiny_attention, tiny_checkpoint
+from tests.models import tiny, tiny_attention, tiny_checkpoint, tiny_labels
 
-__all__ = ["command", "tiny", "tiny_attention", "tiny_checkpoint"]
+__all__ = ["command", "tiny", "tiny_attention", "tiny_checkpoint", "tiny_labels"]
 
 OneNode = Callable[..., Path]
 

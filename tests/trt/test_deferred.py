@@ -151,10 +151,12 @@ def test_steps_share_quantised_weights(precision: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_rtx")
-def test_a_loop_has_an_attention_of_quantised_weights(tmp_path: Path) -> None:
-    """The library gets one of query, key and value as a constant of half precision."""
+@pytest.mark.parametrize("model", ["digits", "labels"])
+def test_a_loop_has_products_of_quantised_weights(model: str, tiny_labels: Path, tmp_path: Path) -> None:
+    """Query, key and value of one value, or the time projections of a network that takes labels."""
     chosen = TargetOptions(compute_capability="8.9", cache=tmp_path / "cache")
-    bundle = build(options("digits", tmp_path / "digits", precision="w8", form="loop", steps=2, of_target=chosen))
+    source = tiny_labels if model == "labels" else model
+    bundle = build(options(source, tmp_path / "out", precision="w8", form="loop", steps=2, of_target=chosen))
     assert bundle.artefact_path.stat().st_size > 2**20
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmd_export.bundle import Bundle
+from mmd_export.environment import why_no_cuda
 from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, one_line
 from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session, uninstalled
 from mmd_runtime.chunks import check_inputs
@@ -76,9 +77,8 @@ def _usable_device(bundle: Bundle) -> str:
     has = {"system": platform.system(), "machine": platform.machine()}
     if wants.get("device") == "cuda":
         if not torch.cuda.is_available():
-            raise NotAvailableError(
-                f"bundle {bundle.name} runs on CUDA, torch {torch.__version__} finds no GPU; rebuild with --device cpu"
-            )
+            why = why_no_cuda(torch.__version__, torch.version.cuda)
+            raise NotAvailableError(f"bundle {bundle.name} runs on CUDA: {why}, or rebuild with --device cpu")
         has["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
     else:
         has["vectors"] = torch.backends.cpu.get_cpu_capability()

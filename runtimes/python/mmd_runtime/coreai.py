@@ -27,7 +27,7 @@ class CoreAiRuntime:
 
     name = "coreai"
     formats: tuple[str, ...] = ("aimodel",)
-    modules: tuple[str, ...] = ("coreai",)
+    modules: tuple[str, ...] = ("coreai.runtime", "coreai.authoring")
     unseen = ""
 
     def availability(self) -> Availability:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 from mmd_export.errors import MmdExportError, NotAvailableError
-from mmd_export.runtime import Array
+from mmd_export.runtime import Array, uninstalled
 
 INSTALL = "pip install cuda-python"
+MODULE = "cuda.bindings.runtime"
 # Of cudaError, https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html
 _NO_MEMORY = 2
 # InsufficientDriver, CallRequiresNewerDriver, SystemDriverMismatch, CompatNotSupported
@@ -19,11 +19,8 @@ _NO_DEVICE = 100
 
 
 def installed() -> bool:
-    """Whether cuda-python is there; imports none of it."""
-    try:
-        return importlib.util.find_spec("cuda.bindings.runtime") is not None
-    except ImportError:
-        return False
+    """Whether cuda-python is there."""
+    return not uninstalled([MODULE])
 
 
 class Cuda:
@@ -110,11 +107,13 @@ def _failure(name: str, code: Any) -> MmdExportError:
         return NotAvailableError(f"{failed}; the driver is too old for this cuda-python: update the driver")
     if int(code) == _NO_DEVICE:
         return NotAvailableError(f"{failed}; the driver sees no GPU; nvidia-smi lists what it sees")
-    return MmdExportError(f"{failed}; is the GPU's memory full?" if int(code) == _NO_MEMORY else failed)
+    if int(code) == _NO_MEMORY:
+        return NotAvailableError(f"{failed}; the GPU's memory is full: free some, or build with a smaller --batch")
+    return MmdExportError(failed)
 
 
 def _imported() -> Any:
     try:
-        return importlib.import_module("cuda.bindings.runtime")
+        return importlib.import_module(MODULE)
     except ImportError as error:
         raise NotAvailableError(f"cuda-python is not available here ({error}); {INSTALL}") from error

@@ -23,7 +23,7 @@ from mmd_export.trt.engine import onnx_sha256
 from mmd_export.trt.library import Library
 from mmd_export.trt.lock import LockFacts, require_lock
 from mmd_runtime.chunks import check_inputs
-from mmd_runtime.cuda import INSTALL, Cuda, installed
+from mmd_runtime.cuda import INSTALL, MODULE, Cuda, installed
 
 GRAPH = "model.onnx"  # beside an engine without weights
 
@@ -37,7 +37,7 @@ class EngineRuntime:
         self.library = library
         self.name = library.name
         self.formats: tuple[str, ...] = (library.name,)
-        self.modules: tuple[str, ...] = (library.module, "cuda.bindings.runtime")
+        self.modules: tuple[str, ...] = (library.module, MODULE)
 
     def availability(self) -> Availability:
         """Look for the GPU first: without one the libraries may crash."""
@@ -215,7 +215,10 @@ class _Context:
         weakref.finalize(self, cuda.release, held)
         self._context = engine.create_execution_context()
         if self._context is None:
-            raise MmdExportError(f"bundle {bundle.name}: no execution context; is the GPU's memory full?")
+            raise NotAvailableError(
+                f"bundle {bundle.name}: no execution context, as when the GPU's memory is full; "
+                "free some, or build with a smaller --batch"
+            )
         manifest = bundle.manifest
         if engine.num_optimization_profiles > 1:
             place = profile_of(bundle, count)

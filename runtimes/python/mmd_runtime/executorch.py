@@ -22,7 +22,7 @@ class ExecuTorchRuntime:
 
     name = "executorch"
     formats: tuple[str, ...] = ("pte",)
-    modules: tuple[str, ...] = ("torch", "executorch")
+    modules: tuple[str, ...] = ("torch", "executorch.runtime")
     unseen = ""
 
     def availability(self) -> Availability:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,8 +18,12 @@ from typing import Any
 
 from mmd_export.errors import NotAvailableError, UsageError, one_line
 from mmd_export.runtime import Availability, Placement
+from mmd_export.trt.device import find_device
 
 _INSTEAD = "pip uninstall -y onnxruntime; pip install"  # these wheels overwrite each other
+UPDATE_DRIVER, ELSEWHERE = "update the NVIDIA driver", "run it on a machine that has one"
+# As CUDA says it, and the numbers of such errors (cudaError).
+_OLD_DRIVER = re.compile(r"driver version is insufficient|InsufficientDriver|CUDA failure (35|36|803|804)\b")
 _GPU_WHEEL = f"{_INSTEAD} 'mmd-export[gpu]'"
 # y = x + x on one float32, opset 13: what a provider is tried on, as the onnx package may be missing where it runs.
 _ADD = (
@@ -68,7 +73,7 @@ _ALL = (
     Provider("coreml", "CoreMLExecutionProvider", "on macOS: pip install 'mmd-export[runtime]'"),
     Provider(
         "openvino", "OpenVINOExecutionProvider",
-        f"{_INSTEAD} onnxruntime-openvino (or, on Intel processors, pip install onnxruntime-ep-openvino)",
+        f"{_INSTEAD} onnxruntime-openvino  # or, on Intel processors: pip install onnxruntime-ep-openvino",
         plugin="onnxruntime_ep_openvino",
     ),
     Provider("webgpu", "WebGpuExecutionProvider", "pip install onnxruntime-ep-webgpu", plugin="onnxruntime_ep_webgpu"),
@@ -87,10 +92,11 @@ def get_provider(name: str) -> Provider:
 class ProviderMissingError(NotAvailableError):
     """A provider that does not work here, with the line that would bring it."""
 
-    def __init__(self, provider: Provider, reason: str) -> None:
+    def __init__(self, provider: Provider, reason: str, install: str = "") -> None:
         self.reason = reason
         name = provider.name
-        super().__init__(f"onnxruntime's provider {name} does not work here: {reason}; {provider.install}")
+        self.install = install or (UPDATE_DRIVER if _OLD_DRIVER.search(reason) else provider.install)
+        super().__init__(f"onnxruntime's provider {name} does not work here: {reason}; {self.install}")
 
 
 def open_session(ort: Any, provider: Provider, model: str | bytes, settings: Any, *, graph: bool = False) -> Any:
@@ -108,7 +114,10 @@ def open_session(ort: Any, provider: Provider, model: str | bytes, settings: Any
         settings.add_provider_for_devices(_plugin_devices(ort, provider), wanted)
         opened = ort.InferenceSession(model, settings, enable_fallback=0)
     if (found := opened.get_providers())[:1] != [provider.full_name]:
-        raise ProviderMissingError(provider, f"onnxruntime {ort.__version__} cannot load it, only {', '.join(found)}")
+        reason = f"onnxruntime {ort.__version__} cannot load it, only {', '.join(found)}"
+        if provider.device == "cuda" and find_device() is None:
+            raise ProviderMissingError(provider, f"{reason}: no NVIDIA GPU with a driver is here", ELSEWHERE)
+        raise ProviderMissingError(provider, reason)
     return opened
 
 
@@ -120,9 +129,10 @@ def availability(ort: Any, provider: Provider) -> Availability:
     try:
         open_session(ort, provider, _ADD, settings)
     except ProviderMissingError as error:
-        return Availability(False, error.reason, provider.install)
+        return Availability(False, error.reason, error.install)
     except failures() as error:
-        return Availability(False, f"{detail}: {one_line(error)}", provider.install)
+        missing = ProviderMissingError(provider, f"{detail}: {one_line(error)}")
+        return Availability(False, missing.reason, missing.install)
     return Availability(True, detail)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,10 @@ class OnnxRuntime:
         if uninstalled(self.modules):
             return Availability(False, "onnxruntime is not installed", INSTALL)
         if self.provider is not None:
-            return availability(_onnxruntime(), self.provider)
+            try:
+                return availability(_onnxruntime(), self.provider)
+            except NotAvailableError as error:  # installed, but it does not import
+                return Availability(False, str(error), INSTALL)
         try:
             return Availability(True, f"onnxruntime {importlib.metadata.version('onnxruntime')}, CPU")
         except importlib.metadata.PackageNotFoundError:
@@ -185,7 +187,7 @@ def _onnxruntime() -> Any:
 
 
 def _require_onnx(bundle: Bundle) -> None:
-    if importlib.util.find_spec("onnx") is None:
+    if uninstalled(["onnx"]):
         raise NotAvailableError(
             f"bundle {bundle.name}: looking inside its chain needs the onnx package, which is not installed; {INSTALL}"
         )
