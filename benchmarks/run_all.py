@@ -21,6 +21,7 @@ SCRIPTS = (
     "benchmarks.openvino",
     "benchmarks.coreml",
     "benchmarks.targets --again",
+    "benchmarks.engines",
     "benchmarks.torch_targets",
     "benchmarks.digits_quality",
     "benchmarks.finetune_speed",

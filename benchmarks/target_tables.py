@@ -86,6 +86,20 @@ def norm_rows(result: dict[str, Any]) -> Table:
     return heads, rows
 
 
+def engine_rows(result: dict[str, Any]) -> Table:
+    """Engines of TensorRT-RTX and their graphs, as files and packed, each as a fraction of fp32 in its form too."""
+    full = {row["form"]: row for row in result["rows"] if row["precision"] == "fp32"}
+    rows: list[tuple[str, ...]] = []
+    for row in result["rows"]:
+        sizes = [(row[kind][size], full[row["form"]][kind][size]) for kind in ENGINE_KINDS for size in ENGINE_SIZES]
+        cells = (f"{size / 1e6:.1f} ({size / whole:.2f})" for size, whole in sizes)
+        rows.append((f"{row['form']}, {row['precision']}", *cells))
+    return ("MB (of fp32)", "graph", "graph, packed", "engine", "engine, packed"), rows
+
+
+ENGINE_KINDS, ENGINE_SIZES = ("onnx", "tensorrt-rtx"), ("bytes", "packed_bytes")
+
+
 def openvino_rows(result: dict[str, Any]) -> Table:
     """Size, load, parity and speed of OpenVINO IR and of the ONNX graph, for each model."""
     rows: list[tuple[str, ...]] = [

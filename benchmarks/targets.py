@@ -122,6 +122,12 @@ def unverified_because(card: str) -> str:
     return " ".join(found[1].split())
 
 
+def processors() -> str:
+    """Of this machine, the GPU's name too if there is one."""
+    facts = environment()
+    return " and ".join(filter(None, (facts["cpu"], (facts["gpu"] or {}).get("name"))))
+
+
 def run_cell(model: str, target: str, precision: str) -> dict[str, Any]:
     """The cell in a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -163,7 +169,7 @@ def main() -> None:
                 if "bytes" in cells.get(key, {}):
                     continue
                 print(key, flush=True)
-                cells[key] = run_cell(model, target, precision) | {"where": environment()["cpu"]}
+                cells[key] = run_cell(model, target, precision) | {"where": processors()}
                 print(f"  {cells[key]}", flush=True)
                 write_result(arguments.out, "benchmarks/targets.py", {"steps": STEPS, "cells": cells})
 

@@ -65,7 +65,7 @@ def why_no_cuda(version: str, cuda: str | None) -> str:
     """What to do about a torch of ``version``, built for ``cuda``, that finds no GPU."""
     if cuda is None:
         return f"torch {version} is built without CUDA; install a CUDA build of it (https://pytorch.org)"
-    return f"torch {version} finds no GPU with a driver for CUDA {cuda}; nvidia-smi shows both, update the driver"
+    return f"torch {version} finds no GPU; run it where nvidia-smi shows one, its CUDA Version {cuda} or newer"
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+PRODUCTS = ("MatMul", "Gemm")  # whose second input is a matrix of weights
+
 
 def constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     """The initialiser ``name`` of ``graph``; made of ``array`` if there is none."""

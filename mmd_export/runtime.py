@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -27,18 +28,20 @@ class Availability:
 
 
 def uninstalled(modules: Iterable[str]) -> str:
-    """The packages of those that are not installed, as text; one that is installed may yet be broken.
-
-    Only the parents of a dotted name are imported.
-    """
+    """The packages of those that are not installed, as text. Nothing is imported: one that is there may be broken."""
     return ", ".join(dict.fromkeys(name.partition(".")[0] for name in modules if not _found(name)))
 
 
 def _found(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ImportError:  # of a parent
-        return False
+    """``find_spec`` of a dotted name would import its parents."""
+    first, *rest = module.split(".")
+    name, spec = first, find_spec(first)
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        name = f"{name}.{part}"
+        spec = PathFinder.find_spec(name, spec.submodule_search_locations)
+    return spec is not None
 
 
 @dataclass(frozen=True)

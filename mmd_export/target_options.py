@@ -15,7 +15,7 @@ from mmd_export.errors import NotAvailableError, UsageError
 
 HARDWARE_COMPAT = ("ampere+", "same-compute-capability")
 DEVICES = ("cpu", "cuda")
-_MOST_MEMORY = 2**24  # MiB, more than any machine has
+_MOST_MEMORY = 2**31  # MiB; in bytes it fits the signed integers of the libraries
 
 # Of the building machine, or used up when the graph was made: no part of a recipe.
 _NOT_LATER = ("cache", "memory_limit", "calibration")

@@ -31,8 +31,9 @@ def doctor(imports: bool = False, notify: Callable[[str], None] = lambda _: None
     known: dict[str, str] = {}
 
     def look(part: Target | Runtime) -> Availability:
-        broken = broken_import(part.modules, known, notify) if imports and not uninstalled(part.modules) else None
-        return broken or part.availability()  # which may import, and crash with, what is broken
+        there = [name for name in part.modules if imports and not uninstalled([name])]
+        # Before the availability, which may import, and crash with, what is broken.
+        return broken_import(there, known, notify) or part.availability()
 
     runtimes = [(runtime, look(runtime)) for runtime in every_runtime()]
     rows: list[dict[str, Any]] = []
@@ -85,12 +86,18 @@ def broken_import(
 
 
 def _repair(module: str, why: str) -> str:
-    """The next move. No dependency is touched, and no version changed."""
+    """The next move; no version is changed, and no dependency but where one is missing."""
     if "cannot open shared object file" in why:
-        return "install the system library that it names"
+        return "install the library that it names: a package of the system, or for CUDA's pip install 'mmd-export[gpu]'"
     packages = sorted(set(packages_distributions().get(module.partition(".")[0], [])))
-    pinned = " ".join(f"{name}=={version(name)}" for name in packages) or module
-    return f"pip install --force-reinstall --no-deps {pinned}"
+    if not packages:
+        return "install it again from where it came"
+    if len(packages) > 1 and "." not in module:
+        return f"keep one of {', '.join(packages)}, which overwrite each other: pip uninstall them all, then install it"
+    if local := [name for name in packages if "+" in version(name)]:  # a build that PyPI does not have
+        return f"install {local[0]} {version(local[0])} again from where it came"
+    alone = "" if why.startswith("ModuleNotFoundError") else " --no-deps"
+    return f"pip install --force-reinstall{alone} {' '.join(f'{name}=={version(name)}' for name in packages)}"
 
 
 def why_not(module: str) -> str:

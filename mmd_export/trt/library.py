@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmd_export.errors import NotAvailableError
-from mmd_export.runtime import Availability
+from mmd_export.runtime import Availability, uninstalled
 
 _ANYWHERE = ("workspace", "memory_limit", "refit", "strip_weights", "cache")
 
@@ -63,7 +63,7 @@ class Library:
     def installed(self) -> Availability:
         """Whether the package is there with its native parts; imports nothing."""
         folders = [folder for name in self.modules for folder in _folders(name)]
-        if importlib.util.find_spec(self.module) is None:
+        if uninstalled([self.module]):
             return Availability(False, f"{self.name} is not installed", self.install)
         try:
             version = f"{self.name} {self.version}"

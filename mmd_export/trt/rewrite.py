@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-_PRODUCTS = ("MatMul", "Gemm")
-
-
 def rewritten(path: Path, folder: Path) -> Path:
     """``path`` itself, or a copy in ``folder`` that computes the same and that TensorRT-RTX 1.7.1 compiles.
 
@@ -64,10 +61,12 @@ def _dequantise_third_product(model: ir.Model) -> bool:
     dequantised here.
     tests/trt/test_deferred.py::test_a_loop_has_products_of_quantised_weights
     """
+    from mmd_export.onnx_nodes import PRODUCTS
+
     seen: Counter[ir.Value] = Counter()
     changed = False
     for node in list(model.graph.all_nodes()):
-        weight = node.inputs[1].producer() if node.op_type in _PRODUCTS and node.inputs[1] is not None else None
+        weight = node.inputs[1].producer() if node.op_type in PRODUCTS and node.inputs[1] is not None else None
         if node.graph is model.graph or weight is None or not _per_channel(weight) or node.inputs[0] is None:
             continue
         seen[node.inputs[0]] += 1

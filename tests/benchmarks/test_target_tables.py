@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import zlib
+from pathlib import Path
+from typing import Any
 
 from benchmarks.common import RESULTS
-from benchmarks.target_tables import target_rows
+from benchmarks.engines import packed
+from benchmarks.target_tables import engine_rows, target_rows
 from benchmarks.targets import MODELS, choices, target_of
 
 
@@ -23,6 +27,19 @@ def test_reference_evaluation_of_core_ml_is_within_1e_5() -> None:
     errors = {row["model"]: row["worst"] for row in packages if row["precision"] == "fp32"}
     assert len(errors) >= 2
     assert max(errors.values()) <= 1e-5
+
+
+def test_engines_are_fractions_of_fp32_in_their_form(tmp_path: Path) -> None:
+    def row(form: str, precision: str, size: int) -> dict[str, Any]:
+        sizes = {"bytes": size, "packed_bytes": size // 2}
+        return {"form": form, "precision": precision, "onnx": sizes, "tensorrt-rtx": sizes | {"packed_bytes": 10**6}}
+
+    rows = [row("unrolled", "fp32", 8 * 10**6), row("unrolled", "int8", 2 * 10**6), row("loop", "fp32", 10**6)]
+    _, found = engine_rows({"rows": rows})
+    assert found[1] == ("unrolled, int8", "2.0 (0.25)", "1.0 (0.25)", "2.0 (0.25)", "1.0 (1.00)")
+    assert found[2] == ("loop, fp32", "1.0 (1.00)", "0.5 (1.00)", "1.0 (1.00)", "1.0 (1.00)")
+    (tmp_path / "file").write_bytes(b"weights" * 10**6)
+    assert packed(tmp_path / "file") == len(zlib.compress(b"weights" * 10**6, 6))
 
 
 def test_a_graph_that_was_not_compiled_says_how_it_ran() -> None:

@@ -75,8 +75,16 @@ def test_quantised_products_find_their_weights(
     options = BuildOptions("digits", "onnx", tmp_path / "digits", precision, steps=2, form="loop")
     bundle = build(options)
     assert bundle.manifest.parity is not None
-    outside = onnx.load(bundle.artefact_path, load_external_data=False).graph.initializer
-    assert bundle.manifest.graph.unique_weight_bytes > sum(len(tensor.raw_data) for tensor in outside)
+    graph = onnx.load(bundle.artefact_path, load_external_data=False).graph
+    (body,) = (attribute.g for node in graph.node for attribute in node.attribute if attribute.name == "body")
+    inside, outside = ({tensor.name for tensor in each.initializer} for each in (body, graph))
+    products = {node.input[1] for node in body.node if node.op_type in ("MatMul", "Gemm")}
+    read = {name for node in body.node if node.op_type == "DequantizeLinear" and node.output[0] in products
+            for name in node.input}  # fmt: skip
+    assert len(read) >= 4
+    assert read <= inside
+    assert not read & outside
+    assert bundle.manifest.graph.unique_weight_bytes > 300_000  # those inside are counted
 
 
 def test_its_size_does_not_grow_with_the_steps(tiny: Path, tmp_path: Path) -> None:

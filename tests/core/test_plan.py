@@ -115,6 +115,10 @@ def test_plans_agree_in_all_that_is_computed() -> None:
         steps = json.loads(json.dumps(data["steps"]))
         steps[k]["update"][term][2] += 1e-7
         changes.append({"steps": steps})
+    for place in (0, 1):
+        steps = json.loads(json.dumps(data["steps"]))
+        steps[0]["clean"][place] += 1e-7
+        changes.append({"steps": steps})
     for change in changes:
         other = StepPlan.from_dict(data | change)
         assert not plan.agrees(other, within), change

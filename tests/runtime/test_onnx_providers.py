@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from mmd_export.bundle import BatchSpec, Bundle
 from mmd_export.commands.bench import bench
@@ -24,6 +25,7 @@ from mmd_export.runtime import BindingSession, Placement, ProviderRuntime, RunOp
 from mmd_runtime import registry
 from mmd_runtime.onnx_providers import (
     CPU,
+    ELSEWHERE,
     PROVIDERS,
     UPDATE_DRIVER,
     Provider,
@@ -108,7 +110,10 @@ def test_a_provider_that_onnxruntime_leaves_out_is_refused(bundle: Bundle, monke
     everything = [provider.full_name, *ort.get_available_providers()]
     monkeypatch.setattr(ort, "get_available_providers", lambda: everything)  # as a wheel does that lacks its libraries
     assert provider.device == "cuda"
-    for nvidia, move in ((None, "with a driver is here; run it on a machine that has one"), (object(), "pip install")):
+    for nvidia, move in (
+        (None, "with a driver that works is here; run it on a machine that has one"),
+        (object(), "pip install"),
+    ):
         monkeypatch.setattr("mmd_runtime.onnx_providers.find_device", lambda found=nvidia: found)
         with pytest.raises(NotAvailableError, match=rf"cannot load it, only CPUExecutionProvider.*{move}"):
             RUNTIME.on(provider.name).open(bundle, OPTIONS)
@@ -116,17 +121,29 @@ def test_a_provider_that_onnxruntime_leaves_out_is_refused(bundle: Bundle, monke
 
 
 @pytest.mark.parametrize(
-    ("reason", "install"),
+    ("reason", "gpu", "move"),
     [
-        ("CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version", UPDATE_DRIVER),
-        ("CUDA failure 804 ; GPU=0", UPDATE_DRIVER),
-        ("libcudnn.so.9: cannot open shared object file", PROVIDERS["cuda"].install),
+        ("CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version", True, UPDATE_DRIVER),
+        ("CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version", False, ELSEWHERE),
+        ("CUDA failure 804 ; GPU=0", False, UPDATE_DRIVER),
+        ("CUDA failure 100: no CUDA-capable device is detected", False, ELSEWHERE),
+        ("libcudnn.so.9: cannot open shared object file", True, PROVIDERS["cuda"].install),
     ],
 )
-def test_a_driver_that_is_too_old_is_no_matter_of_pip(reason: str, install: str) -> None:
+def test_a_driver_is_no_matter_of_pip(reason: str, gpu: bool, move: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmd_runtime.onnx_providers.find_device", lambda: object() if gpu else None)
     error = ProviderMissingError(PROVIDERS["cuda"], reason)
-    assert error.install == install
-    assert str(error).endswith(f"{reason}; {install}")
+    assert error.move == move
+    assert str(error).endswith(f"{reason}; {move}")
+
+
+def test_a_driver_that_is_too_old_leaves_the_bundle_whole(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise Fail("CUDA failure 804 ; GPU=0")
+
+    monkeypatch.setattr("mmd_runtime.onnxruntime.open_session", failing)
+    with pytest.raises(NotAvailableError, match=f"provider cuda does not work here: .*{UPDATE_DRIVER}"):
+        RUNTIME.on("cuda").open(bundle, OPTIONS)
 
 
 def test_a_provider_that_takes_no_node_is_refused(bundle: Bundle) -> None:

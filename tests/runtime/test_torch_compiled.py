@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
+from mmd_export.environment import why_no_cuda
 from mmd_export.errors import BundleError, NotAvailableError
 from mmd_export.runtime import RunOptions
 from mmd_export.target_options import TargetOptions
@@ -124,7 +126,7 @@ def test_a_missing_package_is_named_with_its_line(
     bundle, wanted = bundle_of(built, name), options(name, tmp_path / "out")
     found = importlib.util.find_spec
     hidden = PACKAGES[name]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda each: None if each.startswith(hidden) else found(each))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda each: None if each == hidden else found(each))
     monkeypatch.setattr("mmd_export.runtime.find_spec", importlib.util.find_spec)
     with pytest.raises(NotAvailableError, match=rf"target {name} cannot build here: {hidden} not .*; pip install") as e:
         build(wanted)
@@ -146,12 +148,14 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(
-        NotAvailableError,
-        match="is built without CUDA; install a CUDA build" if torch.version.cuda is None else "finds no GPU",
-    ):
+    with pytest.raises(NotAvailableError, match=f"--device cuda .*: torch {re.escape(torch.__version__)} "):
         build(options("torch", tmp_path / "out", of_target=TargetOptions(device="cuda")))
     assert not list(tmp_path.iterdir())
+
+
+def test_why_torch_finds_no_gpu() -> None:
+    assert why_no_cuda("2.13.0+cpu", None).startswith("torch 2.13.0+cpu is built without CUDA; install a CUDA build")
+    assert why_no_cuda("2.13.0", "13.0").endswith("where nvidia-smi shows one, its CUDA Version 13.0 or newer")
 
 
 @pytest.mark.parametrize(

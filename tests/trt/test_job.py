@@ -151,8 +151,8 @@ def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workspace": 0}, "--workspace is 0 MiB; it must be from 1 to 16,777,216"),
-        ({"workspace": 10**14}, "--workspace is 100000000000000 MiB; it must be from 1 to 16,777,216"),
+        ({"workspace": 0}, "--workspace is 0 MiB; it must be from 1 to 2,147,483,648"),
+        ({"workspace": 10**14}, "--workspace is 100000000000000 MiB; it must be from 1 to 2,147,483,648"),
         ({"memory_limit": -1}, "--memory-limit is -1 MiB"),
         ({"hardware_compat": "volta"}, r"--hardware-compat is 'volta'; give ampere\+ or same-compute-capability"),
         ({"compute_capability": "sm89"}, "--compute-capability is 'sm89'; give numbers such as 8.9,12.0"),

@@ -17,13 +17,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmd_export.errors import NotAvailableError, UsageError, one_line
-from mmd_export.runtime import Availability, Placement
+from mmd_export.runtime import Availability, Placement, uninstalled
 from mmd_export.trt.device import find_device
 
 _INSTEAD = "pip uninstall -y onnxruntime; pip install"  # these wheels overwrite each other
 UPDATE_DRIVER, ELSEWHERE = "update the NVIDIA driver", "run it on a machine that has one"
-# As CUDA says it, and the numbers of such errors (cudaError).
-_OLD_DRIVER = re.compile(r"driver version is insufficient|InsufficientDriver|CUDA failure (35|36|803|804)\b")
+# Of cudaError: the driver is too old or of another release; there is no device, or no driver at all.
+_OLD_DRIVER = re.compile(r"driver version is insufficient|InsufficientDriver|CUDA failure (35|36)\b")
+_OTHER_DRIVER = re.compile(r"CUDA failure (803|804)\b|SystemDriverMismatch|CompatNotSupported")
+_NO_DEVICE = re.compile(r"no CUDA-capable device|cudaErrorNoDevice|CUDA failure 100\b")
 _GPU_WHEEL = f"{_INSTEAD} 'mmd-export[gpu]'"
 # y = x + x on one float32, opset 13: what a provider is tried on, as the onnx package may be missing where it runs.
 _ADD = (
@@ -92,11 +94,18 @@ def get_provider(name: str) -> Provider:
 class ProviderMissingError(NotAvailableError):
     """A provider that does not work here, with the line that would bring it."""
 
-    def __init__(self, provider: Provider, reason: str, install: str = "") -> None:
-        self.reason = reason
-        name = provider.name
-        self.install = install or (UPDATE_DRIVER if _OLD_DRIVER.search(reason) else provider.install)
-        super().__init__(f"onnxruntime's provider {name} does not work here: {reason}; {self.install}")
+    def __init__(self, provider: Provider, reason: str, move: str = "") -> None:
+        self.reason, self.move = reason, move or driver_move(reason) or provider.install
+        super().__init__(f"onnxruntime's provider {provider.name} does not work here: {reason}; {self.move}")
+
+
+def driver_move(reason: str) -> str:
+    """What to do about a failure of CUDA that is the driver's or the device's; empty for every other."""
+    if _OTHER_DRIVER.search(reason):
+        return UPDATE_DRIVER
+    if _OLD_DRIVER.search(reason):  # CUDA says so too where there is none
+        return ELSEWHERE if find_device() is None else UPDATE_DRIVER
+    return ELSEWHERE if _NO_DEVICE.search(reason) else ""
 
 
 def open_session(ort: Any, provider: Provider, model: str | bytes, settings: Any, *, graph: bool = False) -> Any:
@@ -116,7 +125,7 @@ def open_session(ort: Any, provider: Provider, model: str | bytes, settings: Any
     if (found := opened.get_providers())[:1] != [provider.full_name]:
         reason = f"onnxruntime {ort.__version__} cannot load it, only {', '.join(found)}"
         if provider.device == "cuda" and find_device() is None:
-            raise ProviderMissingError(provider, f"{reason}: no NVIDIA GPU with a driver is here", ELSEWHERE)
+            raise ProviderMissingError(provider, f"{reason}: no NVIDIA GPU with a driver that works is here", ELSEWHERE)
         raise ProviderMissingError(provider, reason)
     return opened
 
@@ -129,10 +138,10 @@ def availability(ort: Any, provider: Provider) -> Availability:
     try:
         open_session(ort, provider, _ADD, settings)
     except ProviderMissingError as error:
-        return Availability(False, error.reason, error.install)
+        return Availability(False, error.reason, error.move)
     except failures() as error:
         missing = ProviderMissingError(provider, f"{detail}: {one_line(error)}")
-        return Availability(False, missing.reason, missing.install)
+        return Availability(False, missing.reason, missing.move)
     return Availability(True, detail)
 
 
@@ -168,7 +177,7 @@ def _load_cuda(ort: Any, provider: Provider) -> None:
 
 def _plugin_devices(ort: Any, provider: Provider) -> list[Any]:
     """The device that the provider's own package offers; raises ProviderMissingError if there is none."""
-    if not provider.plugin or importlib.util.find_spec(provider.plugin) is None:
+    if not provider.plugin or uninstalled([provider.plugin]):
         raise ProviderMissingError(provider, f"onnxruntime {ort.__version__} does not have it")
     if not hasattr(ort, "register_execution_provider_library"):
         raise ProviderMissingError(provider, f"onnxruntime {ort.__version__} loads no provider packages, 1.23 does")

@@ -22,6 +22,7 @@ from mmd_runtime.onnx_providers import (
     Provider,
     ProviderMissingError,
     availability,
+    driver_move,
     failures,
     get_provider,
     open_session,
@@ -57,7 +58,8 @@ class OnnxRuntime:
             try:
                 return availability(_onnxruntime(), self.provider)
             except NotAvailableError as error:  # installed, but it does not import
-                return Availability(False, str(error), INSTALL)
+                again = "pip install --force-reinstall --no-deps onnxruntime"
+                return Availability(False, f"onnxruntime does not import: {error.__cause__}", again)
         try:
             return Availability(True, f"onnxruntime {importlib.metadata.version('onnxruntime')}, CPU")
         except importlib.metadata.PackageNotFoundError:
@@ -225,6 +227,8 @@ def _inference_session(bundle: Bundle, model: Path | bytes, options: RunOptions,
                 f"bundle {bundle.name}: onnxruntime {version} cannot run it: {one_line(error)}; "
                 "choose a provider that has the operator in this precision, or build another --precision"
             ) from error
+        if provider is not None and driver_move(one_line(error)):
+            raise ProviderMissingError(provider, one_line(error)) from error
         raise _broken(bundle, error) from error
 
 
