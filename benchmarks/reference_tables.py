@@ -114,6 +114,13 @@ def result_rows() -> Table:
         parts_by_place: dict[tuple[str, str], list[str]] = {}
         for part, environment in result.get("environments", {"all": result.get("environment", {})}).items():
             parts_by_place.setdefault(_place(environment), []).append(part)
+        cells = result.get("cells", {}).values() if isinstance(result.get("cells"), dict) else ()
+        machines = sorted({cell["where"] for cell in cells if isinstance(cell.get("where"), str)})
+        if len(machines) > 1:  # the environment is that of the last cell
+            rows.append(
+                (f"`{path.name}`", f"`{script}`", f"cell by cell, as its table says: {'; '.join(machines)}", "")
+            )
+            continue
         for place, parts in parts_by_place.items():
             of_parts = f": {', '.join(parts)}" if len(parts_by_place) > 1 else ""
             rows.append((f"`{path.name}`{of_parts}", f"`{script}`" if script else "", *place))
