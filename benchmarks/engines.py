@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 import zlib
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +49,13 @@ def measure(model: Path, form: str, precision: str, folder: Path) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "engines.json")
+    parser.add_argument("--jobs", type=int, default=2, help="processes; sizes do not depend on it")
     arguments = parser.parse_args()
-    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         model = save_cifar10(Path(scratch) / "ddpm-cifar10", "v_prediction")
-        for form in FORMS:
-            for precision in PRECISIONS:
-                rows.append(measure(model, form, precision, Path(scratch) / f"{form}-{precision}"))
-                print(rows[-1], flush=True)
+        asked = [(model, form, each, Path(scratch) / f"{form}-{each}") for form in FORMS for each in PRECISIONS]
+        with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+            rows = list(pool.map(measure, *zip(*asked, strict=True)))
     values = {"steps": STEPS, "compute_capability": CAPABILITY, "model": "ddpm-cifar10 architecture", "rows": rows}
     write_result(arguments.out, "benchmarks/engines.py", values)
 
