@@ -158,7 +158,7 @@ def test_a_capture_that_fails_is_done_without(tmp_path: Path) -> None:
 def test_a_full_device_is_one_line(tmp_path: Path) -> None:
     cuda = HostCuda()
     cuda.fail = "cudaMalloc"
-    with pytest.raises(MmdExportError, match="cudaMalloc failed: NO_MEMORY; is the GPU's memory full"):
+    with pytest.raises(NotAvailableError, match=r"cudaMalloc failed: NO_MEMORY; the GPU.s memory is full: free some"):
         EngineSession(bundle_for(tmp_path), AddsOne(cuda), Cuda(cuda))
 
 
