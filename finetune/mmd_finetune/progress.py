@@ -53,7 +53,7 @@ class ProgressBar:
             self._said = monotonic()
             left = self._bar.tasks[0].time_remaining
             when = "" if left is None else f", {timedelta(seconds=round(left))} left"
-            line = f"iteration {report.iteration} of {report.iterations}: {measured}{when}"
+            line = f"mmd-export: iteration {report.iteration} of {report.iterations}: {measured}{when}"
             shown.print(line, soft_wrap=True, highlight=False)
 
     def __enter__(self) -> Self:

@@ -16,6 +16,7 @@ from mmd_export.bundle import Bundle
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.onnx_lint import require_clean
 from mmd_export.onnx_loop import loop_tables
+from mmd_export.onnx_nodes import constant
 from mmd_export.parity import artefact_rung
 from mmd_export.plan import Step, StepPlan, Term
 from mmd_export.runtime import RunOptions
@@ -75,7 +76,7 @@ def test_quantised_products_find_their_weights(
     options = BuildOptions("digits", "onnx", tmp_path / "digits", precision, steps=2, form="loop")
     bundle = build(options)
     assert bundle.manifest.parity is not None
-    graph = onnx.load(bundle.artefact_path, load_external_data=False).graph
+    graph = onnx.load(bundle.artefact_path).graph
     (body,) = (attribute.g for node in graph.node for attribute in node.attribute if attribute.name == "body")
     inside, outside = ({tensor.name for tensor in each.initializer} for each in (body, graph))
     products = {node.input[1] for node in body.node if node.op_type in ("MatMul", "Gemm")}
@@ -84,7 +85,8 @@ def test_quantised_products_find_their_weights(
     assert len(read) >= 4
     assert read <= inside
     assert not read & outside
-    assert bundle.manifest.graph.unique_weight_bytes > 300_000  # those inside are counted
+    weights = sum(len(tensor.raw_data) for each in (body, graph) for tensor in each.initializer)
+    assert bundle.manifest.graph.unique_weight_bytes == weights
 
 
 def test_its_size_does_not_grow_with_the_steps(tiny: Path, tmp_path: Path) -> None:
@@ -158,6 +160,14 @@ def test_the_lint_refuses_a_loop_that_data_can_stop(tiny: Path, tmp_path: Path, 
     loop = next(node for node in model.graph if node.op_type == "Loop")
     loop.replace_input_with(place, model.graph.inputs[0])
     with pytest.raises(NotAvailableError, match=r"node 'loop' \(Loop\)"):
+        require_clean(model)
+
+
+def test_the_lint_looks_at_the_weights_of_the_body(tiny: Path, tmp_path: Path) -> None:
+    model = ir.load(build_form(tiny, tmp_path / "b", "loop", 2).artefact_path)
+    loop = next(node for node in model.graph if node.op_type == "Loop")
+    constant(loop.attributes["body"].as_graph(), "double", np.zeros(3))
+    with pytest.raises(NotAvailableError, match="float64 weight 'double'"):
         require_clean(model)
 
 

@@ -42,6 +42,6 @@ def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch: pytest.Monkey
         for iteration in (1, 2, 3):
             bar(Report(iteration=iteration, iterations=9, loss=None, held_out=2.0, best=1.5, seconds=4.0))
     assert isinstance(console.file, io.StringIO)
-    lines = [line for line in console.file.getvalue().splitlines() if line.startswith("iteration")]
+    lines = [line for line in console.file.getvalue().splitlines() if line.startswith("mmd-export: iteration")]
     assert len(lines) == 1
-    assert re.fullmatch(r"iteration 2 of 9: held-out 2\.00, best 1\.50, \d:\d\d:\d\d left", lines[0])
+    assert re.fullmatch(r"mmd-export: iteration 2 of 9: held-out 2\.00, best 1\.50, \d:\d\d:\d\d left", lines[0])
