@@ -21,7 +21,7 @@ from mmd_export.intervals import LEAST_ROUNDS, RESAMPLES, percentile_interval, r
 
 Clock = Callable[[], float]
 PERCENTILES = (50.0, 90.0, 99.0)
-REST = 0.02  # seconds; threads of the run before that wait for more work at full speed have given up by then
+REST = 0.1  # seconds; threads of the run before that wait for more work at full speed have given up by then
 RESOLUTION = 0.05  # a difference that a run is expected to tell from none
 _WINDOW = 5
 _STABLE = 0.10
