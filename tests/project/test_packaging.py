@@ -69,7 +69,11 @@ def test_help_loads_neither_torch_nor_onnx() -> None:
 
 def test_help_answers_in_time() -> None:
     assert checks.check_light(checks.HELP) == []  # a command that fails is fast, too
-    assert checks.fastest(checks.HELP) < 0.7
+    assert checks.times_as_long(checks.HELP, checks.TYPER) < checks.HELP_TIMES
+
+
+def test_a_slow_start_is_found() -> None:
+    assert checks.times_as_long("import scipy.stats, sklearn.metrics", checks.TYPER, runs=1) > checks.HELP_TIMES
 
 
 def test_light_check_fails_on_a_heavy_import(tmp_path: Path) -> None:
@@ -81,10 +85,6 @@ def test_light_check_fails_on_a_heavy_import(tmp_path: Path) -> None:
 def test_light_check_fails_on_a_failing_command() -> None:
     (problem,) = checks.check_light("raise ValueError('broken command')")
     assert "exit code 1: ValueError: broken command" in problem
-
-
-def test_fastest_measures() -> None:
-    assert checks.fastest("import time; time.sleep(0.3)", runs=2) > 0.3
 
 
 def test_plans_need_the_standard_library_only() -> None:
