@@ -93,6 +93,7 @@ class _Prepared:
     target: Target
     batch: BatchSpec
     program: SamplerProgram
+    weight_bytes: int
     golden: dict[str, NDArray[Any]]
     draft: ManifestDraft
     tuned: TunedPrecision | None
@@ -119,14 +120,15 @@ def _prepare(options: BuildOptions, notify: Callable[[str], None]) -> _Prepared:
         )
     notify("running the float64 reference")
     golden = golden_arrays(checkpoint, plan, golden_count(batch), options.output)
-    release_heap()
+    weight_bytes = sum(weight.nbytes for weight in checkpoint.denoiser.state_dict().values())
+    release_heap(weight_bytes)
     notify("capturing one network call")
     static = batch.smallest if batch.is_static else None
     program = export_program(
         checkpoint.denoiser, plan, checkpoint.shape, static, checkpoint.conditions, checkpoint.decoder
     )
     draft = _draft(options, checkpoint, program, batch, target)
-    return _Prepared(target, batch, program, golden, draft, tuned, checkpoint.lineage)
+    return _Prepared(target, batch, program, weight_bytes, golden, draft, tuned, checkpoint.lineage)
 
 
 def _pack(prepared: _Prepared, options: BuildOptions, kept: tuple[str, ...], notify: Callable[[str], None]) -> Bundle:
@@ -149,7 +151,7 @@ def _pack(prepared: _Prepared, options: BuildOptions, kept: tuple[str, ...], not
         if not options.verify:
             return Measured(with_lineage(model_card(bundle.manifest), prepared.lineage))
         notify("verifying the artefact")
-        release_heap()
+        release_heap(prepared.weight_bytes)
         note = f"; float32 for parity: {', '.join(kept)}" if kept else ""
         found = measured(bundle, runtime_for(draft.format), note)
         if found.unverified:

@@ -73,7 +73,9 @@ def test_garbage_is_gone_before_memory_is_handed_back(monkeypatch: pytest.Monkey
     monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(malloc_trim=malloc_trim))
     gc.disable()
     try:
-        heap.release_heap()
+        heap.release_heap(heap.WORTH - 1)
+        assert trims == []
+        heap.release_heap(heap.WORTH)
     finally:
         gc.enable()
     assert trims == [True]
@@ -87,4 +89,4 @@ def test_other_c_libraries_are_left_alone(platform: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr("ctypes.CDLL", library)
-    heap.release_heap()
+    heap.release_heap(heap.WORTH)
