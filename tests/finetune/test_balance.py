@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from mmd_export.errors import UsageError
 from mmd_finetune import loop
 from mmd_finetune.balance import balanced_weights, equal_weights, real_level, weights_of
 from mmd_finetune.encoder import Encoder
-from mmd_finetune.kernels import Linear
+from mmd_finetune.kernels import KERNELS, Linear
 from mmd_finetune.loop import tune
 from mmd_finetune.mmd import mean_of_pairs, unbiased_mmd2
 from mmd_finetune.reference import Reference, make_reference
-from mmd_finetune.settings import FinetuneSettings
+from mmd_finetune.settings import POLYNOMIAL, FinetuneSettings, make_settings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import Task, prepare
 
@@ -125,6 +126,16 @@ def test_the_gradient_is_that_of_the_weighted_sum(tiny_settings: FinetuneSetting
     alone = norm(prepare(tiny_settings.model_copy(update={"features": ("pixels",)})))
     assert only_pixels == pytest.approx(3.0 * alone, rel=1e-4)
     assert norm(work) != pytest.approx(alone, rel=1e-2)
+
+
+@pytest.mark.parametrize(("kernel", "alike"), [(name, name not in POLYNOMIAL) for name in KERNELS])
+def test_shipped_encoders_are_of_like_scale_unless_the_kernel_is_a_polynomial(kernel: str, alike: bool) -> None:
+    """Of the untuned digits in 2 steps: the plain mean is taken where no encoder would rule it."""
+    given = {"model": "digits", "steps": 2, "out": Path("unused"), "kernel": kernel, "evaluate_count": 64}
+    settings = make_settings({**given, "balance": "untuned"})
+    weights = prepare(settings).loss_weights.values()
+    assert (max(weights) < 4.0 * min(weights)) == alike
+    assert settings.model_copy(update={"balance": "auto"}).balanced == (not alike)
 
 
 def test_shipped_encoders_count_the_same_and_others_are_weighed(tiny_settings: FinetuneSettings) -> None:
