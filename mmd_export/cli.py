@@ -115,7 +115,12 @@ def demo(
     show(result.summary)
 
 
-@app.command(epilog="Example: mmd-export finetune digits --steps 5 --out runs/digits-5")
+@app.command(
+    epilog="Example: mmd-export finetune digits --steps 5 --out runs/digits-5\n\n"
+    "Your own: mmd-export finetune ./model --steps 5 --data ./pictures --resize crop --features dino:./dinov2 "
+    "--holdout inception:fid.pth --tune lora --out runs/5\n\n"
+    "To go on: the same command with --resume"
+)
 def finetune(
     model: TunedModel = None,
     steps: Steps = None,

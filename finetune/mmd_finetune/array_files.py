@@ -72,7 +72,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 def from_array(array: NDArray[np.generic], name: str) -> Pixels:
     """Images (N, C, H, W) of an array NHW, NHWC or NCHW, channels 1 or 3: bytes as they are, floats as float32.
 
-    Raises UsageError for NaN, infinity, and floats outside [-1, 1].
+    Raises UsageError for NaN, infinity, floats outside [-1, 1], and floats of which none is below 0.
     """
     if array.ndim == 3:
         array = array[:, None]
@@ -94,6 +94,11 @@ def from_array(array: NDArray[np.generic], name: str) -> Pixels:
         )
     if images.size and (images.min() < -1.0 or images.max() > 1.0):
         raise UsageError(f"--data {name}: values run from {images.min():g} to {images.max():g}; [-1, 1] is expected")
+    if images.size and images.min() >= 0.0 and images.max() > 0.0:
+        raise UsageError(
+            f"--data {name}: values run from {images.min():g} to {images.max():g}, none is below 0, as in images of "
+            "[0, 1]; [-1, 1] is expected: save 2 x - 1, or bytes"
+        )
     return images
 
 

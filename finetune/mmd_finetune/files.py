@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def clear_write_errors(run: Path, kept: str) -> Iterator[None]:
-    """Turn a refused write into one line that says where, why, and what is ``kept``."""
+def clear_write_errors(run: Path, kept: Callable[[], str]) -> Iterator[None]:
+    """Turn a refused write into one line that says where, why, and what is ``kept`` then."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise MmdExportError(
-            f"cannot write the run folder {run}: {reason}; {kept}; free the cause and pass --resume"
-        ) from error
+        raise MmdExportError(f"cannot write the run folder {run}: {reason}; {kept()}") from error

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmd_export.errors import MmdExportError, UsageError
+from mmd_export.errors import MmdExportError, NotAvailableError, UsageError, is_out_of_memory
 from mmd_export.unroll import UnrolledSampler
 from mmd_finetune.compute import full_float32
 from mmd_finetune.files import clear_write_errors
-from mmd_finetune.interrupts import Interrupts, StoppedError
+from mmd_finetune.interrupts import Interrupts, StoppedError, sigterm_as_interrupt
 from mmd_finetune.noise_ahead import NoiseAhead
 from mmd_finetune.objective import add_gradient, blamed, require_same_gradient
 from mmd_finetune.run_folder import RunFolder, RunResult, differences
@@ -67,15 +67,18 @@ def tune(
     SIGTERM save first, then raise KeyboardInterrupt. Of several processes (torchrun) each does its share of every
     batch; the first one writes, calls ``observer`` after every iteration and tells ``notify`` of what takes a while
     besides, once the run has been accepted.
+    An error of an iteration, such as memory that ran out, is raised when the state is saved, too; ``resume`` then takes
+    another ``micro_batch_size``.
     Raises UsageError for what cannot be run, and MmdExportError if the loss stops being finite or the disk is full.
     """
     if finish and not resume:
         raise UsageError("--finish ends a run that was stopped; give --resume with it")
-    with open_world(settings.device) as world, closing(RunFolder(settings.out)) as folder, full_float32():
+    place = RunFolder(settings.out)
+    with sigterm_as_interrupt(), open_world(settings.device) as world, closing(place) as folder, full_float32():
         world.first_does(lambda: folder.require_usable(settings, resume=resume, finish=finish))
         task = world.together(lambda: prepare(settings, world))
         _require_same(task)
-        with clear_write_errors(settings.out, "the last saved state is kept"), folder.kept_once_saved():
+        with folder.kept_once_saved(), clear_write_errors(settings.out, folder.kept):
             if result := world.first_does(lambda: _begin(folder, task)):
                 return result
             state = TuningState(task.trainable(), settings.learning_rate, settings.plan_learning_rate)
@@ -204,12 +207,28 @@ def _run(run: Run, interrupts: Interrupts) -> None:
 
 @contextmanager
 def _saving_where_it_ends(run: Run) -> Iterator[None]:
-    """Save what is whole if a number is not finite or a signal is heeded: iterations, but for an evaluation due."""
+    """Save what is whole where an iteration or an evaluation fails or heeds a signal: iterations, but for that one.
+
+    What only one of several processes knows of is left to the last saved state: the others would wait for this one.
+    """
     try:
         yield
     except (NotFiniteError, StoppedError):
         run.save_stopped()
         raise
+    except OSError:  # it was the disk
+        raise
+    except Exception as error:
+        if run.task.world.size > 1 or not run.state.is_whole:
+            raise
+        run.save_stopped()
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise NotAvailableError(
+            f"out of memory: {reason}; the state is saved: pass --resume with a --micro-batch-size below "
+            f"{run.task.settings.micro_batch_size or run.task.settings.batch_size}, or free memory"
+        ) from error
 
 
 def _finish(folder: RunFolder, task: Task, state: TuningState) -> RunResult:
@@ -258,8 +277,9 @@ def iterate(
         _require_finite("gradient", dict.fromkeys(blamed(task, sampler, noise, iteration), norm), iteration)
     for group in state.optimiser.param_groups:
         group["lr"] = learning_rate(settings, iteration) * group[RATE]
-    state.optimiser.step()
-    state.update_average(settings.ema_decay)
+    with state.changing():
+        state.optimiser.step()
+        state.update_average(settings.ema_decay)
     return values, norm
 
 

@@ -31,6 +31,7 @@ from mmd_finetune.trainable import Trainable
 
 SHEET_IMAGES = 100
 RESAMPLES = 200
+CHANGE_ROUNDING = ("micro_batch_size",)  # settings that a run may go on with other values of
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,18 @@ class RunFolder:
         else:
             write_json(self._settings, record)
 
+    def kept(self) -> str:
+        """What a run that ends here leaves, and the next move."""
+        if self.state_file.is_file() or not self._made:
+            return "the last saved state is kept; free the cause and pass --resume"
+        return "nothing was saved yet; free the cause and run again"
+
     @contextmanager
     def kept_once_saved(self) -> Iterator[None]:
-        """Remove a folder that ``begin`` made if the block is refused before a state was saved: nothing to resume."""
+        """Remove a folder that ``begin`` made if the block ends before a state was saved: nothing to resume."""
         try:
             yield
-        except MmdExportError:
+        except (MmdExportError, KeyboardInterrupt):
             if self._made and not self.state_file.is_file():
                 shutil.rmtree(self.place, ignore_errors=True)
             raise
@@ -149,6 +156,7 @@ class RunFolder:
             if record.keys() == {"settings"}:
                 known = {"settings": known["settings"]}
             found = differences(known, json.loads(json.dumps(record)))
+            found = [each for each in found if each[0] not in CHANGE_ROUNDING]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{self._settings} is damaged ({error}); choose another --out") from error
         if found:

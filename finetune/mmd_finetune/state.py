@@ -55,6 +55,14 @@ class TuningState:
         groups = parameter_groups(self.denoiser, learning_rate, plan_learning_rate or learning_rate)
         self.optimiser = torch.optim.Adam(groups, lr=learning_rate, fused=True)
         self.progress: Progress | None = None
+        self.is_whole = True
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """``is_whole`` no longer holds if the block, a step of the optimiser, breaks off."""
+        self.is_whole = False
+        yield
+        self.is_whole = True
 
     def update_average(self, decay: float) -> None:
         """average <- decay * average + (1 - decay) * weights."""

@@ -110,6 +110,14 @@ def test_range_is_said(tmp_path: Path) -> None:
         load_images(array(tmp_path, np.linspace(0, 255, 48).reshape(2, 1, 6, 4)))
 
 
+def test_floats_of_0_to_1_are_found(tmp_path: Path) -> None:
+    """As torchvision and most papers keep images; taken as [-1, 1] they would be without black."""
+    images = np.linspace(0, 1, 48).reshape(2, 1, 6, 4)
+    with pytest.raises(UsageError, match=r"values run from 0 to 1, none is below 0, .*: save 2 x - 1, or bytes"):
+        load_images(array(tmp_path, images))
+    assert load_images(array(tmp_path, 2 * images - 1)).min() == -1.0
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

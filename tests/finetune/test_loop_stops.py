@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmd_export.checkpoint import load_checkpoint
-from mmd_export.errors import MmdExportError, UsageError
+from mmd_export.errors import MmdExportError, NotAvailableError, UsageError
 from mmd_finetune import features, interrupts, loop, objective
 from mmd_finetune.features import Encoder, load_encoder
 from mmd_finetune.files import write_json
@@ -72,7 +72,6 @@ def test_a_finished_run_is_not_run_again(tiny_settings: FinetuneSettings) -> Non
         ({"kernel": "cubic"}, "kernel was 'gaussian', is now 'cubic'"),
         ({"steps": 3}, "steps was 2, is now 3"),
         ({"batch_size": 9}, "batch_size was 8, is now 9"),
-        ({"micro_batch_size": 4}, "micro_batch_size was None, is now 4"),
         ({"reference": "batch"}, "reference was 'bank', is now 'batch'"),
         ({"iterations": 9}, "iterations was 6, is now 9"),
         ({"features": ("pixels",)}, r"features was \['digits-conv', 'pixels'\], is now \['pixels'\]"),
@@ -393,3 +392,103 @@ def test_of_several_processes_a_signal_never_stops_at_once(clock: SimpleNamespac
             deliver(number)
             clock.now += 10.0 * interrupts.ONE_SIGNAL
         assert seen.pending
+
+
+def fail_at_call(number: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ``number``-th gradient ends with ``error``."""
+    calls, add_gradient = [], objective.add_gradient
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            raise error
+        return add_gradient(*arguments, **options)
+
+    monkeypatch.setattr(loop, "add_gradient", failing)
+
+
+def test_memory_that_runs_out_loses_nothing_and_the_run_goes_on_with_less_at_once(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An iteration after the last evaluation; smaller micro-batches round otherwise, and nothing else differs."""
+    whole = weights_of(tune(changed(tiny_settings, out=tiny_settings.out.with_name("whole"))).folder)
+    with monkeypatch.context() as patch:
+        fail_at_call(4, RuntimeError("CUDA out of memory. Tried to allocate"), patch)
+        with pytest.raises(NotAvailableError, match=r"out of memory: CUDA .*; the state is saved: pass --resume with a "
+                           r"--micro-batch-size below 8, or free memory"):  # fmt: skip
+            tune(tiny_settings)
+    with safe_open(tiny_settings.out / "state.safetensors", "pt") as state:
+        assert json.loads(state.metadata()["progress"])["iteration"] == 3
+    found = weights_of(tune(changed(tiny_settings, micro_batch_size=4), resume=True).folder)
+    assert all(torch.allclose(found[name], each, rtol=0, atol=1e-5) for name, each in whole.items())
+
+
+def test_any_other_error_saves_first_and_goes_on_as_it_is(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at_call(4, ValueError("a defect"), monkeypatch)
+    with pytest.raises(ValueError, match="a defect"):
+        tune(tiny_settings)
+    with safe_open(tiny_settings.out / "state.safetensors", "pt") as state:
+        assert json.loads(state.metadata()["progress"])["iteration"] == 3
+
+
+def test_a_step_that_breaks_off_is_not_saved(tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights may be of two iterations then; the state of the last evaluation stays."""
+    update, calls = TuningState.update_average, []
+
+    def failing(state: TuningState, decay: float) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("CUDA out of memory")
+        update(state, decay)
+
+    monkeypatch.setattr(TuningState, "update_average", failing)
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        tune(tiny_settings)
+    with safe_open(tiny_settings.out / "state.safetensors", "pt") as state:
+        assert json.loads(state.metadata()["progress"])["iteration"] == 2
+
+
+@pytest.mark.parametrize("place", ["prepare", "_begin", "_first"])
+def test_sigterm_before_the_first_state_leaves_no_folder(
+    place: str, tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        done = getattr(loop, place)
+
+        def signalled(*arguments: Any) -> Any:
+            if place == "_begin":
+                done(*arguments)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return done(*arguments)
+
+        patch.setattr(loop, place, signalled)
+        with pytest.raises(KeyboardInterrupt):
+            tune(tiny_settings)
+    assert not tiny_settings.out.exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+    tune(changed(tiny_settings, iterations=1))
+
+
+def test_sigterm_while_the_result_is_measured_keeps_the_state(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            tune(tiny_settings)
+    assert tune(tiny_settings, resume=True, observer=lambda _: pytest.fail("it ran again")).iterations == 6
+
+
+def test_a_disk_that_is_full_at_the_first_save_leaves_no_folder(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TuningState, "save", full)
+    with pytest.raises(MmdExportError, match="No space left on device; nothing was saved yet; free the cause and run"):
+        tune(tiny_settings)
+    assert not tiny_settings.out.exists()
