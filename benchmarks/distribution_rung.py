@@ -49,8 +49,8 @@ Draw = Callable[[int], NDArray[np.float32]]
 
 
 def opened(options: BuildOptions, count: int) -> tuple[Bundle, Draw]:
-    """A bundle, and samples of it."""
-    bundle = build(replace(options, batch=BATCH))
+    """A bundle, and samples of it; rung 7 is to judge it, so that no other has to."""
+    bundle = build(replace(options, batch=BATCH, verify=False))
     return bundle, bundle_draw(bundle, runtime_for(bundle.manifest.format).open(bundle, RunOptions(1)), count)
 
 

@@ -82,6 +82,8 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
     """
     require_free(options.out, options.overwrite)
     prepared = _prepare(options, notify)
+    if options.auto_promote:
+        prepared = replace(prepared, program=_translated(prepared.program))
     kept = _promote(prepared, options, notify) if options.auto_promote else ()
     return _pack(prepared, options, kept, notify)
 
@@ -160,6 +162,13 @@ def _pack(prepared: _Prepared, options: BuildOptions, kept: tuple[str, ...], not
 
     card = with_lineage(model_card(draft), prepared.lineage)
     return write_bundle(options.out, draft, compile_into, prepared.golden, card, options.overwrite, measure)
+
+
+def _translated(program: SamplerProgram) -> SamplerProgram:
+    """The program, translated once for the trial, the search and the bundle."""
+    from mmd_export.onnx_translate import translate
+
+    return replace(program, translated=translate(program.step))
 
 
 def _promote(prepared: _Prepared, options: BuildOptions, notify: Callable[[str], None]) -> tuple[str, ...]:

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 
 def exact_calls(program: SamplerProgram) -> Calls:
-    """The captured call as it is."""
+    """The captured call as it is; the model is the caller's own."""
     constants = [
         [value.detach().cpu().numpy() for value in program.constants(k)] for k in range(program.plan.step_count)
     ]
-    return Calls(translate(program.step), constants, program.plan, program.shape, program.batch, program.conditions)
+    model = translate(program.step) if program.translated is None else program.translated.clone()
+    return Calls(model, constants, program.plan, program.shape, program.batch, program.conditions)
 
 
 def graph_spec(program: SamplerProgram, output: str) -> GraphSpec:

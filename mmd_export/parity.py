@@ -81,16 +81,15 @@ def artefact_rung(
     """
     limits = limits or NO_LIMITS
     golden, atol = bundle.golden(), bundle.manifest.tolerance.atol
-    seen = _seen(bundle, session, chain, golden)
+    seen, *again = _seen(bundle, session, chain, [golden] if fresh is None else [golden, fresh])
     found = list(_compared(seen, golden, limits))
     states = [f"state.{k}" for k in range(1, golden.steps + 1)]
     tolerances = [(limits.atol_of(state, atol), limits.rtol_of(state)) for state in states]
     budget = _budget(golden, seen, tolerances, "golden")
     if fresh is not None:
-        again = _seen(bundle, session, chain, fresh)
-        found += _compared(again, fresh, limits, FRESH)
+        found += _compared(again[0], fresh, limits, FRESH)
         if budget is not None and budget.first_step is None:  # what fresh noises alone show is worth more
-            other = _budget(fresh, again, tolerances, "fresh")
+            other = _budget(fresh, again[0], tolerances, "fresh")
             budget = other if other is not None and other.first_step is not None else budget
     levels, mean = uint8_tolerance(atol) if golden.sample.dtype == np.uint8 else (None, np.inf)
     return Rung(
@@ -108,20 +107,28 @@ class _Seen:
     forced: tuple[NDArray[Any], ...] = ()
 
 
-def _seen(bundle: Bundle, session: Session | None, chain: ChainSession | None, golden: Golden) -> _Seen:
-    parts = list(chunks(bundle, golden))
-    runs = [] if chain is None else [chain.run_chain(inputs) for inputs, _ in parts]
-    whole = runs if session is None else [session.run(inputs) for inputs, _ in parts]
-    sample = np.concatenate([run["sample"] for run in whole])
+def _seen(bundle: Bundle, session: Session | None, chain: ChainSession | None, noises: Sequence[Golden]) -> list[_Seen]:
+    """What the artefact gives on each; all whole runs come first, as a chain may drop its whole graph for a step's."""
+    found = []
+    for golden in noises:
+        parts = [inputs for inputs, _ in chunks(bundle, golden)]
+        runs = [] if chain is None else [chain.run_chain(inputs) for inputs in parts]
+        whole = runs if session is None else [session.run(inputs) for inputs in parts]
+        steps = range(1, golden.steps + 1) if runs else ()
+        free = tuple(np.concatenate([run[f"state.{k}"] for run in runs]) for k in steps)
+        found.append(_Seen(np.concatenate([run["sample"] for run in whole]), free))
     if chain is None:
-        return _Seen(sample)
-    steps = range(1, golden.steps + 1)
-    free = tuple(np.concatenate([run[f"state.{k}"] for run in runs]) for k in steps)
-    forced = tuple(
+        return found
+    return [replace(seen, forced=_forced(bundle, chain, golden)) for seen, golden in zip(found, noises, strict=True)]
+
+
+def _forced(bundle: Bundle, chain: ChainSession, golden: Golden) -> tuple[NDArray[Any], ...]:
+    """Each state from the reference's one before."""
+    parts = list(chunks(bundle, golden))
+    return tuple(
         np.concatenate([chain.run_step(k, _known(inputs, golden.states, k, rows)) for inputs, rows in parts])
-        for k in steps
+        for k in range(1, golden.steps + 1)
     )
-    return _Seen(sample, free, forced)
 
 
 def _compared(run: _Seen, golden: Golden, limits: Limits, prefix: str = "") -> Iterator[Comparison]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from mmd_export.conditions import Condition
 from mmd_export.decoder import LatentDecoder
 from mmd_export.plan import StepPlan
 from mmd_export.specialise import SpecialisedDenoiser, check_static, specialise
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class SamplerProgram:
 
     ``step`` maps (x, *conditions, *constants) to the raw output. ``batch`` is the static batch, or None if dynamic.
     ``decoder`` turns the last state into the image, if that is a latent and the graph shall end in an image.
+    ``translated`` is ``step`` as ONNX for whoever compiles it more than once: it is copied, translating takes seconds.
     """
 
     plan: StepPlan
@@ -42,6 +47,7 @@ class SamplerProgram:
     batch: int | None
     conditions: tuple[Condition, ...] = ()
     decoder: DecoderProgram | None = None
+    translated: ir.Model | None = None
 
     def constants(self, k: int) -> list[Tensor]:
         """The folded time path of call ``k``."""

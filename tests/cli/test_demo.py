@@ -1,4 +1,4 @@
-"""``mmd-export demo`` as a newcomer calls it, with a few tuning iterations."""
+"""``mmd-export demo`` as a newcomer calls it, with a few tuning iterations and fewer images and rounds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from tests.cli.conftest import Command
 
 
 @pytest.mark.slow
-def test_the_whole_job_leaves_bundle_picture_and_numbers_that_agree(command: Command, tmp_path: Path) -> None:
+def test_the_whole_job_leaves_bundle_picture_and_numbers_that_agree(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmd_export.commands.demo.COUNT", 600)
+    monkeypatch.setattr("mmd_export.commands.demo.BENCH_SECONDS", 2.0)
     out = tmp_path / "demo"
     code, shown, err = command("demo", "--out", out, "--iterations", 6)
     assert code == 0, err

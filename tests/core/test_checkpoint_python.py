@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from dataclasses import replace
@@ -29,6 +30,11 @@ GRADIENTS = ("AutogradEnergy", "FunctionalEnergy", "LabelledEnergy")
 def traced(attribute: str) -> Checkpoint:
     """Loaded once for all tests that change nothing in it: a load traces the gradient twice."""
     return load_checkpoint(f"{NETS}:{attribute}")
+
+
+@functools.cache
+def traced_in_double(attribute: str) -> Checkpoint:
+    return traced(attribute).as_double()
 
 
 def inputs(checkpoint: Checkpoint, batch: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -134,7 +140,7 @@ def test_a_gradient_is_the_gradient(attribute: str) -> None:
     assert isinstance(checkpoint.denoiser, GradientDenoiser)
     module = getattr(foreign_nets, attribute)()
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
-        denoiser = (checkpoint if dtype == torch.float32 else checkpoint.as_double()).denoiser
+        denoiser = (checkpoint if dtype == torch.float32 else traced_in_double(attribute)).denoiser
         for batch in (1, 2, 5):
             given = inputs(checkpoint, batch, dtype)
             expected = module.to(dtype)(*given).detach()
@@ -146,7 +152,7 @@ def test_a_gradient_is_the_gradient(attribute: str) -> None:
 
 def test_a_gradient_by_finite_differences() -> None:
     """An exact answer: (E(x + h d) - E(x - h d)) / 2h = <grad E(x), d>."""
-    checkpoint = traced("AutogradEnergy").as_double()
+    checkpoint = traced_in_double("AutogradEnergy")
     energy = foreign_nets.Energy().double().requires_grad_(False).energy
     x, t = inputs(checkpoint, 2, torch.float64)
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=x.dtype)
@@ -158,7 +164,7 @@ def test_a_gradient_by_finite_differences() -> None:
 
 def test_tuning_goes_through_a_gradient() -> None:
     """The graph is differentiable in its weights and in its input, as the unrolled sampler needs."""
-    denoiser = load_checkpoint(f"{NETS}:FunctionalEnergy").denoiser.requires_grad_(True)
+    denoiser = copy.deepcopy(traced("FunctionalEnergy").denoiser).requires_grad_(True)
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
     denoiser(x, torch.tensor([10])).square().sum().backward()
     assert x.grad is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,21 @@ def build_form(model: Path, out: Path, form: str, steps: int, sampler: str = "dd
     return build(
         BuildOptions(str(model), "onnx", out, steps=steps, sampler=sampler, form=form, batch=batch, verify=False)
     )
+
+
+@pytest.fixture(scope="module")
+def two_steps(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return build_form(tiny, tmp_path_factory.mktemp("loops") / "two", "loop", 2)
+
+
+@pytest.fixture(scope="module")
+def four_steps(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return build_form(tiny, tmp_path_factory.mktemp("loops") / "four", "loop", 4)
+
+
+@pytest.fixture(scope="module")
+def multistep(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return build_form(tiny, tmp_path_factory.mktemp("loops") / "pndm", "loop", 4, "pndm")
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -89,23 +105,23 @@ def test_quantised_products_find_their_weights(
     assert bundle.manifest.graph.unique_weight_bytes == weights
 
 
-def test_its_size_does_not_grow_with_the_steps(tiny: Path, tmp_path: Path) -> None:
-    few, many = (build_form(tiny, tmp_path / str(steps), "loop", steps) for steps in (2, 30))
+def test_its_size_does_not_grow_with_the_steps(two_steps: Bundle, tiny: Path, tmp_path: Path) -> None:
+    few, many = two_steps, build_form(tiny, tmp_path / "many", "loop", 30)
     assert many.manifest.graph.nodes == few.manifest.graph.nodes
     tables = many.artefact_path.stat().st_size - few.artefact_path.stat().st_size
     assert 0 < tables < 28 * 2048  # a row of the folded time path, and the plan's numbers
-    unrolled = build_form(tiny, tmp_path / "unrolled", "unrolled", 30)
+    unrolled = build_form(tiny, tmp_path / "unrolled", "unrolled", 15)
     assert unrolled.manifest.graph.nodes > 10 * many.manifest.graph.nodes
 
 
-def test_two_builds_are_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
-    first, again = (build_form(tiny, tmp_path / name, "loop", 4, "pndm") for name in ("1", "2"))
-    assert first.artefact_path.read_bytes() == again.artefact_path.read_bytes()
+def test_two_builds_are_the_same_bytes(multistep: Bundle, tiny: Path, tmp_path: Path) -> None:
+    again = build_form(tiny, tmp_path / "again", "loop", 4, "pndm")
+    assert multistep.artefact_path.read_bytes() == again.artefact_path.read_bytes()
 
 
 @pytest.mark.parametrize("table", ["plan/state.weight0", "plan/output.weight0"])
-def test_a_wrong_number_in_a_table_fails_at_its_step(tiny: Path, tmp_path: Path, table: str) -> None:
-    bundle = build_form(tiny, tmp_path / "b", "loop", 4)
+def test_a_wrong_number_in_a_table_fails_at_its_step(four_steps: Bundle, tmp_path: Path, table: str) -> None:
+    bundle = Bundle(shutil.copytree(four_steps.folder, tmp_path / "b"), four_steps.manifest)
     model = onnx.load(bundle.artefact_path)
     tensor = next(each for each in model.graph.initializer if each.name == table)
     numbers = numpy_helper.to_array(tensor).copy()
@@ -119,9 +135,8 @@ def test_a_wrong_number_in_a_table_fails_at_its_step(tiny: Path, tmp_path: Path,
     assert [error > 1e-3 for error in errors] == [False, False, True, False]
 
 
-def test_a_step_without_its_states_is_refused(tiny: Path, tmp_path: Path) -> None:
-    bundle = build_form(tiny, tmp_path / "b", "loop", 4, "pndm")
-    chain, inputs = runtime_for("onnx").open_chain(bundle, OPTIONS), inputs_of(bundle)
+def test_a_step_without_its_states_is_refused(multistep: Bundle) -> None:
+    chain, inputs = runtime_for("onnx").open_chain(multistep, OPTIONS), inputs_of(multistep)
     with pytest.raises(UsageError, match=r"step 3 reads 'state\.1', given: .*; add it"):
         chain.run_step(3, inputs | {"state.2": inputs["noise"]})
 
@@ -153,9 +168,8 @@ def test_auto_unrolls_what_was_measured_to_load_quickly() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_the_lint_refuses_a_loop_that_data_can_stop(tiny: Path, tmp_path: Path, place: int) -> None:
-    bundle = build_form(tiny, tmp_path / "b", "loop", 2)
-    model = ir.load(bundle.artefact_path)
+def test_the_lint_refuses_a_loop_that_data_can_stop(two_steps: Bundle, place: int) -> None:
+    model = ir.load(two_steps.artefact_path)
     require_clean(model)
     loop = next(node for node in model.graph if node.op_type == "Loop")
     loop.replace_input_with(place, model.graph.inputs[0])
@@ -163,8 +177,8 @@ def test_the_lint_refuses_a_loop_that_data_can_stop(tiny: Path, tmp_path: Path, 
         require_clean(model)
 
 
-def test_the_lint_looks_at_the_weights_of_the_body(tiny: Path, tmp_path: Path) -> None:
-    model = ir.load(build_form(tiny, tmp_path / "b", "loop", 2).artefact_path)
+def test_the_lint_looks_at_the_weights_of_the_body(two_steps: Bundle) -> None:
+    model = ir.load(two_steps.artefact_path)
     loop = next(node for node in model.graph if node.op_type == "Loop")
     constant(loop.attributes["body"].as_graph(), "double", np.zeros(3))
     with pytest.raises(NotAvailableError, match="float64 weight 'double'"):

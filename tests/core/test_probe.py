@@ -21,9 +21,10 @@ from mmd_export.solvers import SOLVERS
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 PROBED = sorted(name for name, solver in CLASSES.items() if solver not in SOLVERS)
+FEW: dict[str, Any] = {"num_train_timesteps": 100}  # their constructor interpolates in Python at every one
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "KDPM2DiscreteScheduler": [{}, {"use_karras_sigmas": True}, {"prediction_type": "v_prediction"}],
-    "KDPM2AncestralDiscreteScheduler": [{}, {"timestep_spacing": "trailing"}],
+    "KDPM2DiscreteScheduler": [{}, {"use_karras_sigmas": True, **FEW}, {"prediction_type": "v_prediction", **FEW}],
+    "KDPM2AncestralDiscreteScheduler": [{}, {"timestep_spacing": "trailing", **FEW}],
     "LMSDiscreteScheduler": [{}, {"prediction_type": "sample"}],
     "IPNDMScheduler": [{}],
     "SASolverScheduler": [{}, {"prediction_type": "v_prediction"}, {"predictor_order": 3, "corrector_order": 4}],

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from benchmarks.faults import save_network, without_islands
+from benchmarks.faults import without_islands
 from mmd_export import promote, tolerance
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
@@ -21,20 +21,26 @@ from mmd_export.precision.layers import Layer
 from mmd_export.reference import golden_arrays
 from mmd_export.runtime import Arrays, ChainSession, RunOptions
 from mmd_runtime.onnxruntime import chain_session
+from tests.models import save_model, weights_of, write_weights
 
 STEPS = 2
 SPOILT = "mid_block.resnets.0.conv1"
+CHANNELS = (16, 32)
 
 
 @pytest.fixture(scope="module")
 def wild(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of its convolutions gives numbers beyond float16; the norm behind it brings them back."""
-    return save_network(tmp_path_factory.mktemp("wild") / "network", 1e6, SPOILT)
+    folder = save_model(tmp_path_factory.mktemp("wild") / "network", block_out_channels=CHANNELS)
+    weights = weights_of(folder)
+    weights[f"{SPOILT}.weight"] *= 1e6
+    write_weights(folder, weights)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def tame(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_network(tmp_path_factory.mktemp("tame") / "network")
+    return save_model(tmp_path_factory.mktemp("tame") / "network", block_out_channels=CHANNELS)
 
 
 def options(model: Path, out: Path, **changes: Any) -> BuildOptions:
@@ -60,7 +66,10 @@ def test_an_overflow_is_promoted(wild: Path, tmp_path: Path) -> None:
 
 
 def test_a_spoilt_layer_of_int8_is_promoted(tame: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One layer's weights land on a grid of three values; that layer comes back to float32."""
+    """One layer's weights land on a grid of three values; that layer comes back to float32, and one round is not all.
+
+    With it alone in float32 the error is 0.070 (measured), above the limit; without any, 0.32.
+    """
     precision, spoilt = "int8", f"unet.{SPOILT}.weight"
     on_channel = quantise._by_channel
 
@@ -70,7 +79,7 @@ def test_a_spoilt_layer_of_int8_is_promoted(tame: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(quantise, "_by_channel", coarse)
     heard: list[str] = []
-    limit = 0.05
+    limit = 0.06
     basis = tolerance.BASES["onnx", precision]
     monkeypatch.setattr(
         tolerance, "BASES", {**tolerance.BASES, ("onnx", precision): tolerance.Basis(limit, basis.because)}
@@ -78,6 +87,7 @@ def test_a_spoilt_layer_of_int8_is_promoted(tame: Path, tmp_path: Path, monkeypa
     bundle = build(options(tame, tmp_path / "b", precision=precision, auto_promote=True), heard.append)
     found = [line for line in heard if line.startswith("auto-promote: ")]
     assert any(spoilt in line for line in found), found
+    assert len(found) > 1, found
     names = [str(name) for name in ir.load(bundle.artefact_path).graph.initializers]
     assert spoilt in names
     assert not any(name.startswith(f"{spoilt}/") for name in names)
@@ -122,7 +132,7 @@ def test_a_culprit_that_is_no_operator_ends_the_search(
 
 def test_a_round_runs_each_chain_once(tame: Path, tmp_path: Path) -> None:
     """Four golden noises, batch 1: four passes of the whole sampler, whose sample is compared too."""
-    bundle = build(options(tame, tmp_path / "b", precision="fp32"))
+    bundle = build(options(tame, tmp_path / "b", precision="fp32", verify=False))
     opened: list[Counted] = []
 
     def open_chain(bundle: Bundle, model: Any) -> ChainSession:
