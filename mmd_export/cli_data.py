@@ -55,7 +55,7 @@ Balance = Annotated[
     str | None,
     typer.Option(
         help="weights of the encoders in the loss: untuned, by the untuned model's MMD, or equal; default: equal for "
-        "shipped encoders unless the kernel is a polynomial, else untuned",
+        "shipped encoders, else untuned",
         show_default=False,
         rich_help_panel=_PANEL,
     ),

@@ -17,7 +17,6 @@ from mmd_finetune.encoder_source import Source
 from mmd_finetune.setting_names import first_problem, flag_of
 
 PLAN_RATE = 2e-3
-POLYNOMIAL = ("linear", "cubic", "polynomial")  # kernels whose MMD^2 grows with a power of the features
 SEED_LIMIT = 2**63  # the upper half of the generator's seeds is kept for measuring, see mmd_finetune.task
 
 
@@ -36,7 +35,7 @@ class FinetuneSettings(BaseModel):
         features: encoders of the loss, which is the weighted sum of their MMD^2; see ``docs/encoders.md``.
         balance: weights from the untuned model's MMD^2 (``mmd_finetune.balance``), or equal ones; auto is equal for the
             encoders that ship with this package, whose MMD^2 is of like scale unless the kernel is a polynomial, and
-            untuned for all else.
+            untuned for all others.
         holdout: encoders of the held-out metric, which the loss never sees; the first one decides the best weights.
         feature_cache: keep the features of real images on disk; it changes no number.
         kernel: see ``mmd_finetune.kernels``; ``NAME`` or ``NAME:NUMBERS``.
@@ -206,8 +205,7 @@ class FinetuneSettings(BaseModel):
     def balanced(self) -> bool:
         """Whether the encoders are weighed by the untuned model's MMD^2."""
         shipped = all(not Source.parse(spec).place for spec in self.features)
-        alike = shipped and self.kernel.partition(":")[0] not in POLYNOMIAL
-        return self.balance == "untuned" or (self.balance == "auto" and not alike)
+        return self.balance == "untuned" or (self.balance == "auto" and not shipped)
 
     def data_options(self) -> DataOptions:
         """The part that prepares the images."""
