@@ -82,10 +82,10 @@ def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None)
     """
     require_free(options.out, options.overwrite)
     prepared = _prepare(options, notify)
-    if options.auto_promote:
-        prepared = replace(prepared, program=_translated(prepared.program))
-    kept = _promote(prepared, options, notify) if options.auto_promote else ()
-    return _pack(prepared, options, kept, notify)
+    if not options.auto_promote:
+        return _pack(prepared, options, (), notify)
+    prepared = replace(prepared, program=_translated(prepared.program))
+    return _pack(prepared, options, _promote(prepared, options, notify), notify)
 
 
 @dataclass(frozen=True)

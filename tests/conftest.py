@@ -9,9 +9,6 @@ from collections.abc import Iterator
 
 import pytest
 
-MANY_MODULES = 200
-_frozen = [0]  # how many modules there were each time
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _a_cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -27,20 +24,13 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
-    freeze_what_is_imported()
-
-
-def freeze_what_is_imported() -> None:
-    """It is no garbage, and need not be looked at again: a build collects twice, which took a tenth of its time."""
-    if len(sys.modules) > _frozen[-1] + MANY_MODULES:
-        gc.collect()
-        gc.freeze()
-        _frozen.append(len(sys.modules))
+    """What is imported is no garbage, and need not be looked at again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup() -> None:
     """onnxscript lists its operators anew for every export, always the same, in a third of a second; once will do."""
-    freeze_what_is_imported()  # torch.onnx, diffusers and the like are imported by the tests that need them
     for name, module in list(sys.modules.items()):
         if name.startswith("onnxscript._framework_apis.torch_") and not hasattr(module.get_torchlib_ops, "cache_info"):
             module.get_torchlib_ops = functools.cache(module.get_torchlib_ops)  # type: ignore[attr-defined]

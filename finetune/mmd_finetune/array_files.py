@@ -92,12 +92,13 @@ def from_array(array: NDArray[np.generic], name: str) -> Pixels:
             f"--data {name}: {len(bad)} of {len(images)} images hold NaN or infinity, the first is number {bad[0]} "
             "counted from 0"
         )
-    if images.size and (images.min() < -1.0 or images.max() > 1.0):
-        raise UsageError(f"--data {name}: values run from {images.min():g} to {images.max():g}; [-1, 1] is expected")
-    if images.size and images.min() >= 0.0 and images.max() > 0.0:
+    low, high = (images.min(), images.max()) if images.size else (-1.0, 1.0)
+    wrong = f"--data {name}: values run from {low:g} to {high:g}"
+    if low < -1.0 or high > 1.0:
+        raise UsageError(f"{wrong}; [-1, 1] is expected")
+    if low >= 0.0 and high > 0.0:
         raise UsageError(
-            f"--data {name}: values run from {images.min():g} to {images.max():g}, none is below 0, as in images of "
-            "[0, 1]; [-1, 1] is expected: save 2 x - 1, or bytes"
+            f"{wrong}, none is below 0, as in images of [0, 1]; [-1, 1] is expected: save 2 x - 1, or bytes"
         )
     return images
 

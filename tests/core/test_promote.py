@@ -79,7 +79,7 @@ def test_a_spoilt_layer_of_int8_is_promoted(tame: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(quantise, "_by_channel", coarse)
     heard: list[str] = []
-    limit = 0.06
+    limit = 0.05
     basis = tolerance.BASES["onnx", precision]
     monkeypatch.setattr(
         tolerance, "BASES", {**tolerance.BASES, ("onnx", precision): tolerance.Basis(limit, basis.because)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mmd_finetune.settings import FinetuneSettings
@@ -33,3 +34,8 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
 def same_weights(one: Path, other: Path) -> bool:
     a, b = weights_of(one), weights_of(other)
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def saved_iteration(settings: FinetuneSettings) -> int:
+    with safe_open(settings.out / "state.safetensors", framework="pt") as file:
+        return int(json.loads(file.metadata()["progress"])["iteration"])
