@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def exact_calls(program: SamplerProgram) -> Calls:
-    """The captured call as it is; the model is the caller's own."""
+    """The captured call as it is."""
     constants = [
         [value.detach().cpu().numpy() for value in program.constants(k)] for k in range(program.plan.step_count)
     ]
-    model = translate(program.step) if program.translated is None else program.translated.clone()
+    model = translate(program.step) if program.translated is None else program.translated
     return Calls(model, constants, program.plan, program.shape, program.batch, program.conditions)
 
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -232,6 +232,21 @@ def test_another_process_builds_the_same_bytes(build: Build, tiny: Path, tmp_pat
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tiny), str(tmp_path)]
     subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert (tmp_path / "model.onnx").read_bytes() == build(steps=2).path.read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "w8"])
+def test_a_call_that_is_translated_once_compiles_twice(
+    precision: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """To the bytes of one that is translated each time: no compilation changes what the next one starts from."""
+    program = export_program(tiny_checkpoint.denoiser, tiny_checkpoint.plan_for(1), tiny_checkpoint.shape, 1)
+    once = replace(program, translated=translate(program.step))
+    found = []
+    for number, each in enumerate((program, once, once)):
+        (folder := tmp_path / str(number)).mkdir()
+        get_target("onnx").compile(each, folder, CompileOptions(precision))
+        found.append((folder / "model.onnx").read_bytes())
+    assert found[0] == found[1] == found[2]
 
 
 # --- the lint finds what is planted
