@@ -37,7 +37,7 @@ class SamplerProgram:
 
     ``step`` maps (x, *conditions, *constants) to the raw output. ``batch`` is the static batch, or None if dynamic.
     ``decoder`` turns the last state into the image, if that is a latent and the graph shall end in an image.
-    ``translated`` is ``step`` as ONNX for whoever compiles it more than once, which leaves it as it is: translating takes seconds.
+    ``translated`` is ``step`` as ONNX for whoever compiles it more than once, as translating takes seconds; read only.
     """
 
     plan: StepPlan
