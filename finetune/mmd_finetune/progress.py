@@ -19,6 +19,7 @@ from mmd_finetune.world import is_first_process
 BAR = (10, 40)  # columns, at least and at most
 NUMBERS = 68  # columns that all but the bar takes
 LINE_INTERVAL = 30.0  # seconds between lines where there is no bar
+PACE_OVER = 600.0  # seconds; rich's 30 hold few iterations, of which one with an evaluation takes many times as long
 
 
 class ProgressBar:
@@ -37,6 +38,7 @@ class ProgressBar:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=shown,
+            speed_estimate_period=PACE_OVER,
         )
         self._task = self._bar.add_task("tuning", total=None, measured="")
         self._said = monotonic()

@@ -45,3 +45,17 @@ def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch: pytest.Monkey
     lines = [line for line in console.file.getvalue().splitlines() if line.startswith("mmd-export: iteration")]
     assert len(lines) == 1
     assert re.fullmatch(r"mmd-export: iteration 2 of 9: held-out 2\.00, best 1\.50, \d:\d\d:\d\d left", lines[0])
+
+
+def test_one_long_iteration_does_not_rule_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten iterations took 60 seconds, 51 of them the last, which held an evaluation; ten are left."""
+    now = [0.0]
+    console = Console(file=io.StringIO(), width=80, get_time=lambda: now[0])
+    with ProgressBar(console) as bar:
+        for iteration in range(1, 11):
+            now[0] = iteration - 1.0 if iteration < 10 else 60.0
+            monkeypatch.setattr("mmd_finetune.progress.LINE_INTERVAL", 0.0 if iteration == 10 else 1e9)
+            bar(Report(iteration=iteration, iterations=20, loss=None, held_out=2.0, best=1.5, seconds=now[0]))
+    assert isinstance(console.file, io.StringIO)
+    (left,) = re.findall(r"0:0(\d:\d\d) left", console.file.getvalue())
+    assert "1:00" <= left <= "1:10"
