@@ -1,4 +1,4 @@
-"""Fashion-MNIST at 28x28 by step budget: untuned DDIM, the paper's recipe, ours.
+"""Fashion-MNIST at 32x32 by step budget: untuned DDIM, the paper's recipe, ours.
 
 ``python finetune/recipes/train_fashion.py --data FILE.npz`` comes first; ``--base`` is its output. Writes
 ``benchmarks/results/fashion.json`` cell by cell; a run that was stopped goes on. The recipes are

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,23 +12,10 @@ import typer
 from mmd_export import __version__
 from mmd_export.cli_bench import BENCH_EXAMPLES, REPORT_EXAMPLES, bench, report
 from mmd_export.cli_build import BUILD_EXAMPLES, FINALIZE_EXAMPLES, build, finalize
-from mmd_export.cli_data import Balance, Crop, FeatureCacheSwitch, Features, Flip, Holdout, HoldoutFraction, Resize
 from mmd_export.cli_embed import EMBED_EXAMPLES, embed
 from mmd_export.cli_errors import missing_line, usage_line
 from mmd_export.cli_evaluate import EVALUATE_EXAMPLE, evaluate
-from mmd_export.cli_finetune import (
-    Autocast,
-    BatchSize,
-    ChannelsLast,
-    CheckpointCalls,
-    Compile,
-    Device,
-    Estimator,
-    Kernel,
-    Landmarks,
-    MicroBatchSize,
-    Reference,
-)
+from mmd_export.cli_finetune import FINETUNE_EXAMPLES, finetune
 from mmd_export.cli_network import Conditions, GuidanceForm, GuidanceScale, NullLabel, TextLength
 from mmd_export.cli_options import (
     CheckpointOption,
@@ -43,23 +29,12 @@ from mmd_export.cli_options import (
     Spacing,
     Steps,
     Timesteps,
-    TunedModel,
+    TorchDevice,
     listed,
     png,
     with_ema,
-    with_ema_if_given,
 )  # fmt: skip
 from mmd_export.cli_output import say, short, show, show_table, write_json
-from mmd_export.cli_tuning import (
-    Learn,
-    LoraAlpha,
-    LoraRank,
-    LoraTargets,
-    PlanRate,
-    Tune,
-    TunedCalibration,
-    TunedIn,
-)
 from mmd_export.cli_verify import VERIFY_EXAMPLES, verify
 from mmd_export.errors import MmdExportError, NotAvailableError, UsageError, is_out_of_memory
 from mmd_export.journal import JOURNAL
@@ -115,109 +90,7 @@ def demo(
     show(result.summary)
 
 
-@app.command(
-    epilog="Example: mmd-export finetune digits --steps 5 --out runs/digits-5\n\n"
-    "Your own: mmd-export finetune ./model --steps 5 --data ./pictures --resize crop --features dino:./dinov2 "
-    "--holdout inception:fid.pth --tune lora --out runs/5\n\n"
-    "To go on: the same command with --resume"
-)
-def finetune(
-    model: TunedModel = None,
-    steps: Steps = None,
-    out: Annotated[Path | None, typer.Option(help="run folder to make", show_default=False)] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file with any of these settings; options win", show_default=False)
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="digits, a .npz, .npy or IDX file, a folder of pictures, or hf:ID_OR_FOLDER?split=NAME of datasets",
-            show_default=False,
-        ),
-    ] = None,
-    resize: Resize = None,
-    crop: Crop = None,
-    flip: Flip = None,
-    holdout_fraction: HoldoutFraction = None,
-    features: Features = None,
-    balance: Balance = None,
-    holdout: Holdout = None,
-    feature_cache: FeatureCacheSwitch = None,
-    kernel: Kernel = None,
-    estimator: Estimator = None,
-    reference: Reference = None,
-    landmarks: Landmarks = None,
-    batch_size: BatchSize = None,
-    micro_batch_size: MicroBatchSize = None,
-    checkpoint_calls: CheckpointCalls = None,
-    autocast: Autocast = None,
-    channels_last: ChannelsLast = None,
-    compile_network: Compile = None,
-    device: Device = None,
-    lr: Annotated[float | None, typer.Option(help="learning rate of Adam", show_default=False)] = None,
-    iterations: Annotated[int | None, typer.Option(help="optimiser steps", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(help="of the noise", show_default=False)] = None,
-    sampler: Sampler = None,
-    eta: Eta = None,
-    spacing: Spacing = None,
-    timesteps: Timesteps = None,
-    ema: Ema = None,
-    metrics: Annotated[
-        str | None,
-        typer.Option(
-            help="further held-out metrics for log and result, as recall,kid; comma-separated", show_default=False
-        ),
-    ] = None,
-    tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="also write TensorBoard events into the run folder")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
-    finish: Annotated[
-        bool, typer.Option("--finish", help="with --resume: end it now, with the best weights so far")
-    ] = False,
-    tune_weights: Tune = None,
-    lora_rank: LoraRank = None,
-    lora_alpha: LoraAlpha = None,
-    lora_targets: LoraTargets = None,
-    learn: Learn = None,
-    plan_lr: PlanRate = None,
-    precision: TunedIn = None,
-    calibration: TunedCalibration = None,
-) -> None:
-    """Tune a model with the MMD through the whole sampling chain, for one step budget. Writes a run folder."""
-    from mmd_finetune.loop import tune
-    from mmd_finetune.progress import ProgressBar
-    from mmd_finetune.settings import make_settings
-    from mmd_finetune.tensorboard import TensorBoard
-    from mmd_finetune.world import is_first_process
-
-    given = {
-        "model": with_ema_if_given(model, ema), "steps": steps, "out": out, "data": data, "features": features,
-        "resize": resize, "crop": crop, "flip": flip, "holdout_fraction": holdout_fraction, "balance": balance,
-        "feature_cache": feature_cache,
-        "holdout": holdout, "kernel": kernel, "batch_size": batch_size, "learning_rate": lr, "iterations": iterations,
-        "seed": seed, "sampler": sampler, "eta": eta, "spacing": spacing, "timesteps": listed(timesteps),
-        "estimator": estimator, "reference": reference, "landmarks": landmarks, "micro_batch_size": micro_batch_size,
-        "checkpoint_calls": checkpoint_calls, "autocast": autocast, "channels_last": channels_last,
-        "compile": compile_network, "device": device,
-        "tune": tune_weights, "lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_targets": lora_targets,
-        "learn": learn, "plan_learning_rate": plan_lr, "precision": precision, "calibration": calibration,
-        "metrics": metrics,
-    }  # fmt: skip
-    settings = make_settings(given, config)
-    recorded = tensorboard and is_first_process()
-    with ProgressBar() as bar, TensorBoard(settings.out, bar) if recorded else nullcontext(bar) as observer:
-        result = tune(settings, resume=resume, finish=finish, observer=observer, notify=say)
-    if not is_first_process():
-        return
-    at = "" if settings.precision == "fp32" else f" --precision {settings.precision}"
-    show(
-        f"{result.folder}: held-out Frechet distance {result.held_out_before:.2f} -> {result.held_out_after:.2f} "
-        f"(best at iteration {result.best_iteration} of {result.iterations}, {result.seconds:.0f} s)\n"
-        f"next: mmd-export build {result.folder} --target onnx{at} --out bundle"
-    )
-
-
+app.command(epilog=FINETUNE_EXAMPLES)(finetune)
 app.command(epilog=BUILD_EXAMPLES)(build)
 app.command(epilog=FINALIZE_EXAMPLES)(finalize)
 app.command(epilog=EMBED_EXAMPLES)(embed)
@@ -237,6 +110,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="image i of a seed is the same everywhere")] = 0,
     count: Annotated[int, typer.Option(help="how many images")] = 16,
     runtime: RuntimeName = None,
+    device: TorchDevice = None,
     checkpoint: CheckpointOption = None,
     class_label: Annotated[int | None, typer.Option(help="for class-conditional models", show_default=False)] = None,
     steps: Steps = None,
@@ -261,7 +135,7 @@ def sample(
     png("--out", out)
     network = NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
     options = SampleOptions(
-        with_ema(source, ema), seed, count, runtime, checkpoint, class_label, network, tuple(condition or ()),
+        with_ema(source, ema), seed, count, runtime, checkpoint, class_label, network, tuple(condition or ()), device,
         steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps),
     )  # fmt: skip
     drawing = draw(options)

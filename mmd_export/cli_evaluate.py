@@ -22,6 +22,7 @@ from mmd_export.cli_options import (
     Spacing,
     Steps,
     Timesteps,
+    TorchDevice,
     listed,
     png,
     positive,
@@ -71,6 +72,7 @@ def evaluate(
     ] = 200,
     plot: Annotated[Path | None, typer.Option(help="draw the values as a PNG", show_default=False)] = None,
     runtime: RuntimeName = None,
+    device: TorchDevice = None,
     checkpoint: CheckpointOption = None,
     steps: Steps = None,
     sampler: Sampler = None,
@@ -95,7 +97,7 @@ def evaluate(
 
     network = NetworkOptions(guidance_scale, guidance_form, null_label, text_length)
     options = SampleOptions(
-        with_ema(source, ema), seed, count, runtime, checkpoint, None, network, tuple(condition or ()),
+        with_ema(source, ema), seed, count, runtime, checkpoint, None, network, tuple(condition or ()), device,
         steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps),
     )  # fmt: skip
     scoring = command.Scoring(
@@ -104,6 +106,8 @@ def evaluate(
     )  # fmt: skip
     with _bar() as observe:
         result = command.evaluate(options, scoring, observe)
+    if not command.is_first_process():
+        return
     heads = ("encoder", "metric", "value", "95 % interval", "perfect")
     title = f"{result['source']}: {count} samples of seed {seed} against {result['real_images']} real images"
     show_table(title, heads, command.rows(result), json)

@@ -80,6 +80,13 @@ CheckpointOption = Annotated[
     str | None, typer.Option("--checkpoint", help="the model or run folder a bundle was built from", show_default=False)
 ]
 
+TorchDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help="of a model: cpu, cuda or cuda:NUMBER; default: CUDA where there is one", show_default=False
+    ),
+]
+
 
 def _can_be_written(option: typer.CallbackParam, path: Path | None) -> Path | None:
     """``path``; raises UsageError now for what could not be written once the work is done."""

@@ -37,17 +37,23 @@ def golden_inputs(
 
 
 def run_chain(
-    sampler: UnrolledSampler, inputs: dict[str, NDArray[Any]], dtype: torch.dtype = torch.float32
+    sampler: UnrolledSampler,
+    inputs: dict[str, NDArray[Any]],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """``state.1`` ... ``state.K`` and ``sample`` of a sampler, as numpy arrays of ``dtype``."""
+    """``state.1`` ... ``state.K`` and ``sample`` of a sampler, as numpy arrays of ``dtype``.
+
+    ``device`` is where the sampler is, if not on the CPU.
+    """
     tensors = {
-        name: torch.from_numpy(array) if array.dtype == np.int64 else torch.from_numpy(array).to(dtype)
+        name: torch.from_numpy(array).to(device, None if array.dtype == np.int64 else dtype)
         for name, array in inputs.items()
     }
     with torch.inference_mode():
         states = list(sampler.chain(**tensors))
-        results = {f"state.{k}": state.numpy() for k, state in enumerate(states, start=1)}
-        return results | {"sample": sampler.finish(states[-1]).numpy()}
+        results = {f"state.{k}": state.cpu().numpy() for k, state in enumerate(states, start=1)}
+        return results | {"sample": sampler.finish(states[-1]).cpu().numpy()}
 
 
 def run_in_parts(

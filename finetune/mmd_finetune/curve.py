@@ -36,4 +36,4 @@ def draw_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
         if name == "held_out" and all(y > 0 for _, y in curve):
             axis.set_yscale("log")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, format="png", dpi=110, metadata={"Software": None})

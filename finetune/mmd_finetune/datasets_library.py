@@ -15,7 +15,8 @@ from mmd_finetune.pictures import Fit, stacked
 
 HUB = "hf:"
 SAVED = ("dataset_dict.json", "state.json")  # of save_to_disk, with several splits and with one
-OPTIONS = ("split", "column")
+LOADING = ("name", "revision")  # the words of datasets.load_dataset
+OPTIONS = ("split", "column", *LOADING)
 USUAL_SPLIT = "train"
 
 
@@ -25,7 +26,10 @@ def is_dataset_folder(folder: Path) -> bool:
 
 
 def read_dataset(spec: str, fit: Fit) -> NDArray[np.uint8]:
-    """All pictures of ``hf:ID_OR_FOLDER?split=NAME&column=NAME``, (N, H, W, C)."""
+    """All pictures of ``hf:ID_OR_FOLDER?split=NAME&column=NAME``, (N, H, W, C).
+
+    ``name=`` is the configuration of a data set that has several, ``revision=`` a branch, tag or commit of the hub.
+    """
     source = Source.parse(spec)
     for key, value in source.options.items():
         if key not in OPTIONS:
@@ -49,11 +53,14 @@ def _load(source: Source, spec: str) -> Any:
     if not folder.is_dir() and (folder.exists() or not source.is_hub_id):
         found = "is a file" if folder.exists() else "does not exist"
         raise UsageError(f"--data {spec}: {source.place} {found}; a folder, or a hub id owner/name, is expected")
+    chosen = {key: source.options[key] for key in LOADING if key in source.options}
+    saved = any((folder / name).is_file() for name in SAVED)
+    if folder.is_dir() and (vain := [key for key in chosen if saved or key == "revision"]):
+        what = "what save_to_disk wrote" if saved else "a folder"
+        raise UsageError(f"--data {spec}: {vain[0]}={chosen[vain[0]]} is asked for, {what} has none; leave it out")
     try:
         datasets.disable_progress_bars()
-        if any((folder / name).is_file() for name in SAVED):
-            return datasets.load_from_disk(source.place)
-        return datasets.load_dataset(source.place)
+        return datasets.load_from_disk(source.place) if saved else datasets.load_dataset(source.place, **chosen)
     except Exception as error:  # arrow, file and hub errors of many types; each becomes one line
         kind = UsageError if folder.is_dir() else NotAvailableError
         raise kind(f"--data {spec}: datasets cannot load it: {one_line(error)}") from error

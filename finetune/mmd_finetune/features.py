@@ -18,6 +18,7 @@ from mmd_finetune.encoders import encoder_forms, load_encoder
 __all__ = ["Encoder", "encoder_forms", "load_encoder", "load_encoders", "require_fit"]
 
 LOG = logging.getLogger(__name__)
+APART = 1e-2  # of the norm of an image's features: rounding, TF32 included, stays below
 
 
 def load_encoders(
@@ -42,7 +43,7 @@ def require_names(encoders: Sequence[Encoder]) -> None:
 
 
 def require_fit(encoder: Encoder, shape: tuple[int, int, int], *, gradient: bool = True) -> None:
-    """Raise UsageError unless the encoder takes images (C, H, W); it is run on two of them.
+    """Raise UsageError unless the encoder takes images (C, H, W), each for itself; it is run on two of them.
 
     With ``gradient`` it must also let gradients through, as one of the loss has to. Its warnings are logged.
     """
@@ -60,14 +61,15 @@ def require_fit(encoder: Encoder, shape: tuple[int, int, int], *, gradient: bool
 
 
 def _try_out(encoder: Encoder, shape: tuple[int, int, int], gradient: bool) -> None:
-    """Two images through the network and back."""
+    """Two images through the network and back, and one of them beside another."""
     where = f"encoder {encoder.name}: on 2 images {shape}"
     network = encoder.network
     sample = next(itertools.chain(network.parameters(), network.buffers()), torch.zeros(()))
     images = torch.linspace(-1.0, 1.0, 2 * math.prod(shape), device=sample.device).reshape(2, *shape)
     try:
-        features = encoder(images.requires_grad_(gradient))
+        features, beside_another = _twice(encoder, images.requires_grad_(gradient))
         _require_features(features, where)
+        _require_apart(features[:1], beside_another, where)
         if gradient and not features.requires_grad:
             raise UsageError(f"{where} no gradient comes back; an encoder of the loss must be differentiable")
         if gradient:
@@ -76,7 +78,9 @@ def _try_out(encoder: Encoder, shape: tuple[int, int, int], gradient: bool) -> N
             if not bool(torch.isfinite(back).all()):
                 raise UsageError(f"{where} the gradient holds NaN or infinity")
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-        raise UsageError(f"{where} it fails ({one_line(error)}); state its size, as in ?size=224") from error
+        grey = shape[0] == 1 and encoder.channels is None
+        colours = "make three equal channels of one, as ?range=-1..1 does, or " if grey else ""
+        raise UsageError(f"{where} it fails ({one_line(error)}); {colours}state its size, as in ?size=224") from error
 
 
 def _require_features(features: object, where: str) -> None:
@@ -87,3 +91,24 @@ def _require_features(features: object, where: str) -> None:
         raise UsageError(f"{where} it gives {tuple(features.shape)} {kind}; (2, d) float32 is expected")
     if not bool(torch.isfinite(features.detach()).all()):
         raise UsageError(f"{where} a feature is NaN or infinite; its weights or its preprocessing are wrong")
+
+
+def _twice(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The features of two images, and those of the first beside another second; one that draws draws the same."""
+    with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        features = encoder(images)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return features, encoder(torch.cat([images[:1], -images[1:]]))[:1]
+
+
+def _require_apart(features: Tensor, beside_another: Tensor, where: str) -> None:
+    """Raise UsageError if the features of an image (1, d) depend on the other one; every estimator wants them apart."""
+    one, other = features.detach().double(), beside_another.double()
+    gap = float((one - other).norm() / one.norm().clamp_min(1e-12))
+    if gap > APART:
+        raise UsageError(
+            f"{where} the features of the first change by {gap:.1%} with the second; an encoder must not mix the "
+            "images of a batch: save it in eval mode"
+        )

@@ -46,6 +46,7 @@ GO_ON = (
     "--out with a lower --lr"
 )
 UNTUNED = "the model gives it before any tuning; choose another --holdout, --steps or --sampler"
+CURVE_SECONDS = 60.0
 
 
 class NotFiniteError(MmdExportError):
@@ -76,7 +77,7 @@ def tune(
     place = RunFolder(settings.out)
     with sigterm_as_interrupt(), open_world(settings.device) as world, closing(place) as folder, full_float32():
         world.first_does(lambda: folder.require_usable(settings, resume=resume, finish=finish))
-        task = world.together(lambda: prepare(settings, world))
+        task = prepare(settings, world)
         _require_same(task)
         with folder.kept_once_saved(), clear_write_errors(settings.out, folder.kept):
             if result := world.first_does(lambda: _begin(folder, task)):
@@ -115,6 +116,10 @@ class Run:
         """In the first process; all learn if it failed."""
         self.task.world.first_does(lambda: self.state.save(self.folder.state_file))
 
+    def draw(self) -> None:
+        """The curve so far, every minute at most."""
+        self.task.world.first_does(lambda: self.folder.draw_curve(after=CURVE_SECONDS))
+
     def save_stopped(self) -> None:
         """The state of the iterations that are done, if it is good, and their curve, where a run ends early."""
         self.task.world.first_does(self._save_good)
@@ -144,7 +149,7 @@ class Run:
 
 def _begin(folder: RunFolder, task: Task) -> RunResult | None:
     """Make the folder or check that it is this run's; its result if it is finished."""
-    folder.begin(task.record())
+    folder.begin(task.record(), task.settings)
     if not folder.is_finished:
         return None
     folder.drop_state()
@@ -200,6 +205,7 @@ def _run(run: Run, interrupts: Interrupts) -> None:
             run.tell(told["losses"], told["gradient"], held_out, found)
             if due:
                 run.save()
+                run.draw()
     if task.world.any(interrupts.pending):
         run.save_stopped()
         raise KeyboardInterrupt

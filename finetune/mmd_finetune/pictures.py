@@ -118,4 +118,4 @@ def read_picture(path: Path, fit: Fit) -> NDArray[np.uint8]:
         with Image.open(path) as picture:
             return fit.picture(picture, str(path))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(f"--data: picture {path} cannot be read: {error}") from error
+        raise UsageError(f"--data: picture {path} cannot be read: {error}; mend or remove it") from error

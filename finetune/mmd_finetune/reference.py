@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,8 +17,6 @@ from mmd_finetune.world import World
 
 ReferenceKind = Literal["bank", "batch", "nystrom"]
 LANDMARKS = 1024
-
-Encode = Callable[[Encoder, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,21 +54,34 @@ def make_reference(
     biased: bool = False,
     landmarks: int = LANDMARKS,
     seed: int = 0,
-    encode: Encode | None = None,
 ) -> Reference:
-    """Encode ``images`` (M, C, H, W) once, set the kernel's bandwidths from them, and embed them.
+    """Encode ``images`` (M, C, H, W), all real ones, and embed them as ``reference_of`` does."""
+    features = encode_in_batches(encoder, images)
+    return reference_of(encoder, kernel, features, kind=kind, biased=biased, landmarks=landmarks, seed=seed)
+
+
+def reference_of(
+    encoder: Encoder,
+    kernel: str,
+    features: Tensor,
+    *,
+    kind: ReferenceKind = "bank",
+    biased: bool = False,
+    landmarks: int = LANDMARKS,
+    seed: int = 0,
+) -> Reference:
+    """Set the kernel's bandwidths from the ``features`` (M, d) of all real images, and embed them.
 
     Args:
-        encoder: frozen.
+        encoder: frozen; it gave the features.
         kernel: what ``make_kernel`` takes.
-        images: all real ones.
+        features: of all real images.
         kind: what the loss compares with: all images, a new batch of them every iteration, or fixed landmarks.
         biased: of the two estimates of ``mmd_finetune.mmd``.
         landmarks: how many, for the kind ``nystrom``.
         seed: of the k-means that finds them.
-        encode: gives the features, from a cache for instance; by default they are computed.
     """
-    features = (encode or encode_in_batches)(encoder, images).double()
+    features = features.double()
     if not bool(torch.isfinite(features).all()):
         raise UsageError(f"encoder {encoder.name} gives NaN or infinity for a real image; use another --features")
     made = make_kernel(kernel, features)

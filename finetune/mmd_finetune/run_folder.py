@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from mmd_export.checkpoint import PLAN_FILE, SAFETENSORS
 from mmd_export.errors import MmdExportError, UsageError
-from mmd_export.folders import require_writable, sync
+from mmd_export.folders import read_object, require_writable, staged_file, sync
 from mmd_export.tuned_precision import QUANTISATION_FILE
 from mmd_finetune.card import model_card
 from mmd_finetune.curve import draw_curve
 from mmd_finetune.files import append_json_line, read_json_lines, write_atomically, write_json
+from mmd_finetune.setting_names import flag_of
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import Task
@@ -31,6 +33,7 @@ from mmd_finetune.trainable import Trainable
 
 SHEET_IMAGES = 100
 RESAMPLES = 200
+GIVEN = "resume.json"  # the settings with the paths of this machine, while a run is not finished
 CHANGE_ROUNDING = ("micro_batch_size",)  # settings that a run may go on with other values of
 
 
@@ -60,8 +63,10 @@ class RunFolder:
         self.place = place
         self._lock: int | None = None
         self._made = False
+        self._drawn = time.monotonic()
         self.state_file = place / "state.safetensors"
         self._settings = place / "settings.json"
+        self._given = place / GIVEN
         self._log = place / "log.jsonl"
         self._result = place / "result.json"
         self._final = place / ".final"
@@ -94,7 +99,7 @@ class RunFolder:
         if finish and not self.is_finished and not self.state_file.is_file():
             raise UsageError(f"{self.place} holds no saved state that --finish could end with; leave --finish out")
 
-    def begin(self, record: Mapping[str, Any]) -> None:
+    def begin(self, record: Mapping[str, Any], settings: FinetuneSettings) -> None:
         """Make the folder, or check that it belongs to the same run; raises UsageError that names what differs."""
         self._made = not self.place.exists()
         self.place.mkdir(parents=True, exist_ok=True)
@@ -105,6 +110,8 @@ class RunFolder:
             self._require_same(record)
         else:
             write_json(self._settings, record)
+        if not self.is_finished:
+            write_json(self._given, settings.model_dump(mode="json", exclude={"out"}))
 
     def kept(self) -> str:
         """What a run that ends here leaves, and the next move."""
@@ -160,11 +167,10 @@ class RunFolder:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{self._settings} is damaged ({error}); choose another --out") from error
         if found:
-            name, was, is_now = found[0]
-            raise UsageError(
-                f"--resume {self.place}: {name} was {was!r}, is now {is_now!r}; "
-                "give the old value, or choose another --out"
-            )
+            causes = [each for each in found if each[0] in FinetuneSettings.model_fields] or found[:1]
+            told = [f"{_shown(name)} was {was!r}, is now {is_now!r}" for name, was, is_now in causes]
+            values = "the old value" if len(told) == 1 else "the old values"
+            raise UsageError(f"--resume {self.place}: {'; '.join(told)}; give {values}, or choose another --out")
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to ``log.jsonl``."""
@@ -174,9 +180,13 @@ class RunFolder:
         """All whole lines of ``log.jsonl``."""
         return read_json_lines(self._log)
 
-    def draw_curve(self) -> None:
-        """``curve.png`` of the log so far."""
-        draw_curve(self.lines(), self.place / "curve.png")
+    def draw_curve(self, after: float = 0.0) -> None:
+        """``curve.png`` of the log so far, if none was drawn, nor the folder opened, in the last ``after`` seconds."""
+        if time.monotonic() - self._drawn < after:
+            return
+        self._drawn = time.monotonic()
+        with staged_file(self.place / "curve.png") as partial:
+            draw_curve(self.lines(), partial)
 
     def trim_log(self, iteration: int) -> None:
         """Drop what a kill left behind the last saved state: it is done again."""
@@ -247,6 +257,16 @@ class RunFolder:
         """Remove what only an unfinished run needs."""
         shutil.rmtree(self._final, ignore_errors=True)
         self.state_file.unlink(missing_ok=True)
+        self._given.unlink(missing_ok=True)
+
+
+def earlier_settings(place: Path) -> dict[str, Any]:
+    """Those of the unfinished run at ``place``, as the command line gave them; nothing if it has none.
+
+    Raises UsageError if their file is damaged.
+    """
+    path = place / GIVEN
+    return read_object(path, "--resume", "give all settings again") if path.is_file() else {}
 
 
 def _metrics(task: Task, before: Tensor, after: Tensor) -> dict[str, dict[str, Any]]:
@@ -270,6 +290,11 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[
     names = sorted(set().union(*sides), key=lambda name: ("sha256" in name, name))
     pairs = ((name, *(side.get(name) for side in sides)) for name in names)
     return [(name, mine, theirs) for name, mine, theirs in pairs if mine != theirs]
+
+
+def _shown(name: str) -> str:
+    """A setting as its option; a key that has none, and what was found out, as it is called."""
+    return flag_of(name) if name in FinetuneSettings.model_fields else name
 
 
 def _write_sheet(images: Tensor, path: Path) -> None:

@@ -220,12 +220,16 @@ class FinetuneSettings(BaseModel):
         return values | encoders | named
 
 
-def make_settings(given: Mapping[str, Any], config: Path | None = None) -> FinetuneSettings:
+def make_settings(
+    given: Mapping[str, Any], config: Path | None = None, earlier: Mapping[str, Any] | None = None
+) -> FinetuneSettings:
     """Settings from a TOML file and from ``given``, which wins; a value None in ``given`` counts as not given.
 
+    ``earlier`` are those of the run that goes on, which hold where neither says another.
     Raises UsageError that names the setting, its value and what is allowed.
     """
-    values = ({} if config is None else _read_toml(config)) | {k: v for k, v in given.items() if v is not None}
+    values = dict(earlier or {}) | ({} if config is None else _read_toml(config))
+    values |= {key: value for key, value in given.items() if value is not None}
     try:
         return FinetuneSettings(**values)
     except ValidationError as error:

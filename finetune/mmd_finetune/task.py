@@ -8,27 +8,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.denoiser import AtTimesteps
-from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.errors import UsageError
 from mmd_export.plan import StepPlan
+from mmd_export.torch_device import torch_device
 from mmd_export.unroll import UnrolledSampler
-from mmd_finetune.array_files import Pixels
 from mmd_finetune.balance import BATCHES, balanced_weights, equal_weights
 from mmd_finetune.compute import tuning_form
-from mmd_finetune.data import RealImages, load_real, require_images
 from mmd_finetune.embedding import batch_rows
-from mmd_finetune.feature_cache import FeatureCache, feature_folder
 from mmd_finetune.features import Encoder, load_encoders, require_names
 from mmd_finetune.kernels import parse_kernel
 from mmd_finetune.metrics import frechet_distance, sample_many, sampler_inputs
 from mmd_finetune.metrics.bootstrap import Measured
-from mmd_finetune.metrics.suite import NEIGHBOUR_METRICS, Features, MetricOptions, measure, needs_split
-from mmd_finetune.reference import LANDMARKS, Reference, encode_in_batches, make_reference
+from mmd_finetune.metrics.suite import Features, MetricOptions, measure
+from mmd_finetune.real_features import RealFeatures, features_of_first
+from mmd_finetune.reference import LANDMARKS, Reference, encode_in_batches, reference_of
 from mmd_finetune.settings import SEED_LIMIT, FinetuneSettings
 from mmd_finetune.trainable import Trainable, make_emulation, make_trainable, require_continuous_time
 from mmd_finetune.world import World
@@ -226,13 +224,32 @@ class Task:
 def prepare(settings: FinetuneSettings, world: World | None = None) -> Task:
     """Load and check all that ``settings`` name; raises UsageError before any work is done.
 
-    ``world`` are the processes that share the work; None is this one alone.
+    ``world`` are the processes that share the work, each of which calls this; None is this one alone. The first one
+    reads and encodes the images, the others receive their features.
     """
     world = world or World()
     if world.size > settings.batch_size:
         raise UsageError(
             f"{world.size} processes for a batch of {settings.batch_size}; start fewer or raise --batch-size"
         )
+    models = world.together(lambda: _models(settings, world))
+    real = features_of_first(settings, models.base.shape, models.encoders, models.holdouts, models.device, world)
+    return world.together(lambda: _task(models, real, world))
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The networks of a run, on ``device``."""
+
+    settings: FinetuneSettings
+    base: Checkpoint
+    plan: StepPlan
+    encoders: tuple[Encoder, ...]
+    holdouts: tuple[Encoder, ...]
+    device: torch.device
+
+
+def _models(settings: FinetuneSettings, world: World) -> _Models:
     parse_kernel(settings.kernel)
     device = _device(settings.device, world)
     base = load_checkpoint(settings.model)
@@ -253,44 +270,29 @@ def prepare(settings: FinetuneSettings, world: World | None = None) -> Task:
     encoders = load_encoders(settings.features, base.shape, device)
     holdouts = load_encoders(settings.holdout, base.shape, device, gradient=False)
     require_names((*encoders, *holdouts))
-    images = load_real(settings.data, settings.data_options(), base.shape)
-    require_images(images.train, settings.data, base.shape, settings.batch_size, mirrored=settings.flip)
-    _require_measurable(settings, images)
-    base.denoiser.to(device)
+    return _Models(settings, base, plan, encoders, holdouts, device)
+
+
+def _task(models: _Models, real: RealFeatures, world: World) -> Task:
+    settings, base = models.settings, models.base
+    base.denoiser.to(models.device)
     if settings.learn == "plan":
-        require_continuous_time(base, plan)
-    # On the CPU: the device holds their features, not the images.
-    real, held_out = (torch.from_numpy(part) for part in (images.train, images.held_out))
-    cache = FeatureCache(feature_folder() if settings.feature_cache else None, device)
+        require_continuous_time(base, models.plan)
+    training = real.training or (None,) * len(models.holdouts)
     task = Task(
         settings=settings,
         base=base,
-        plan=plan,
-        data_sha256=_sha256(images.train, images.held_out),
-        references=tuple(_reference(encoder, settings, real, cache) for encoder in encoders),
+        plan=models.plan,
+        data_sha256=real.data_sha256,
+        references=tuple(_reference(*each, settings) for each in zip(models.encoders, real.train, strict=True)),
         loss_weights={},
-        holdouts=tuple(
-            HeldOut(encoder, cache(encoder, held_out), cache(encoder, real) if needs_split(settings.metrics) else None)
-            for encoder in holdouts
-        ),
-        real_count=len(real),
-        device=device,
+        holdouts=tuple(HeldOut(*each) for each in zip(models.holdouts, real.held_out, training, strict=True)),
+        real_count=len(real.train[0]),
+        device=models.device,
         world=world,
-        emulation=make_emulation(base, plan, settings),
+        emulation=make_emulation(base, models.plan, settings),
     )
     return replace(task, loss_weights=_loss_weights(task))
-
-
-def _require_measurable(settings: FinetuneSettings, images: RealImages) -> None:
-    """Raise UsageError for metrics that so few images leave undefined."""
-    training, held_out, k = len(images.train), len(images.held_out), MetricOptions().neighbours
-    if held_out <= k and (asked := [name for name in settings.metrics if name in NEIGHBOUR_METRICS]):
-        raise UsageError(f"--metrics {', '.join(asked)} needs more than {k} held-out images, there are {held_out}")
-    if held_out > training and "memorisation" in settings.metrics:
-        raise UsageError(
-            f"--metrics memorisation: {held_out} images are held out, the loss sees {training}; lower "
-            "--holdout-fraction to at most 0.5"
-        )
 
 
 def _loss_weights(task: Task) -> dict[str, float]:
@@ -312,31 +314,18 @@ def _distance(holdout: HeldOut, images: Tensor) -> float:
     return frechet_distance(features, holdout.features)
 
 
-def _reference(encoder: Encoder, settings: FinetuneSettings, real: Tensor, cache: FeatureCache) -> Reference:
-    return make_reference(
+def _reference(encoder: Encoder, features: Tensor, settings: FinetuneSettings) -> Reference:
+    return reference_of(
         encoder,
         settings.kernel,
-        real,
+        features,
         kind=settings.reference,
         biased=settings.estimator == "biased",
         landmarks=settings.landmarks or LANDMARKS,
         seed=settings.seed,
-        encode=cache,
     )
 
 
 def _device(name: str, world: World) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise NotAvailableError("device cuda: no NVIDIA GPU is visible to torch; use --device cpu")
-    if world.size > 1:
-        return world.device
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _sha256(train: Pixels, held_out: Pixels) -> str:
-    """Of the images of the loss and, where they are others, of those that only score."""
-    digest = hashlib.sha256()
-    for images in (train,) if held_out is train else (train, held_out):
-        digest.update(f"{images.dtype} {images.shape}".encode())
-        digest.update(np.ascontiguousarray(images).data)
-    return digest.hexdigest()
+    device = torch_device(name)
+    return world.device if world.size > 1 else device

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +16,19 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmd_export.errors import UsageError
+from mmd_finetune.files import write_atomically
+
+SAVE_SECONDS = 120.0
+PROBED = 2048  # held-out images of a point of the curve
+
 
 @dataclass(frozen=True)
 class Training:
     """``steps`` of AdamW on batches of ``batch``, or fewer once ``seconds`` are over; the rate falls by a half cosine.
 
     ``flip`` mirrors half of the images. On a GPU the network runs under bfloat16 autocast and in channels-last layout.
+    What a training that was stopped goes on from lies in the file ``state``, if given, every two minutes.
     """
 
     steps: int
@@ -29,6 +38,40 @@ class Training:
     decay: float = 0.999
     seconds: float = math.inf
     flip: bool = False
+    state: Path | None = None
+
+
+@dataclass
+class _Run:
+    """Everything that changes while a denoiser is trained. One file, whole or not at all."""
+
+    model: UNet2DModel
+    average: UNet2DModel
+    optimiser: torch.optim.Optimizer
+    generator: torch.Generator
+    step: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    recent: list[Tensor] = field(default_factory=list)  # losses since the last point of the curve
+
+    def save(self, path: Path) -> None:
+        kept = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimiser")}
+        plain = {name: getattr(self, name) for name in ("step", "seconds", "curve", "recent")}
+        file = io.BytesIO()
+        torch.save(kept | plain | {"generator": self.generator.get_state()}, file)
+        write_atomically(path, file.getvalue())
+
+    def load(self, path: Path) -> None:
+        """Raise UsageError if the file is of another network, or none of ours."""
+        try:
+            kept = torch.load(path, weights_only=True)
+            for name in ("model", "average", "optimiser"):
+                getattr(self, name).load_state_dict(kept[name])
+            self.generator.set_state(kept["generator"])
+            for name in ("step", "seconds", "curve", "recent"):
+                setattr(self, name, kept[name])
+        except Exception as error:
+            raise UsageError(f"{path} is no state of this training; remove it to start again") from error
 
 
 def train_denoiser(
@@ -40,42 +83,55 @@ def train_denoiser(
     steps and of seconds, so it has fallen to the end either way.
     """
     device = images.device
-    generator = torch.Generator(device).manual_seed(0)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=training.peak_rate, weight_decay=0.0, fused=device.type == "cuda"
     )
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)
-    curve: list[dict[str, float]] = []
-    start, recent = time.perf_counter(), []
-    for step in track(range(1, training.steps + 1), description="denoiser"):
-        share = max(step / training.steps, (time.perf_counter() - start) / training.seconds)
-        rate = (
-            training.peak_rate * min(step / training.warm_up, 1.0) * (0.5 + 0.5 * math.cos(math.pi * min(share, 1.0)))
-        )
-        optimiser.param_groups[0]["lr"] = rate
-        rows = torch.randint(len(images), (training.batch,), generator=generator, device=device)
-        loss = denoising_loss(model.train(), scheduler, pixels(images[rows], flip=training.flip), generator)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        update_average(average, model, min(training.decay, step / (step + 10)))
-        recent.append(loss.detach())
-        if step % max(1, training.steps // 20) == 0 or share >= 1.0:
+    run = _Run(model, average, optimiser, torch.Generator(device).manual_seed(0))
+    if training.state is not None and training.state.exists():
+        run.load(training.state)
+    saved = time.perf_counter()
+    start = saved - run.seconds
+    done, remaining = run.step, range(run.step + 1, training.steps + 1)
+    for step in track(remaining, description="denoiser", total=training.steps, completed=done):
+        run.step = step
+        run.seconds = time.perf_counter() - start
+        share = max(run.step / training.steps, run.seconds / training.seconds)
+        _advance(run, scheduler, images, training, share)
+        if run.step % max(1, training.steps // 20) == 0 or share >= 1.0:
             probe = torch.Generator(device).manual_seed(1)
             with torch.inference_mode():
-                after = float(denoising_loss(average, scheduler, pixels(held_out[:2048], flip=False), probe))
-            seconds = round(time.perf_counter() - start, 1)
-            curve.append(
-                {"step": step, "loss": float(torch.stack(recent).mean()), "held_out": after, "seconds": seconds}
-            )
-            recent.clear()
-            print(curve[-1], flush=True)
+                after = [
+                    denoising_loss(average, scheduler, pixels(part, flip=False), probe)
+                    for part in held_out[:PROBED].split(PROBED // 8)
+                ]
+            recent, probed = (float(torch.stack(losses).mean()) for losses in (run.recent, after))
+            point = {"step": run.step, "loss": recent, "held_out": probed}
+            run.curve.append(point | {"seconds": round(run.seconds, 1)})
+            run.recent.clear()
+            print(run.curve[-1], flush=True)
+        if training.state is not None and time.perf_counter() - saved >= SAVE_SECONDS:
+            run.save(training.state)
+            saved = time.perf_counter()
         if share >= 1.0:
             break
-    return average, curve
+    return average, run.curve
+
+
+def _advance(run: _Run, scheduler: DDIMScheduler, images: Tensor, training: Training, share: float) -> None:
+    """One step of the optimiser and of the average; ``share`` of the training is over."""
+    rise, fall = min(run.step / training.warm_up, 1.0), 0.5 + 0.5 * math.cos(math.pi * min(share, 1.0))
+    run.optimiser.param_groups[0]["lr"] = training.peak_rate * rise * fall
+    rows = torch.randint(len(images), (training.batch,), generator=run.generator, device=images.device)
+    loss = denoising_loss(run.model.train(), scheduler, pixels(images[rows], flip=training.flip), run.generator)
+    run.optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    run.optimiser.step()
+    update_average(run.average, run.model, min(training.decay, run.step / (run.step + 10)))
+    run.recent.append(loss.detach())
 
 
 def denoising_loss(model: Any, scheduler: DDIMScheduler, images: Tensor, generator: torch.Generator) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from mmd_export.commands.sample import Drawing, SampleOptions, draw
+from mmd_export.commands.sample import Drawing, SampleOptions, draw, is_bundle
 from mmd_export.errors import UsageError
+from mmd_export.torch_device import torch_device
 from mmd_finetune.array_files import Pixels, as_floats
 from mmd_finetune.compute import full_float32
 from mmd_finetune.data import AS_THEY_ARE, DIGITS, DataOptions, load_real, parse_crop
@@ -29,6 +30,9 @@ from mmd_finetune.metrics.suite import (
     measure,
     parse_metrics,
 )
+from mmd_finetune.world import World, is_first_process, open_world
+
+__all__ = ["Compared", "Observer", "Scoring", "evaluate", "is_first_process", "plot", "preparation", "rows"]
 
 ENCODED_AT_ONCE = 512
 
@@ -80,34 +84,112 @@ def evaluate(
     """Every metric on every encoder with its interval, and the share of each class where the encoder tells classes.
 
     With ``data`` digits as it is the samples are compared with all 1,797 scans, and the built-in split serves
-    memorisation. Raises UsageError for what cannot be compared, before anything is drawn where that is known by then.
+    memorisation. Of several processes (torchrun) each draws its share of the samples; the first one reads ``data``,
+    measures, and calls ``observe``; all return the same. Raises UsageError for what cannot be compared, before anything
+    is drawn where that is known by then.
     """
-    parse_metrics(scoring.metrics)
-    encoders = [load_encoder(name).to(_device()) for name in scoring.encoders]
-    if not encoders:
-        raise UsageError("encoders are none; name at least one")
-    require_names(encoders)
-    drawing = draw(options)
-    shape = drawing.shape()
-    for encoder in encoders:
-        require_fit(encoder, shape, gradient=False)
-    images = _real_images(scoring, shape, options.source)
-    _require_enough(options.count, images.count, scoring)
-    generated = _draw(drawing, options.count, observe)
-    metrics, shares = {}, {}
-    for encoder in encoders:
-        sets = _features(encoder, generated, images, scoring, observe)
-        metrics[encoder.name] = _measured(sets, scoring, observe)
-        if encoder.classes is not None:
-            shares[encoder.name] = class_histogram(encoder, generated.to(_device()))
-    return {
-        "source": options.source.rstrip("/").rsplit("/", 1)[-1], "count": options.count, "seed": options.seed,
-        "runtime": drawing.ran_in(),
-        "real_images": images.count, "held_out_images": 0 if images.held_out is None else len(images.held_out),
-        "preparation": asdict(scoring.preparation),
-        "neighbours": scoring.neighbours, "resamples": scoring.resamples,
-        "metrics": metrics, "class_shares": shares,
-    }  # fmt: skip
+    with open_world(options.device or "auto") as world:
+        device = world.device if world.size > 1 else torch_device(options.device)
+        run = _Run(options, scoring, world, device, observe if world.is_first else lambda _what, _done, _of: None)
+        encoders, drawing = world.together(run.prepare)
+        compared: list[Compared] = []  # in the process that read the images; the others need none
+        world.first_does(lambda: compared.append(run.compared(drawing.shape())))
+        generated = world.gather(world.together(lambda: run.drawn(drawing)))[0].cpu()
+        return world.first_does(lambda: run.result(encoders, drawing, generated, compared[0]))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One evaluation, in one of its processes."""
+
+    options: SampleOptions
+    scoring: Scoring
+    world: World
+    device: torch.device
+    observe: Observer
+
+    def prepare(self) -> tuple[list[Encoder], Drawing]:
+        """Encoders that take the samples, and the share of these that this process draws."""
+        parse_metrics(self.scoring.metrics)
+        encoders = [load_encoder(name).to(self.device) for name in self.scoring.encoders]
+        if not encoders:
+            raise UsageError("encoders are none; name at least one")
+        require_names(encoders)
+        on_device = self.world.size > 1 and not is_bundle(self.options.source)
+        options = replace(self.options, device=str(self.device)) if on_device else self.options
+        drawing = draw(options, self.world.share(options.count))
+        for encoder in encoders:
+            require_fit(encoder, drawing.shape(), gradient=False)
+        return encoders, drawing
+
+    def compared(self, shape: tuple[int, int, int]) -> Compared:
+        """The real images, enough of them."""
+        images = _real_images(self.scoring, shape, self.options.source)
+        _require_enough(self.options.count, images.count, self.scoring)
+        return images
+
+    def drawn(self, drawing: Drawing) -> Tensor:
+        """This process's samples float32 (N, C, H, W) in [-1, 1], where processes exchange tensors."""
+        count = len(self.world.share(self.options.count))
+        self.observe("drawing", 0, count)
+        parts = [torch.empty((0, *drawing.shape()))]
+        for drawn in drawing.parts:
+            parts.append(_tensor(drawn if drawn.dtype == np.float32 else as_floats(drawn.transpose(0, 3, 1, 2))))
+            self.observe("drawing", sum(map(len, parts)), count)
+        return torch.cat(parts).to(self.world.device)
+
+    def result(
+        self, encoders: Sequence[Encoder], drawing: Drawing, generated: Tensor, images: Compared
+    ) -> dict[str, Any]:
+        """What ``evaluate`` returns."""
+        options, scoring = self.options, self.scoring
+        metrics, shares = {}, {}
+        for encoder in encoders:
+            sets = self._features(encoder, generated, images)
+            metrics[encoder.name] = self._measured(sets)
+            if encoder.classes is not None:
+                shares[encoder.name] = class_histogram(encoder, generated.to(self.device))
+        return {
+            "source": options.source.rstrip("/").rsplit("/", 1)[-1], "count": options.count, "seed": options.seed,
+            "runtime": drawing.ran_in(),
+            "real_images": images.count, "held_out_images": 0 if images.held_out is None else len(images.held_out),
+            "preparation": asdict(scoring.preparation),
+            "neighbours": scoring.neighbours, "resamples": scoring.resamples,
+            "metrics": metrics, "class_shares": shares,
+        }  # fmt: skip
+
+    def _features(self, encoder: Encoder, generated: Tensor, images: Compared) -> Features:
+        scoring, observe = self.scoring, self.observe
+        cache = FeatureCache(feature_folder() if scoring.feature_cache else None, self.device)
+        kept = {id(part): part for part in (*images.real, images.training, images.held_out) if part is not None}
+        total, done = len(generated) + sum(map(len, kept.values())), 0
+        drawn: list[Tensor] = []
+        for some in generated.split(ENCODED_AT_ONCE):
+            with torch.inference_mode():
+                drawn.append(encoder(some.to(self.device)))
+            done += len(some)
+            observe(f"{encoder.name}: features", done, total)
+        encoded: dict[int, Tensor] = {}
+        for key, part in kept.items():
+            encoded[key] = cache(encoder, part)
+            done += len(part)
+            observe(f"{encoder.name}: features", done, total)
+        options = MetricOptions(
+            scoring.neighbours,
+            scoring.resamples,
+            drawn=lambda draws: observe(f"{encoder.name}: draws of frechet", draws, scoring.resamples),
+        )
+        training, held_out = encoded.get(id(images.training)), encoded.get(id(images.held_out))
+        real = torch.cat([encoded[id(part)] for part in images.real])
+        return Features(encoder.name, real, torch.cat(drawn), options, training, held_out)
+
+    def _measured(self, sets: Features) -> dict[str, dict[str, float | None]]:
+        found: dict[str, dict[str, float | None]] = {}
+        for name in self.scoring.metrics:
+            self.observe(f"{sets.encoder}: metrics", len(found), len(self.scoring.metrics))
+            found |= {key: value.to_dict() for key, value in measure((name,), sets).items()}
+        self.observe(f"{sets.encoder}: metrics", len(found), len(self.scoring.metrics))
+        return found
 
 
 def preparation(
@@ -148,10 +230,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def _interval(found: dict[str, float | None]) -> str:
     return "" if found["low"] is None else f"{found['low']:.4g} to {found['high']:.4g}"
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _real_images(scoring: Scoring, shape: tuple[int, int, int], source: str) -> Compared:
@@ -214,47 +292,3 @@ def _require_enough(count: int, real: int, scoring: Scoring) -> None:
         )
     if min(count, real) < 2:
         raise UsageError(f"{count} samples and {real} real images; a metric needs at least 2 of each")
-
-
-def _draw(drawing: Drawing, count: int, observe: Observer) -> Tensor:
-    """Samples float32 (N, C, H, W) in [-1, 1]."""
-    observe("drawing", 0, count)
-    parts: list[Tensor] = []
-    for drawn in drawing.parts:
-        parts.append(_tensor(drawn if drawn.dtype == np.float32 else as_floats(drawn.transpose(0, 3, 1, 2))))
-        observe("drawing", sum(map(len, parts)), count)
-    return torch.cat(parts)
-
-
-def _features(encoder: Encoder, generated: Tensor, images: Compared, scoring: Scoring, observe: Observer) -> Features:
-    cache = FeatureCache(feature_folder() if scoring.feature_cache else None, _device())
-    kept = {id(part): part for part in (*images.real, images.training, images.held_out) if part is not None}
-    total, done = len(generated) + sum(map(len, kept.values())), 0
-    drawn: list[Tensor] = []
-    for some in generated.split(ENCODED_AT_ONCE):
-        with torch.inference_mode():
-            drawn.append(encoder(some.to(_device())))
-        done += len(some)
-        observe(f"{encoder.name}: features", done, total)
-    encoded: dict[int, Tensor] = {}
-    for key, part in kept.items():
-        encoded[key] = cache(encoder, part)
-        done += len(part)
-        observe(f"{encoder.name}: features", done, total)
-    options = MetricOptions(
-        scoring.neighbours,
-        scoring.resamples,
-        drawn=lambda draws: observe(f"{encoder.name}: draws of frechet", draws, scoring.resamples),
-    )
-    training, held_out = encoded.get(id(images.training)), encoded.get(id(images.held_out))
-    real = torch.cat([encoded[id(part)] for part in images.real])
-    return Features(encoder.name, real, torch.cat(drawn), options, training, held_out)
-
-
-def _measured(sets: Features, scoring: Scoring, observe: Observer) -> dict[str, dict[str, float | None]]:
-    found: dict[str, dict[str, float | None]] = {}
-    for name in scoring.metrics:
-        observe(f"{sets.encoder}: metrics", len(found), len(scoring.metrics))
-        found |= {key: value.to_dict() for key, value in measure((name,), sets).items()}
-    observe(f"{sets.encoder}: metrics", len(found), len(scoring.metrics))
-    return found

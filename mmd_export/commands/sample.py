@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,11 @@ from mmd_export.plan_options import PlanOptions
 from mmd_export.runtime import RunOptions, Runtime, Session, placement_of
 from mmd_runtime.chunks import run_in_batches
 
+if TYPE_CHECKING:
+    import torch
+
+    from mmd_export.unroll import UnrolledSampler
+
 PART = 256
 
 
@@ -30,8 +35,8 @@ PART = 256
 class SampleOptions(PlanOptions):
     """``source``: BUNDLE, RUN or MODEL; the options of the plan and ``network`` are for a MODEL only.
 
-    ``runtime`` and ``checkpoint`` are for a BUNDLE only. ``conditions``: ``name=FILE`` for what the network is told
-    besides class labels.
+    ``runtime`` and ``checkpoint`` are for a BUNDLE only, ``device`` for the others. ``conditions``: ``name=FILE`` for
+    what the network is told besides class labels.
     """
 
     source: str
@@ -42,6 +47,7 @@ class SampleOptions(PlanOptions):
     class_label: int | None = None
     network: NetworkOptions = AS_IT_IS
     conditions: tuple[str, ...] = ()
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,18 +76,26 @@ def sample(options: SampleOptions) -> NDArray[Any]:
     return draw(options).images()
 
 
-def draw(options: SampleOptions) -> Drawing:
-    """The same in parts, in order, so that a caller can count them; the source is checked before the first is drawn."""
+def draw(options: SampleOptions, rows: range | None = None) -> Drawing:
+    """The same in parts, in order, so that a caller can count them; the source is checked before the first is drawn.
+
+    ``rows``: which of them, if not all.
+    """
     if options.count < 1:
         raise UsageError(f"--count is {options.count}; it must be at least 1")
-    return _from_bundle(options) if is_bundle(options.source) else _from_model(options)
+    rows = range(options.count) if rows is None else rows
+    return _from_bundle(options, rows) if is_bundle(options.source) else _from_model(options, rows)
 
 
-def _from_bundle(options: SampleOptions) -> Drawing:
+def _from_bundle(options: SampleOptions, rows: range) -> Drawing:
     bundle = Bundle.open(options.source)
     if bundle.gives_latents:
         raise UsageError(f"bundle {bundle.name} gives latents, no picture; build it with --decode")
     options.require_bundle(bundle.name, len(bundle.manifest.plan["steps"]))
+    if options.device is not None:
+        raise UsageError(
+            f"--device {options.device} goes with a model, {options.source} is a bundle; choose a --runtime"
+        )
     runtime = usable_runtime(bundle, options.runtime)
     session = runtime.open(bundle, RunOptions(checkpoint=options.checkpoint))
     if options.network != AS_IT_IS:
@@ -102,7 +116,7 @@ def _from_bundle(options: SampleOptions) -> Drawing:
         lambda: _picture_shape(bundle),
         (
             run_in_batches(session, bundle, inputs)
-            for inputs in _inputs(options, (channels, height, width), noisy, told, part)
+            for inputs in _inputs(options.seed, (channels, height, width), noisy, told, rows, part)
         ),
         lambda: _ran_in(runtime, session),
     )
@@ -127,40 +141,51 @@ def _part_size(bundle: Bundle) -> int:
     return max(1, PART // batch) * batch
 
 
-def _from_model(options: SampleOptions) -> Drawing:
+def _from_model(options: SampleOptions, rows: range) -> Drawing:
     for flag, value in (("--runtime", options.runtime), ("--checkpoint", options.checkpoint)):
         if value is not None:
             raise UsageError(f"{flag} {value} goes with a bundle, {options.source} is none; build one or leave it out")
     from mmd_export.checkpoint import load_checkpoint
     from mmd_export.decoder import decoded_shape
-    from mmd_export.reference import run_chain, sampler_of
+    from mmd_export.reference import sampler_of
+    from mmd_export.torch_device import torch_device
 
+    device = torch_device(options.device)
     checkpoint = load_checkpoint(options.source, network=options.network)
     if checkpoint.latent and checkpoint.decoder is None:
         raise UsageError(f"{checkpoint.name} makes latents, no picture: {checkpoint.no_decoder}")
     plan = checkpoint.plan_for(**options.wanted)
-    sampler = sampler_of(checkpoint, plan)
+    sampler = sampler_of(checkpoint, plan).to(device)
     told = _told(options, checkpoint.conditions, checkpoint.name)
-    parts = _inputs(options, checkpoint.shape, plan.noisy_steps, told, PART)
+    parts = _inputs(options.seed, checkpoint.shape, plan.noisy_steps, told, rows, PART)
     return Drawing(
         lambda: checkpoint.shape if checkpoint.decoder is None else decoded_shape(checkpoint.decoder, checkpoint.shape),
-        (run_chain(sampler, inputs)["sample"] for inputs in parts),
-        lambda: f"torch: torch {version('torch')}",
+        (_drawn_exactly(sampler, inputs, device) for inputs in parts),
+        lambda: f"torch: torch {version('torch')}, {device.type.upper()}",
     )
 
 
+def _drawn_exactly(sampler: UnrolledSampler, inputs: dict[str, NDArray[Any]], device: torch.device) -> NDArray[Any]:
+    """The sample, in float32 on every device."""
+    from mmd_export.reference import run_chain
+    from mmd_finetune.compute import full_float32
+
+    with full_float32():
+        return run_chain(sampler, inputs, device=device)["sample"]
+
+
 def _inputs(
-    options: SampleOptions,
+    seed: int,
     shape: tuple[int, int, int],
     noisy_steps: int,
     told: Mapping[str, NDArray[Any]],
+    rows: range,
     part: int,
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """Noise and conditions of all images, ``part`` at a time."""
-    for first in range(0, options.count, part):
-        count = min(part, options.count - first)
-        noise = sampler_noise(options.seed, count, shape, noisy_steps, first)
-        yield {**noise, **{name: array[first : first + count] for name, array in told.items()}}
+    """Noise and conditions of the images ``rows``, ``part`` at a time."""
+    for some in (rows[start : start + part] for start in range(0, len(rows), part)):
+        noise = sampler_noise(seed, len(some), shape, noisy_steps, some.start)
+        yield {**noise, **{name: array[some.start : some.stop] for name, array in told.items()}}
 
 
 def _told(options: SampleOptions, conditions: Sequence[Condition], where: str) -> dict[str, NDArray[Any]]:

@@ -196,9 +196,11 @@ def test_tune_build_sample(command: Command, tmp_path: Path) -> None:
     (tmp_path / "few.toml").write_text("evaluate_count = 16\n")
     few = ("--config", tmp_path / "few.toml")
     small = (*few, "--steps", 2, "--iterations", 1, "--batch-size", 8, "--out", run)
-    code, out, err = command("finetune", "digits", *small)
+    code, out, err = command("finetune", "digits", *small, "--json", tmp_path / "result.json")
     assert code == 0, err
     assert "next: mmd-export build" in out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["folder"], result["iterations"], set(result["held_out"])) == (str(run), 1, {"digits-mlp"})
     code, _, err = command("build", run, "--target", "onnx", "--out", bundle)
     assert code == 0, err
     code, _, err = command("verify", bundle, "--checkpoint", run)

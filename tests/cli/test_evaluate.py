@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmd_export.commands import evaluate as commands
 from mmd_export.commands.evaluate import Scoring, evaluate
-from mmd_export.commands.sample import SampleOptions
+from mmd_export.commands.sample import SampleOptions, draw
 from mmd_export.errors import UsageError
 from mmd_finetune.data import DataOptions, load_real
 from mmd_finetune.metrics.suite import METRICS
@@ -172,7 +172,7 @@ def test_a_folder_is_prepared_and_split_as_finetune_does(command: Command, large
 def test_what_does_not_fit_is_refused_before_anything_is_drawn(
     command: Command, large: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[object, ...], told: str
 ) -> None:
-    monkeypatch.setattr(commands, "_draw", lambda *_: pytest.fail("it was drawn"))
+    monkeypatch.setattr(commands._Run, "drawn", lambda *_: pytest.fail("it was drawn"))
     places = [large if each == "large" else each for each in given]
     code, _, err = command("evaluate", "digits", "--steps", 1, "--count", 16, *places)
     assert code == 2
@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(
 def test_no_tf32_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 
-    def refuse(_: SampleOptions) -> None:
+    def refuse(*_: object) -> None:
         seen.extend((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
         raise UsageError("far enough")
 
@@ -197,7 +197,7 @@ def test_no_tf32_inside(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_encoder_that_does_not_fit_is_refused_before_anything_is_drawn(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "_draw", lambda *_: pytest.fail("it was drawn"))
+    monkeypatch.setattr(commands._Run, "drawn", lambda *_: pytest.fail("it was drawn"))
     torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())).save(str(tmp_path / "colour.pt"))
     features = f"torchscript:{tmp_path / 'colour.pt'}"
     code, _, err = command("evaluate", "digits", "--steps", 1, "--count", 16, "--features", features)
@@ -219,3 +219,30 @@ def test_data_that_does_not_fit_is_refused(command: Command, grey: Path, tmp_pat
     )
     assert code == 2
     assert "large.npz: images are (1, 16, 16), digits makes (1, 8, 8)" in err
+
+
+@pytest.mark.parametrize("name", ["evaluate", "sample"])
+def test_a_model_is_drawn_on_the_device_that_is_named(name: str, command: Command, tmp_path: Path) -> None:
+    out = () if name == "evaluate" else ("--out", tmp_path / "grid.png")
+    count = ("--count", 4, "--steps", 1)
+    code, _, err = command(name, "digits", *count, *out, "--device", "cpu")
+    assert code == 0, err
+    assert "CPU" in err.splitlines()[-1]
+    code, _, err = command(name, "digits", *count, *out, "--device", "tpu")
+    assert (code, "--device is 'tpu'; give auto, cpu or cuda" in err) == (2, True)
+    if not torch.cuda.is_available():
+        code, _, err = command(name, "digits", *count, *out, "--device", "cuda:0")
+        assert (code, "device cuda:0: no NVIDIA GPU is visible to torch; use --device cpu" in err) == (3, True)
+
+
+def test_a_bundle_has_a_runtime_and_no_device(command: Command, digits_bundle: Path) -> None:
+    code, _, err = command("evaluate", digits_bundle, "--device", "cpu")
+    assert code == 2
+    assert f"--device cpu goes with a model, {digits_bundle} is a bundle; choose a --runtime" in err
+
+
+def test_some_rows_are_those_of_all(digits_bundle: Path) -> None:
+    for options in (SampleOptions(str(digits_bundle), 3, 9), SampleOptions("digits", 3, 9, steps=1, device="cpu")):
+        some, whole = draw(options, range(4, 9)).images(), draw(options).images()
+        np.testing.assert_allclose(some, whole[4:], atol=1e-5)
+        assert list(draw(options, range(4, 4)).parts) == []

@@ -168,7 +168,7 @@ def test_splits_and_columns(tmp_path: Path) -> None:
         load_images(f"{spec}?split=validation")
     with pytest.raises(UsageError, match="column label holds no images; these do: image"):
         load_images(f"{spec}?column=label")
-    with pytest.raises(UsageError, match="option rows=3 is unknown; known: split, column"):
+    with pytest.raises(UsageError, match="option rows=3 is unknown; known: split, column, name, revision"):
         load_images(f"{spec}?rows=3")
 
 
@@ -176,6 +176,23 @@ def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
     (tmp_path / "hub/data").mkdir(parents=True)
     dataset(BYTES, "img").to_parquet(tmp_path / "hub/data/train-00000-of-00001.parquet")
     np.testing.assert_allclose(load_images(str(tmp_path / "hub")), floats(BYTES), atol=1e-6)
+
+
+def test_a_configuration_is_chosen_by_name(tmp_path: Path) -> None:
+    for name, pixels in (("small", COLOUR[:2]), ("large", COLOUR)):
+        (tmp_path / "hub" / name).mkdir(parents=True)
+        dataset(pixels).to_parquet(tmp_path / "hub" / name / "train.parquet")
+    names = "".join(f"- config_name: {name}\n  data_files: {name}/*.parquet\n" for name in ("small", "large"))
+    (tmp_path / "hub/README.md").write_text(f"---\nconfigs:\n{names}---\n")
+    for name, pixels in (("small", COLOUR[:2]), ("large", COLOUR)):
+        np.testing.assert_allclose(load_images(f"hf:{tmp_path}/hub?name={name}"), floats(pixels), atol=1e-6)
+    with pytest.raises(UsageError, match="Config name is missing"):
+        load_images(f"hf:{tmp_path}/hub")
+    with pytest.raises(UsageError, match="revision=main is asked for, a folder has none; leave it out"):
+        load_images(f"hf:{tmp_path}/hub?name=small&revision=main")
+    dataset(COLOUR).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UsageError, match="name=small is asked for, what save_to_disk wrote has none; leave it out"):
+        load_images(f"hf:{tmp_path}/saved?name=small")
 
 
 def test_datasets_are_resized_too(tmp_path: Path) -> None:
@@ -231,12 +248,19 @@ def test_a_path_is_never_looked_for_on_the_hub(place: str, monkeypatch: pytest.M
 
 
 def test_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str) -> Any:
-        assert name == "somebody/pictures"
+    asked: list[tuple[str, dict[str, str]]] = []
+
+    def load(place: str, **chosen: str) -> Any:
+        asked.append((place, chosen))
         return {"train": dataset(COLOUR)}
 
     monkeypatch.setattr("datasets.load_dataset", load)
     np.testing.assert_allclose(load_images("hf:somebody/pictures"), floats(COLOUR), atol=1e-6)
+    load_images("hf:somebody/pictures?name=large&revision=v1.0&split=train")
+    assert asked == [
+        ("somebody/pictures", {}),
+        ("somebody/pictures", {"name": "large", "revision": "v1.0"}),
+    ]
 
     monkeypatch.setattr("datasets.load_dataset", lambda _: {"train": dataset(COLOUR[:0])})
     with pytest.raises(UsageError, match="the split has no rows"):

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmd_export.checkpoint import load_checkpoint
+from mmd_export.commands.finetune import finetune
 from mmd_export.errors import MmdExportError, NotAvailableError, UsageError
 from mmd_finetune import features, loop, objective
 from mmd_finetune.features import Encoder, load_encoder
 from mmd_finetune.files import write_json
 from mmd_finetune.loop import NotFiniteError, Report, tune
-from mmd_finetune.run_folder import RunFolder
+from mmd_finetune.run_folder import RunFolder, RunResult
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import Task
@@ -62,15 +63,16 @@ def test_a_finished_run_is_not_run_again(tiny_settings: FinetuneSettings) -> Non
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"seed": 5}, "seed was 0, is now 5"),
-        ({"learning_rate": 2e-3}, "learning_rate was 0.001, is now 0.002"),
-        ({"kernel": "cubic"}, "kernel was 'gaussian', is now 'cubic'"),
-        ({"steps": 3}, "steps was 2, is now 3"),
-        ({"batch_size": 9}, "batch_size was 8, is now 9"),
-        ({"reference": "batch"}, "reference was 'bank', is now 'batch'"),
-        ({"iterations": 9}, "iterations was 6, is now 9"),
-        ({"features": ("pixels",)}, r"features was \['digits-conv', 'pixels'\], is now \['pixels'\]"),
-        ({"model": "digits"}, "model was 'tiny', is now 'digits'"),
+        ({"seed": 5}, "--seed was 0, is now 5; give the old value,"),
+        ({"learning_rate": 2e-3}, "--lr was 0.001, is now 0.002"),
+        ({"seed": 5, "ema_decay": 0.5}, "ema_decay was 0.97, is now 0.5; --seed was 0, is now 5; give the old values,"),
+        ({"kernel": "cubic"}, "--kernel was 'gaussian', is now 'cubic'"),
+        ({"steps": 3}, "--steps was 2, is now 3"),
+        ({"batch_size": 9}, "--batch-size was 8, is now 9"),
+        ({"reference": "batch"}, "--reference was 'bank', is now 'batch'"),
+        ({"iterations": 9}, "--iterations was 6, is now 9"),
+        ({"features": ("pixels",)}, r"--features was \['digits-conv', 'pixels'\], is now \['pixels'\]"),
+        ({"model": "digits"}, "MODEL was 'tiny', is now 'digits'"),
     ],
 )
 def test_resume_with_other_settings_is_refused(
@@ -217,7 +219,7 @@ def test_other_settings_are_refused_before_any_work(
     tiny_settings.out.mkdir()
     write_json(tiny_settings.out / "settings.json", {"settings": tiny_settings.public(), "data_sha256": "known later"})
     monkeypatch.setattr(loop, "prepare", lambda *_: pytest.fail("work was done"))
-    with pytest.raises(UsageError, match="seed was 0, is now 5"):
+    with pytest.raises(UsageError, match="--seed was 0, is now 5"):
         tune(changed(tiny_settings, seed=5), resume=True)
 
 
@@ -233,11 +235,11 @@ def test_two_live_processes_do_not_share_a_folder(tiny_settings: FinetuneSetting
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no flock on Windows")
-def test_a_killed_process_holds_no_folder(tmp_path: Path) -> None:
+def test_a_killed_process_holds_no_folder(tiny_settings: FinetuneSettings, tmp_path: Path) -> None:
     script = f"import fcntl, os, signal; fcntl.flock(os.open({str(tmp_path)!r}, os.O_RDONLY), fcntl.LOCK_EX); "
     subprocess.run([sys.executable, "-c", script + "os.kill(os.getpid(), signal.SIGKILL)"], check=False)
     with closing(RunFolder(tmp_path)) as folder:
-        folder.begin({"settings": {}})
+        folder.begin({"settings": {}}, tiny_settings)
 
 
 def test_a_run_folder_is_not_tuned_on_for_another_plan(tiny_settings: FinetuneSettings, tmp_path: Path) -> None:
@@ -333,3 +335,49 @@ def test_a_disk_that_is_full_at_the_first_save_leaves_no_folder(
     with pytest.raises(MmdExportError, match="No space left on device; nothing was saved yet; free the cause and run"):
         tune(tiny_settings)
     assert not tiny_settings.out.exists()
+
+
+def stop_at(iteration: int) -> Callable[[Report], None]:
+    def observe(report: Report) -> None:
+        if report.iteration == iteration:
+            raise KeyboardInterrupt
+
+    return observe
+
+
+def go_on(say: Callable[[str], None] = lambda _: None, **given: Any) -> RunResult:
+    found = finetune(given, None, resume=True, finish=False, tensorboard=False, notify=say)
+    assert found is not None
+    return found[0]
+
+
+def test_a_run_goes_on_with_its_folder_alone(tiny_settings: FinetuneSettings, tmp_path: Path) -> None:
+    whole = tune(changed(tiny_settings, out=tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        tune(tiny_settings, observer=stop_at(5))
+    said: list[str] = []
+    assert go_on(said.append, out=tiny_settings.out, model=None).held_out_after == whole.held_out_after
+    assert said[0].startswith("going on from iteration")
+    assert not (tiny_settings.out / "resume.json").exists()
+    with pytest.raises(UsageError, match="MODEL is missing"):
+        go_on(out=tiny_settings.out)  # finished: it holds no path any more
+
+
+def test_options_win_over_those_of_the_folder_and_are_refused(tiny_settings: FinetuneSettings) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        tune(tiny_settings, observer=stop_at(5))
+    with pytest.raises(UsageError, match="--seed was 0, is now 7"):
+        go_on(out=tiny_settings.out, seed=7)
+    (tiny_settings.out / "resume.json").write_text("{")
+    with pytest.raises(UsageError, match=r"resume\.json is no JSON: .*; give all settings again"):
+        go_on(out=tiny_settings.out)
+
+
+def test_the_curve_is_drawn_while_the_run_goes_on(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "CURVE_SECONDS", 0.0)
+    drawn: list[bool] = []
+    tune(tiny_settings, observer=lambda _: drawn.append((tiny_settings.out / "curve.png").is_file()))
+    assert not drawn[0]
+    assert drawn[-1]

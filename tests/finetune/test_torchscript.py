@@ -56,6 +56,14 @@ class Steep(nn.Module):
         return torch.sqrt(x + 1.0).flatten(1)
 
 
+class Mixing(nn.Module):
+    """The images of a batch take from one another, as with batch norm in training mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(1)
+        return y - 0.1 * y.mean(0, keepdim=True)
+
+
 def saved(module: nn.Module, path: Path) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -108,6 +116,11 @@ def test_size_resizes(tmp_path: Path) -> None:
         (Infinite(), "a feature is NaN or infinite"),
         (Detached(), "no gradient comes back; an encoder of the loss must be differentiable"),
         (Steep(), "the gradient holds NaN or infinity"),
+        (Mixing(), r"features of the first change by \d+\.\d% with the second; an encoder must not mix"),
+        (
+            nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten()),
+            "must not mix the images of a batch",
+        ),
     ],
 )
 def test_what_is_no_encoder_is_refused_before_the_first_step(module: nn.Module, said: str, tmp_path: Path) -> None:
@@ -121,8 +134,11 @@ def test_a_held_out_encoder_needs_no_gradient(tmp_path: Path) -> None:
 
 
 def test_another_number_of_channels(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"on 2 images \(1, 6, 6\) it fails"):
+    with pytest.raises(
+        UsageError, match=r"on 2 images \(1, 6, 6\) it fails .*three equal channels of one, as \?range=-1..1"
+    ):
         require_fit(load_encoder(saved(Net(), tmp_path / "net.pt")), (1, 6, 6))
+    require_fit(load_encoder(saved(Net(), tmp_path / "net.pt") + "?range=-1..1"), (1, 6, 6))
 
 
 def test_damaged_and_foreign_files(tmp_path: Path) -> None:

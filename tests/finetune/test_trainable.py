@@ -155,7 +155,7 @@ def test_resume_in_another_way_of_tuning_is_refused(tiny_settings: FinetuneSetti
 
     with pytest.raises(KeyboardInterrupt):
         tune(tiny_settings, observer=stop)
-    with pytest.raises(UsageError, match="tune was 'all', is now 'norm-bias'"):
+    with pytest.raises(UsageError, match="--tune was 'all', is now 'norm-bias'"):
         tune(changed(tiny_settings, tune="norm-bias"), resume=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmd_export.commands.evaluate import Scoring, evaluate
+from mmd_export.commands.sample import SampleOptions
 from mmd_export.errors import UsageError
 from mmd_finetune.loop import tune
 from mmd_finetune.objective import add_gradient
@@ -167,6 +170,22 @@ def test_the_command_under_torchrun_saves_on_sigterm_and_goes_on_alone(
     with pytest.raises(KeyboardInterrupt):
         tune(settings, resume=True, observer=stop)
     assert done == [lines[-1]["iteration"] + 1], stderr[-2000:]  # the signal saved the very last iteration
+
+
+@pytest.mark.timeout(180)
+def test_evaluate_under_torchrun_scores_the_samples_of_one_process(tmp_path: Path) -> None:
+    options = ("--count", "31", "--seed", "5", "--features", "digits-mlp", "--bootstrap", "0", "--device", "cpu")
+    file = tmp_path / "found.json"
+    process = start(2, "-m", "mmd_export.cli", "evaluate", "digits", "--steps", "2", *options, "--json", str(file))
+    stdout, stderr = process.communicate(timeout=150)
+    assert process.returncode == 0, stderr[-3000:]
+    assert stdout.count("31 samples of seed 5") == 1
+    alone = evaluate(SampleOptions("digits", 5, 31, steps=2), Scoring(encoders=("digits-mlp",), resamples=0))
+    found = json.loads(file.read_text())
+    assert found["class_shares"] == alone["class_shares"]
+    assert found["metrics"]["digits-mlp"]["frechet"]["value"] == pytest.approx(
+        alone["metrics"]["digits-mlp"]["frechet"]["value"], rel=1e-5
+    )
 
 
 def test_alone_every_method_is_trivial() -> None:

@@ -28,10 +28,15 @@ def encoder_forms() -> list[str]:
 def load_encoder(spec: str) -> Encoder:
     """The encoder that ``spec`` names: frozen, eval mode, float32. Only a hub id uses the network.
 
-    Raises UsageError that names the file at fault, or lists the names.
+    Raises UsageError that names the encoder and the file at fault, or lists the names.
     """
     source = Source.parse(spec)
     family = families().get(source.kind)
     if family is None or bool(source.place) != bool(family.place):
         raise UsageError(f"encoder {spec!r} is unknown; known: {', '.join(encoder_forms())}")
-    return family.load(source)
+    try:
+        return family.load(source)
+    except UsageError as error:
+        if str(error).startswith("encoder "):
+            raise
+        raise UsageError(f"encoder {source.name}: {error}") from error  # of a file that other commands read, too
