@@ -1,49 +1,69 @@
 """How large engines of TensorRT-RTX are, by form and precision, as files and packed -> benchmarks/results/engines.json.
 
-The ddpm-cifar10 architecture, 5 steps, one compute capability. *Packed* is zlib at level 6, as zip files, wheels and
-image layers hold it: code packs to a fraction, random weights hardly. No GPU is needed, nothing is run.
+The ddpm-cifar10 architecture, 5 steps, one compute capability. *Packed* engines are those of bundles built with
+``--compress``, graphs are packed in the same way: code packs to a fraction, random weights hardly. The seconds are
+those of reading the engine into memory. No GPU is needed, nothing is run.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
-import zlib
+import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, save_cifar10, write_result
 from mmd_export.build import BuildOptions, build
+from mmd_export.bundle import Bundle
 from mmd_export.target_options import DEFAULTS, TargetOptions
+from mmd_export.trt.packing import pack, read_engine
 
 STEPS, CAPABILITY = 5, "8.9"
 FORMS = ("unrolled", "loop")
 PRECISIONS = ("fp32", "fp16", "int8", "fp8")
 
 
-def packed(path: Path) -> int:
-    """Bytes that are left of a file."""
-    squeeze, found = zlib.compressobj(6), 0
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            found += len(squeeze.compress(chunk))
-    return found + len(squeeze.flush())
-
-
 def measure(model: Path, form: str, precision: str, folder: Path) -> dict[str, Any]:
-    """One engine, and the graph that it was made of."""
-    sizes = {}
-    chosen = {"onnx": DEFAULTS, "tensorrt-rtx": TargetOptions(compute_capability=CAPABILITY, cache=folder / "cache")}
-    for target, of_target in chosen.items():
+    """One engine, and the graph that it was made of, each as it is and packed."""
+
+    def bundle(target: str, name: str, of_target: TargetOptions) -> Bundle:
         options = BuildOptions(
-            str(model), target, folder / target, precision,
+            str(model), target, folder / name, precision,
             steps=STEPS, sampler="ddim", form=form, of_target=of_target, verify=False,
         )  # fmt: skip
-        bundle = build(options, lambda text: print(f"  {text}", flush=True))
-        sizes[target] = {"bytes": bundle.artefact_bytes, "packed_bytes": packed(bundle.artefact_path)}
-    return {"form": form, "precision": precision, **sizes}
+        return build(options, lambda text: print(f"  {form} {precision}: {text}", flush=True))
+
+    compiled = TargetOptions(compute_capability=CAPABILITY, cache=folder / "cache")
+    graph, plain = bundle("onnx", "onnx", DEFAULTS), bundle("tensorrt-rtx", "plain", compiled)
+    compressed = bundle("tensorrt-rtx", "packed", replace(compiled, compress=True))
+    shutil.copyfile(graph.artefact_path, folder / "graph")
+    pack(folder / "graph", folder / "graph.xz")
+    return {
+        "form": form,
+        "precision": precision,
+        "onnx": {"bytes": graph.artefact_bytes, "packed_bytes": (folder / "graph.xz").stat().st_size},
+        "tensorrt-rtx": {
+            "bytes": plain.artefact_bytes,
+            "packed_bytes": compressed.artefact_bytes,
+            "reading_cpu_seconds": reading(plain.artefact_path),
+            "unpacking_cpu_seconds": reading(compressed.artefact_path),
+        },
+    }
+
+
+def reading(path: Path) -> float:
+    """CPU seconds of the shortest of three."""
+    found = []
+    for _ in range(3):
+        start = time.process_time()
+        read_engine(path)
+        found.append(time.process_time() - start)
+    return round(min(found), 3)
 
 
 def main() -> None:

@@ -93,8 +93,9 @@ def engine_rows(result: dict[str, Any]) -> Table:
     for row in result["rows"]:
         sizes = [(row[kind][size], full[row["form"]][kind][size]) for kind in ENGINE_KINDS for size in ENGINE_SIZES]
         cells = (f"{size / 1e6:.1f} ({size / whole:.2f})" for size, whole in sizes)
-        rows.append((f"{row['form']}, {row['precision']}", *cells))
-    return ("MB (of fp32)", "graph", "graph, packed", "engine", "engine, packed"), rows
+        seconds = row["tensorrt-rtx"]["unpacking_cpu_seconds"]
+        rows.append((f"{row['form']}, {row['precision']}", *cells, f"{seconds:.1f}"))
+    return ("MB (of fp32)", "graph", "graph, packed", "engine", "engine, --compress", "unpacking, CPU s"), rows
 
 
 ENGINE_KINDS, ENGINE_SIZES = ("onnx", "tensorrt-rtx"), ("bytes", "packed_bytes")

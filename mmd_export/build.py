@@ -24,6 +24,7 @@ from mmd_export.bundle import (
 )
 from mmd_export.card import model_card, with_lineage
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
+from mmd_export.condition_files import with_examples
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.folders import scratch_folder
 from mmd_export.heap import release_heap
@@ -57,7 +58,10 @@ MIN_GOLDEN = 4  # parity is measured on several noises
 
 @dataclass(frozen=True)
 class BuildOptions(PlanOptions):
-    """What ``mmd-export build`` takes; names as on the command line."""
+    """What ``mmd-export build`` takes; names as on the command line.
+
+    ``conditions``: ``name=FILE``, real values to set ranges and verify with.
+    """
 
     model: str
     target: str
@@ -73,6 +77,7 @@ class BuildOptions(PlanOptions):
     of_target: TargetOptions = DEFAULTS
     defer: bool = False
     auto_promote: bool = False
+    conditions: tuple[str, ...] = ()
 
 
 def build(options: BuildOptions, notify: Callable[[str], None] = lambda _: None) -> Bundle:
@@ -108,6 +113,9 @@ def _prepare(options: BuildOptions, notify: Callable[[str], None]) -> _Prepared:
     require_batches(target, batch)
     notify("reading the checkpoint")
     checkpoint = load_checkpoint(options.model, network=options.network).ending_in(image=options.decode)
+    checkpoint = replace(
+        checkpoint, conditions=with_examples(checkpoint.conditions, options.conditions, checkpoint.name)
+    )
     _require_picture(options, checkpoint)
     for warning in checkpoint.warnings:
         notify(f"warning: {warning}")
@@ -296,12 +304,13 @@ def _draft(
     channels, height, width = checkpoint.shape if program.decoder is None else program.decoder.shape
     sample = (rows, height, width, channels) if uint8 else (rows, channels, height, width)
     made = GRAPH if options.defer else target
-    recipe = DeferredInfo(format=target.format, artefact=target.artefact, options=options.of_target.recipe())
+    artefact = options.of_target.stored(target.artefact)
+    recipe = DeferredInfo(format=target.format, artefact=artefact, options=options.of_target.recipe())
     return ManifestDraft(
         name=f"{checkpoint.name}-{program.plan.step_count}",
         target=target.name,
         format=made.format,
-        artefact=made.artefact,
+        artefact=made.artefact if options.defer else artefact,
         precision=options.precision,
         plan=program.plan.to_dict(),
         inputs=tuple(inputs),

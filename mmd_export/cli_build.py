@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mmd_export.cli_network import GuidanceForm, GuidanceScale, NullLabel, TextLength
+from mmd_export.cli_network import Conditions, GuidanceForm, GuidanceScale, NullLabel, TextLength
 from mmd_export.cli_options import (
     BundleFolder,
     Ema,
@@ -26,6 +26,7 @@ from mmd_export.cli_output import built, say, show
 from mmd_export.cli_targets import (
     CacheFolder,
     Calibration,
+    Compress,
     ComputeCapability,
     ComputeUnits,
     DeploymentTarget,
@@ -83,12 +84,14 @@ def build(
     guidance_form: GuidanceForm = "auto",
     null_label: NullLabel = None,
     text_length: TextLength = None,
+    condition: Conditions = None,
     workspace: Workspace = None,
     memory_limit: MemoryLimit = None,
     hardware_compat: HardwareCompat = None,
     version_compat: VersionCompat = None,
     refit: Refit = None,
     strip_weights: StripWeights = None,
+    compress: Compress = None,
     compute_capability: ComputeCapability = None,
     cache: CacheFolder = None,
     deployment_target: DeploymentTarget = None,
@@ -101,13 +104,13 @@ def build(
     from mmd_export.build import build as make
 
     of_target = TargetOptions(
-        workspace, memory_limit, hardware_compat, version_compat, refit, strip_weights, compute_capability, cache,
-        deployment_target, compute_units, calibration, device,
+        workspace, memory_limit, hardware_compat, version_compat, refit, strip_weights, compress,
+        compute_capability, cache, deployment_target, compute_units, calibration, device,
     )  # fmt: skip
     options = BuildOptions(
         with_ema(model, ema), target, out, precision, batch, ALIASES.get(output, output), overwrite,
         not skip_verify, form, decode, NetworkOptions(guidance_scale, guidance_form, null_label, text_length),
-        of_target, defer, auto_promote, steps=steps, sampler=sampler, eta=eta, spacing=spacing,
+        of_target, defer, auto_promote, tuple(condition or ()), steps=steps, sampler=sampler, eta=eta, spacing=spacing,
         timesteps=listed(timesteps),
     )  # fmt: skip
     show(built(out, make(options, say)))

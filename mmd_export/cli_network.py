@@ -28,7 +28,8 @@ Conditions = Annotated[
     list[str] | None,
     typer.Option(
         "--condition",
-        help="name=FILE.npy or .safetensors, as encoder_hidden_states=text.npy; repeatable",
+        help="name=FILE.npy or .safetensors, as encoder_hidden_states=text.npy; repeatable. build sets the ranges of a "
+        "lower precision and verifies with it",
         show_default=False,
     ),
 ]

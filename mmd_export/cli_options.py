@@ -83,7 +83,7 @@ CheckpointOption = Annotated[
 TorchDevice = Annotated[
     str | None,
     typer.Option(
-        "--device", help="of a model: cpu, cuda or cuda:NUMBER; default: CUDA where there is one", show_default=False
+        "--device", help="of a model: auto (CUDA where there is one), cpu, cuda or cuda:NUMBER", show_default=False
     ),
 ]
 

@@ -51,6 +51,15 @@ StripWeights = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
+Compress = Annotated[
+    bool | None,
+    typer.Option(
+        "--compress",
+        help="TensorRT-RTX: keep the engine packed, as model.plan.xz",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
 ComputeCapability = Annotated[
     str | None,
     typer.Option(help="TensorRT: GPUs to compile for, such as 8.9,12.0", show_default=False, rich_help_panel=_PANEL),

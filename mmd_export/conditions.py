@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +19,24 @@ CLASS_LABELS = "class_labels"
 class Condition:
     """One input of the network and of the graph, under diffusers' name.
 
-    ``shape`` is that of one image, without the batch; int64 values lie in 0 ... ``below`` - 1.
+    ``shape`` is that of one image, without the batch; int64 values lie in 0 ... ``below`` - 1. ``values`` (N, *shape)
+    are real ones, for the examples.
     """
 
     name: str
     dtype: Literal["float32", "int64"]
     shape: tuple[int, ...] = ()
     below: int | None = None
+    values: NDArray[Any] | None = field(default=None, compare=False, repr=False)
 
     def examples(self, seed: int, count: int) -> NDArray[np.float32] | NDArray[np.int64]:
-        """Golden values (count, *shape): 0, 1, 2, ... of those allowed, or unit normal ones from ``seed``."""
+        """Values (count, *shape) for golden files and ranges.
+
+        They are the given ones, over and over, else 0, 1, 2, ... of those allowed, or unit normal ones from ``seed``.
+        """
+        if self.values is not None:
+            given: NDArray[np.float32] | NDArray[np.int64] = self.values[np.arange(count) % len(self.values)]
+            return given
         size = math.prod(self.shape)
         if self.dtype == "int64":
             return (np.arange(count * size, dtype=np.int64) % (self.below or 2)).reshape(count, *self.shape)

@@ -37,23 +37,17 @@ def golden_inputs(
 
 
 def run_chain(
-    sampler: UnrolledSampler,
-    inputs: dict[str, NDArray[Any]],
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | None = None,
+    sampler: UnrolledSampler, inputs: dict[str, NDArray[Any]], dtype: torch.dtype = torch.float32
 ) -> dict[str, NDArray[Any]]:
-    """``state.1`` ... ``state.K`` and ``sample`` of a sampler, as numpy arrays of ``dtype``.
-
-    ``device`` is where the sampler is, if not on the CPU.
-    """
+    """``state.1`` ... ``state.K`` and ``sample`` of a sampler, as numpy arrays of ``dtype``."""
     tensors = {
-        name: torch.from_numpy(array).to(device, None if array.dtype == np.int64 else dtype)
+        name: torch.from_numpy(array) if array.dtype == np.int64 else torch.from_numpy(array).to(dtype)
         for name, array in inputs.items()
     }
     with torch.inference_mode():
         states = list(sampler.chain(**tensors))
-        results = {f"state.{k}": state.cpu().numpy() for k, state in enumerate(states, start=1)}
-        return results | {"sample": sampler.finish(states[-1]).cpu().numpy()}
+        results = {f"state.{k}": state.numpy() for k, state in enumerate(states, start=1)}
+        return results | {"sample": sampler.finish(states[-1]).numpy()}
 
 
 def run_in_parts(

@@ -32,6 +32,7 @@ class TargetOptions:
         version_compat: engines that newer releases of the library load too.
         refit: engines whose weights can be replaced.
         strip_weights: engines without weights, to be refitted from the ONNX file beside them.
+        compress: keep the engine packed with xz; it is unpacked into memory when the bundle is opened.
         compute_capability: GPUs to compile for without one at hand, such as ``8.9,12.0``.
         cache: folder of timing caches and finished engines.
         deployment_target: oldest system that shall run it, such as ``iOS17`` or ``macOS14``.
@@ -46,6 +47,7 @@ class TargetOptions:
     version_compat: bool | None = None
     refit: bool | None = None
     strip_weights: bool | None = None
+    compress: bool | None = None
     compute_capability: str | None = None
     cache: Path | None = None
     deployment_target: str | None = None
@@ -68,6 +70,10 @@ class TargetOptions:
             raise UsageError(
                 f"--calibration is {self.calibration}, it takes at least 1 image; leave it out for the default"
             )
+
+    def stored(self, artefact: str) -> str:
+        """What a target's artefact is called in the bundle."""
+        return f"{artefact}.xz" if self.compress else artefact
 
     def recipe(self) -> dict[str, int | str]:
         """What was given and still matters when a deferred bundle is compiled, as plain values."""

@@ -100,7 +100,7 @@ def _twice(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
         features = encoder(images)
         torch.manual_seed(0)
         with torch.no_grad():
-            return features, encoder(torch.cat([images[:1], -images[1:]]))[:1]
+            return features, encoder(torch.cat([images[:1], 0.5 * images[1:].flip(3)]))[:1]
 
 
 def _require_apart(features: Tensor, beside_another: Tensor, where: str) -> None:

@@ -19,10 +19,12 @@ from mmd_finetune.metrics.suite import NEIGHBOUR_METRICS, MetricOptions, needs_s
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.world import World
 
+Form = tuple[torch.Size, torch.dtype]
+
 
 @dataclass(frozen=True)
 class RealFeatures:
-    """Float32, one tensor an encoder: ``train`` (M, d) in those of the loss, ``held_out`` (H, d) in those that score.
+    """One tensor an encoder: ``train`` (M, d) in those of the loss, ``held_out`` (H, d) in those that score.
 
     ``training`` are those of the loss's images in the encoders that score, empty if no metric needs them.
     """
@@ -52,30 +54,31 @@ def features_of_first(
     UsageError for images that cannot be used, and in every process if one has other encoders than the first.
     """
     found: list[RealFeatures] = []
+    own = [[each.name for each in part] for part in (encoders, holdouts)]
 
-    def shapes() -> tuple[list[list[torch.Size]], str]:
-        found.append(_encoded(settings, shape, encoders, holdouts, device))
-        parts = (found[0].train, found[0].held_out, found[0].training)
-        return [[each.shape for each in part] for part in parts], found[0].data_sha256
+    def describe() -> tuple[list[list[str]], list[list[Form]], str]:
+        real = _encoded(settings, shape, encoders, holdouts, device)
+        found.append(real)
+        parts = (real.train, real.held_out, real.training)
+        return own, [[(each.shape, each.dtype) for each in part] for part in parts], real.data_sha256
 
-    parts, sha256 = world.first_does(shapes)
-    world.together(lambda: _require_as_many(parts, encoders, holdouts, world))
-    if not found:
-        train, held_out, training = (tuple(torch.empty(each, device=device) for each in part) for part in parts)
-        found.append(RealFeatures(train, held_out, training, sha256))
-    world.copy_first(found[0].tensors)
-    return found[0]
+    names, forms, sha256 = world.first_does(describe)
 
-
-def _require_as_many(
-    parts: list[list[torch.Size]], encoders: Sequence[Encoder], holdouts: Sequence[Encoder], world: World
-) -> None:
-    counts, own = [len(part) for part in parts[:2]], [len(encoders), len(holdouts)]
-    if counts != own:
-        raise UsageError(
-            f"--features and --holdout name {own} encoders in process {world.rank}, {counts} in process 0; give both "
-            "the same"
+    def receive() -> RealFeatures:
+        if own != names:
+            raise UsageError(
+                f"--features and --holdout name {own} in process {world.rank}, {names} in process 0; give both the same"
+            )
+        if found:
+            return found[0]
+        train, held_out, training = (
+            tuple(torch.empty(size, dtype=dtype, device=device) for size, dtype in part) for part in forms
         )
+        return RealFeatures(train, held_out, training, sha256)
+
+    real = world.together(receive)
+    world.copy_first(real.tensors)
+    return real
 
 
 def _encoded(

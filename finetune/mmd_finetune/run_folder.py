@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
 from mmd_export.checkpoint import PLAN_FILE, SAFETENSORS
-from mmd_export.errors import MmdExportError, UsageError
+from mmd_export.errors import MmdExportError, UsageError, one_line
 from mmd_export.folders import read_object, require_writable, staged_file, sync
 from mmd_export.tuned_precision import QUANTISATION_FILE
 from mmd_finetune.card import model_card
@@ -104,7 +105,7 @@ class RunFolder:
         self._made = not self.place.exists()
         self.place.mkdir(parents=True, exist_ok=True)
         self._take()
-        for left in self.place.glob(".*.partial"):  # by a kill while a file was written
+        for left in self.place.glob(".*.partial*"):  # by a kill while a file was written
             left.unlink()
         if self._settings.is_file():
             self._require_same(record)
@@ -198,6 +199,15 @@ class RunFolder:
         self.trim_log(iteration)
         return float(next(line["held_out"] for line in reversed(self.lines()) if "held_out" in line))
 
+    def finished(self) -> tuple[RunResult, str]:
+        """The result and the precision of a run that is finished; raises UsageError that says what there is instead."""
+        if not self.place.exists():
+            raise UsageError(f"--resume {self.place} does not exist; name a run folder, or give a MODEL to begin one")
+        if not self.is_finished or not self._result.is_file():
+            raise UsageError(f"--resume {self.place} holds no {GIVEN}; give all settings of the run")
+        settings = read_object(self._settings, "--resume", "choose another --out")["settings"]
+        return self.result(), settings["precision"]
+
     def result(self) -> RunResult:
         """The result of a finished run."""
         values = json.loads(self._result.read_text(encoding="utf-8"))
@@ -244,6 +254,7 @@ class RunFolder:
         return result
 
     def _publish(self) -> None:
+        self._given.unlink(missing_ok=True)  # its paths are of this machine, the folder may go to others
         entries = sorted(self._final.iterdir(), key=lambda entry: (entry.name == "unet", entry.name))
         for entry in entries:
             goal = self.place / entry.name
@@ -260,13 +271,19 @@ class RunFolder:
         self._given.unlink(missing_ok=True)
 
 
-def earlier_settings(place: Path) -> dict[str, Any]:
-    """Those of the unfinished run at ``place``, as the command line gave them; nothing if it has none.
+def earlier_settings(place: Path) -> FinetuneSettings | None:
+    """Those of the unfinished run at ``place``, as the command line gave them; None if it has none.
 
-    Raises UsageError if their file is damaged.
+    Raises UsageError if their file is damaged, or of another release.
     """
-    path = place / GIVEN
-    return read_object(path, "--resume", "give all settings again") if path.is_file() else {}
+    path, advice = place / GIVEN, "give all settings again"
+    if not path.is_file():
+        return None
+    values = read_object(path, "--resume", advice)
+    try:
+        return FinetuneSettings(**values, out=place)
+    except (ValidationError, TypeError) as error:
+        raise UsageError(f"--resume {path} is of another release ({one_line(error)}); {advice}") from error
 
 
 def _metrics(task: Task, before: Tensor, after: Tensor) -> dict[str, dict[str, Any]]:

@@ -221,18 +221,23 @@ class FinetuneSettings(BaseModel):
 
 
 def make_settings(
-    given: Mapping[str, Any], config: Path | None = None, earlier: Mapping[str, Any] | None = None
+    given: Mapping[str, Any], config: Path | None = None, earlier: FinetuneSettings | None = None
 ) -> FinetuneSettings:
     """Settings from a TOML file and from ``given``, which wins; a value None in ``given`` counts as not given.
 
     ``earlier`` are those of the run that goes on, which hold where neither says another.
-    Raises UsageError that names the setting, its value and what is allowed.
+    Raises UsageError that names the setting, its value and what is allowed; for settings that differ from ``earlier``
+    and make no sense beside the others, both values.
     """
-    values = dict(earlier or {}) | ({} if config is None else _read_toml(config))
-    values |= {key: value for key, value in given.items() if value is not None}
+    new = ({} if config is None else _read_toml(config)) | {k: v for k, v in given.items() if v is not None}
+    old = {} if earlier is None else earlier.model_dump(mode="json")
     try:
-        return FinetuneSettings(**values)
+        return FinetuneSettings(**(old | new))
     except ValidationError as error:
+        changed = [name for name in sorted(new) if name in old and name != "out" and str(new[name]) != str(old[name])]
+        if earlier is not None and changed and not error.errors()[0]["loc"]:
+            told = "; ".join(f"{flag_of(name)} was {old[name]!r}, is now {new[name]!r}" for name in changed)
+            raise UsageError(f"--resume {earlier.out}: {told}; leave them out, or choose another --out") from error
         raise UsageError(first_problem(error, FinetuneSettings.model_fields, given, config)) from error
 
 

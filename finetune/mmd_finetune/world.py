@@ -117,7 +117,10 @@ def open_world(device: str) -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     joined = distributed.is_available() and distributed.is_initialized()
     if not joined and size > 1 and (missing := [name for name in NEEDED if name not in os.environ]):
-        raise UsageError(f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set; start the processes by torchrun")
+        raise UsageError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set; start the processes by torchrun, or unset "
+            "WORLD_SIZE for one"
+        )
     if not joined and size == 1:
         yield World()
         return

@@ -19,6 +19,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmd_export.errors import UsageError
 from mmd_finetune.files import write_json
 from recipes.training import Training, accuracy, save_script, train_classifier, train_denoiser
 
@@ -105,7 +106,10 @@ def train_encoders(data: dict[str, Tensor], device: torch.device, out: Path, ste
     """Both, if they are not there yet; how many of the test images each knows."""
     known = out / "encoders.json"
     if known.exists():
-        accuracies: dict[str, float] = json.loads(known.read_text(encoding="utf-8"))
+        before = json.loads(known.read_text(encoding="utf-8"))
+        if before["steps"] != steps:
+            raise UsageError(f"{known}: trained for {before['steps']} steps, asked for {steps}; choose another --out")
+        accuracies: dict[str, float] = before["accuracy"]
         return accuracies
     accuracies = {}
     for name, make in ENCODERS.items():
@@ -113,7 +117,7 @@ def train_encoders(data: dict[str, Tensor], device: torch.device, out: Path, ste
         accuracies[name] = accuracy(network, data["x_test"], data["y_test"])
         print(name, accuracies[name], flush=True)
         save_script(network.get_submodule("features"), torch.zeros(2, 1, SIDE, SIDE), str(out / f"{name}.pt"))
-    write_json(known, accuracies)
+    write_json(known, {"steps": steps, "accuracy": accuracies})
     return accuracies
 
 
@@ -128,6 +132,8 @@ def main() -> None:
     parser.add_argument("--encoder-steps", type=int, default=ENCODER_STEPS)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     arguments = parser.parse_args()
+    if (arguments.out / "training.json").exists():
+        raise UsageError(f"{arguments.out} holds a finished training; choose another --out")
     gpu = arguments.device != "cpu" and torch.cuda.is_available()
     device, out = torch.device("cuda" if gpu else "cpu"), arguments.out
     data = load(arguments.data, device)

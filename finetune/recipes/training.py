@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from mmd_export.errors import UsageError
 from mmd_finetune.files import write_atomically
 
 SAVE_SECONDS = 120.0
+_NETWORKS, _PLAIN = ("model", "average", "optimiser"), ("step", "seconds", "curve", "recent")
 PROBED = 2048  # held-out images of a point of the curve
 
 
@@ -45,6 +47,7 @@ class Training:
 class _Run:
     """Everything that changes while a denoiser is trained. One file, whole or not at all."""
 
+    training: Training
     model: UNet2DModel
     average: UNet2DModel
     optimiser: torch.optim.Optimizer
@@ -54,24 +57,46 @@ class _Run:
     curve: list[dict[str, float]] = field(default_factory=list)
     recent: list[Tensor] = field(default_factory=list)  # losses since the last point of the curve
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self.training).items() if name != "state"}
+
     def save(self, path: Path) -> None:
-        kept = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimiser")}
-        plain = {name: getattr(self, name) for name in ("step", "seconds", "curve", "recent")}
+        kept = {name: getattr(self, name).state_dict() for name in _NETWORKS}
+        plain = {name: getattr(self, name) for name in _PLAIN}
         file = io.BytesIO()
-        torch.save(kept | plain | {"generator": self.generator.get_state()}, file)
+        torch.save(kept | plain | {"generator": self.generator.get_state(), "settings": self._settings}, file)
         write_atomically(path, file.getvalue())
 
     def load(self, path: Path) -> None:
-        """Raise UsageError if the file is of another network, or none of ours."""
+        """Raise UsageError if the file is damaged, of another network, or of a training with other settings."""
         try:
-            kept = torch.load(path, weights_only=True)
-            for name in ("model", "average", "optimiser"):
+            kept = torch.load(path, weights_only=True, map_location=self.generator.device)
+            if (was := kept["settings"]) != self._settings:
+                raise UsageError(
+                    f"{path} is of a training with {was}, now {self._settings}; give the old, or remove it"
+                )
+            for name in _NETWORKS:
                 getattr(self, name).load_state_dict(kept[name])
-            self.generator.set_state(kept["generator"])
-            for name in ("step", "seconds", "curve", "recent"):
+            self.generator.set_state(kept["generator"].cpu())
+            for name in _PLAIN:
                 setattr(self, name, kept[name])
-        except Exception as error:
+        except (pickle.UnpicklingError, EOFError, KeyError, ValueError, RuntimeError) as error:
             raise UsageError(f"{path} is no state of this training; remove it to start again") from error
+
+    def tell(self, scheduler: DDIMScheduler, held_out: Tensor) -> None:
+        """A point of the curve, and its line."""
+        probe = torch.Generator(held_out.device).manual_seed(1)
+        with torch.inference_mode():
+            probed = [
+                denoising_loss(self.average, scheduler, pixels(part, flip=False), probe)
+                for part in held_out[:PROBED].split(PROBED // 8)
+            ]
+        recent, after = (float(torch.stack(losses).mean()) for losses in (self.recent, probed))
+        point = {"step": self.step, "loss": recent, "held_out": after, "seconds": round(self.seconds, 1)}
+        self.curve.append(point)
+        self.recent.clear()
+        print(point, flush=True)
 
 
 def train_denoiser(
@@ -82,36 +107,23 @@ def train_denoiser(
     ``images`` and ``held_out`` uint8 (N, C, H, W), on the device of ``model``. The rate follows the larger share of
     steps and of seconds, so it has fallen to the end either way.
     """
-    device = images.device
+    gpu = images.device.type == "cuda"
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=training.peak_rate, weight_decay=0.0, fused=device.type == "cuda"
-    )
-    if device.type == "cuda":
+    optimiser = torch.optim.AdamW(model.parameters(), lr=training.peak_rate, weight_decay=0.0, fused=gpu)
+    if gpu:
         model.to(memory_format=torch.channels_last)
-    run = _Run(model, average, optimiser, torch.Generator(device).manual_seed(0))
+    run = _Run(training, model, average, optimiser, torch.Generator(images.device).manual_seed(0))
     if training.state is not None and training.state.exists():
         run.load(training.state)
     saved = time.perf_counter()
     start = saved - run.seconds
     done, remaining = run.step, range(run.step + 1, training.steps + 1)
     for step in track(remaining, description="denoiser", total=training.steps, completed=done):
-        run.step = step
-        run.seconds = time.perf_counter() - start
-        share = max(run.step / training.steps, run.seconds / training.seconds)
-        _advance(run, scheduler, images, training, share)
-        if run.step % max(1, training.steps // 20) == 0 or share >= 1.0:
-            probe = torch.Generator(device).manual_seed(1)
-            with torch.inference_mode():
-                after = [
-                    denoising_loss(average, scheduler, pixels(part, flip=False), probe)
-                    for part in held_out[:PROBED].split(PROBED // 8)
-                ]
-            recent, probed = (float(torch.stack(losses).mean()) for losses in (run.recent, after))
-            point = {"step": run.step, "loss": recent, "held_out": probed}
-            run.curve.append(point | {"seconds": round(run.seconds, 1)})
-            run.recent.clear()
-            print(run.curve[-1], flush=True)
+        run.step, run.seconds = step, time.perf_counter() - start
+        share = max(step / training.steps, run.seconds / training.seconds)
+        _advance(run, scheduler, images, share)
+        if step % max(1, training.steps // 20) == 0 or share >= 1.0:
+            run.tell(scheduler, held_out)
         if training.state is not None and time.perf_counter() - saved >= SAVE_SECONDS:
             run.save(training.state)
             saved = time.perf_counter()
@@ -120,8 +132,9 @@ def train_denoiser(
     return average, run.curve
 
 
-def _advance(run: _Run, scheduler: DDIMScheduler, images: Tensor, training: Training, share: float) -> None:
+def _advance(run: _Run, scheduler: DDIMScheduler, images: Tensor, share: float) -> None:
     """One step of the optimiser and of the average; ``share`` of the training is over."""
+    training = run.training
     rise, fall = min(run.step / training.warm_up, 1.0), 0.5 + 0.5 * math.cos(math.pi * min(share, 1.0))
     run.optimiser.param_groups[0]["lr"] = training.peak_rate * rise * fall
     rows = torch.randint(len(images), (training.batch,), generator=run.generator, device=images.device)

@@ -21,7 +21,7 @@ from mmd_finetune.data import AS_THEY_ARE, DIGITS, DataOptions, load_real, parse
 from mmd_finetune.digits import load_digits_split
 from mmd_finetune.feature_cache import FeatureCache, feature_folder
 from mmd_finetune.features import Encoder, load_encoder, require_fit, require_names
-from mmd_finetune.metrics import class_histogram
+from mmd_finetune.metrics.sampling import class_counts
 from mmd_finetune.metrics.suite import (
     METRICS,
     NEIGHBOUR_METRICS,
@@ -89,13 +89,24 @@ def evaluate(
     is drawn where that is known by then.
     """
     with open_world(options.device or "auto") as world:
-        device = world.device if world.size > 1 else torch_device(options.device)
-        run = _Run(options, scoring, world, device, observe if world.is_first else lambda _what, _done, _of: None)
+        run = _Run(options, scoring, world, observe if world.is_first else lambda _what, _done, _of: None)
         encoders, drawing = world.together(run.prepare)
+        first = world.first_does(lambda: drawing.sha256)
+        world.together(lambda: run.require_same(drawing.sha256, first))
         compared: list[Compared] = []  # in the process that read the images; the others need none
         world.first_does(lambda: compared.append(run.compared(drawing.shape())))
-        generated = world.gather(world.together(lambda: run.drawn(drawing)))[0].cpu()
-        return world.first_does(lambda: run.result(encoders, drawing, generated, compared[0]))
+        samples = world.together(lambda: run.drawn(drawing))
+        encoded = [run.encoded(encoder, samples) for encoder in encoders]
+        return world.first_does(lambda: run.result(drawing, encoded, compared[0]))
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """All samples in one encoder: features (N, d), and the share of each class if it tells classes."""
+
+    encoder: Encoder
+    features: Tensor
+    class_shares: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -105,22 +116,41 @@ class _Run:
     options: SampleOptions
     scoring: Scoring
     world: World
-    device: torch.device
     observe: Observer
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process draws and encodes."""
+        return self.world.device if self.world.size > 1 else torch_device(self.options.device)
 
     def prepare(self) -> tuple[list[Encoder], Drawing]:
         """Encoders that take the samples, and the share of these that this process draws."""
+        options, size = self.options, self.world.size
         parse_metrics(self.scoring.metrics)
+        torch_device(options.device)
+        if size > 1:
+            if ":" in (options.device or ""):
+                raise UsageError(f"--device {options.device}: each of {size} processes has a GPU of its own; give cuda")
+            if size > options.count:
+                raise UsageError(f"{size} processes for {options.count} samples; start fewer or raise --count")
+            if not is_bundle(options.source):
+                options = replace(options, device=str(self.device))
         encoders = [load_encoder(name).to(self.device) for name in self.scoring.encoders]
         if not encoders:
             raise UsageError("encoders are none; name at least one")
         require_names(encoders)
-        on_device = self.world.size > 1 and not is_bundle(self.options.source)
-        options = replace(self.options, device=str(self.device)) if on_device else self.options
         drawing = draw(options, self.world.share(options.count))
         for encoder in encoders:
             require_fit(encoder, drawing.shape(), gradient=False)
         return encoders, drawing
+
+    def require_same(self, own: str, first: str) -> None:
+        """Raise UsageError if this process draws from something else than the first one."""
+        if own != first:
+            raise UsageError(
+                f"{self.options.source} has SHA-256 {own} in process {self.world.rank}, {first} in process 0; "
+                "give both the same"
+            )
 
     def compared(self, shape: tuple[int, int, int]) -> Compared:
         """The real images, enough of them."""
@@ -129,59 +159,63 @@ class _Run:
         return images
 
     def drawn(self, drawing: Drawing) -> Tensor:
-        """This process's samples float32 (N, C, H, W) in [-1, 1], where processes exchange tensors."""
+        """This process's samples float32 (N, C, H, W) in [-1, 1], on the CPU."""
         count = len(self.world.share(self.options.count))
         self.observe("drawing", 0, count)
-        parts = [torch.empty((0, *drawing.shape()))]
+        parts: list[Tensor] = []
         for drawn in drawing.parts:
             parts.append(_tensor(drawn if drawn.dtype == np.float32 else as_floats(drawn.transpose(0, 3, 1, 2))))
             self.observe("drawing", sum(map(len, parts)), count)
-        return torch.cat(parts).to(self.world.device)
+        return torch.cat(parts)
 
-    def result(
-        self, encoders: Sequence[Encoder], drawing: Drawing, generated: Tensor, images: Compared
-    ) -> dict[str, Any]:
+    def encoded(self, encoder: Encoder, samples: Tensor) -> _Encoded:
+        """The samples of all processes in ``encoder``; each encodes its own."""
+        features = self.world.gather(self.world.together(lambda: self._features(encoder, samples)))[0]
+        if encoder.classes is None:
+            return _Encoded(encoder, features, None)
+        counts = self.world.together(lambda: class_counts(encoder, samples, self.device))
+        return _Encoded(encoder, features, (self.world.sum(counts) / self.options.count).tolist())
+
+    def _features(self, encoder: Encoder, samples: Tensor) -> Tensor:
+        parts: list[Tensor] = []
+        for some in samples.split(ENCODED_AT_ONCE):
+            with torch.inference_mode():
+                parts.append(encoder(some.to(self.device)))
+            self.observe(f"{encoder.name}: features", sum(map(len, parts)), len(samples))
+        return torch.cat(parts)
+
+    def result(self, drawing: Drawing, encoded: Sequence[_Encoded], images: Compared) -> dict[str, Any]:
         """What ``evaluate`` returns."""
         options, scoring = self.options, self.scoring
-        metrics, shares = {}, {}
-        for encoder in encoders:
-            sets = self._features(encoder, generated, images)
-            metrics[encoder.name] = self._measured(sets)
-            if encoder.classes is not None:
-                shares[encoder.name] = class_histogram(encoder, generated.to(self.device))
         return {
             "source": options.source.rstrip("/").rsplit("/", 1)[-1], "count": options.count, "seed": options.seed,
             "runtime": drawing.ran_in(),
             "real_images": images.count, "held_out_images": 0 if images.held_out is None else len(images.held_out),
             "preparation": asdict(scoring.preparation),
             "neighbours": scoring.neighbours, "resamples": scoring.resamples,
-            "metrics": metrics, "class_shares": shares,
+            "metrics": {each.encoder.name: self._measured(self._sets(each, images)) for each in encoded},
+            "class_shares": {each.encoder.name: each.class_shares for each in encoded if each.class_shares is not None},
         }  # fmt: skip
 
-    def _features(self, encoder: Encoder, generated: Tensor, images: Compared) -> Features:
-        scoring, observe = self.scoring, self.observe
+    def _sets(self, samples: _Encoded, images: Compared) -> Features:
+        """The samples beside the real images."""
+        encoder, scoring = samples.encoder, self.scoring
         cache = FeatureCache(feature_folder() if scoring.feature_cache else None, self.device)
         kept = {id(part): part for part in (*images.real, images.training, images.held_out) if part is not None}
-        total, done = len(generated) + sum(map(len, kept.values())), 0
-        drawn: list[Tensor] = []
-        for some in generated.split(ENCODED_AT_ONCE):
-            with torch.inference_mode():
-                drawn.append(encoder(some.to(self.device)))
-            done += len(some)
-            observe(f"{encoder.name}: features", done, total)
+        done, total = 0, sum(map(len, kept.values()))
         encoded: dict[int, Tensor] = {}
         for key, part in kept.items():
             encoded[key] = cache(encoder, part)
             done += len(part)
-            observe(f"{encoder.name}: features", done, total)
+            self.observe(f"{encoder.name}: features of real images", done, total)
         options = MetricOptions(
             scoring.neighbours,
             scoring.resamples,
-            drawn=lambda draws: observe(f"{encoder.name}: draws of frechet", draws, scoring.resamples),
+            drawn=lambda draws: self.observe(f"{encoder.name}: draws of frechet", draws, scoring.resamples),
         )
         training, held_out = encoded.get(id(images.training)), encoded.get(id(images.held_out))
         real = torch.cat([encoded[id(part)] for part in images.real])
-        return Features(encoder.name, real, torch.cat(drawn), options, training, held_out)
+        return Features(encoder.name, real, samples.features, options, training, held_out)
 
     def _measured(self, sets: Features) -> dict[str, dict[str, float | None]]:
         found: dict[str, dict[str, float | None]] = {}

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmd_finetune.loop import tune
 from mmd_finetune.progress import ProgressBar
-from mmd_finetune.run_folder import RunResult, earlier_settings
+from mmd_finetune.run_folder import RunFolder, RunResult, earlier_settings
 from mmd_finetune.settings import make_settings
 from mmd_finetune.tensorboard import TensorBoard
 from mmd_finetune.world import is_first_process
@@ -27,11 +27,15 @@ def finetune(
 ) -> tuple[RunResult, str] | None:
     """The result and the precision that was tuned; None in every process but the first of several.
 
-    ``given`` are settings by name, None for those that were not given; they win over ``config``. With ``resume`` and no
-    ``config`` the others are those of the run that goes on.
+    ``given`` are settings by name, None for those that were not given; they win over ``config``, and both over those of
+    the run that goes on with ``resume``. Of a finished run this is the result that it has.
     """
-    out = given["out"]
-    earlier = earlier_settings(out) if resume and out is not None and config is None else {}
+    out, earlier = given["out"], None
+    if resume and out is not None:
+        earlier = earlier_settings(out)
+        if earlier is None and config is None and given.get("model") is None:
+            found = RunFolder(out).finished()
+            return found if is_first_process() else None
     settings = make_settings(given, config, earlier)
     recorded = tensorboard and is_first_process()
     with ProgressBar() as bar, TensorBoard(settings.out, bar) if recorded else nullcontext(bar) as observer:

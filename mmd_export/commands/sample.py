@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmd_export.bundle import Bundle
-from mmd_export.commands.condition_files import read_conditions
 from mmd_export.commands.verify import usable_runtime
+from mmd_export.condition_files import read_conditions
 from mmd_export.conditions import CLASS_LABELS, Condition
 from mmd_export.errors import UsageError
 from mmd_export.manifest import MANIFEST_NAME
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mmd_export.unroll import UnrolledSampler
 
 PART = 256
+PART_ON_GPU = 64  # there is less memory, and more of it in use
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,14 @@ class SampleOptions(PlanOptions):
 class Drawing:
     """Images that are drawn as ``parts`` is iterated; ``shape()`` is (C, H, W) of each, known before that.
 
-    ``ran_in()`` says what draws them, and which nodes a provider left to another, once some are drawn.
+    ``ran_in()`` says what draws them, and which nodes a provider left to another, once some are drawn. ``sha256`` is
+    that of the artefact, or of weights and plan.
     """
 
     shape: Callable[[], tuple[int, int, int]]
     parts: Iterator[NDArray[Any]]
     ran_in: Callable[[], str]
+    sha256: str
 
     def images(self) -> NDArray[Any]:
         """All of them."""
@@ -119,6 +122,7 @@ def _from_bundle(options: SampleOptions, rows: range) -> Drawing:
             for inputs in _inputs(options.seed, (channels, height, width), noisy, told, rows, part)
         ),
         lambda: _ran_in(runtime, session),
+        bundle.artefact_sha256,
     )
 
 
@@ -157,21 +161,27 @@ def _from_model(options: SampleOptions, rows: range) -> Drawing:
     plan = checkpoint.plan_for(**options.wanted)
     sampler = sampler_of(checkpoint, plan).to(device)
     told = _told(options, checkpoint.conditions, checkpoint.name)
-    parts = _inputs(options.seed, checkpoint.shape, plan.noisy_steps, told, rows, PART)
+    parts = _inputs(
+        options.seed, checkpoint.shape, plan.noisy_steps, told, rows, PART if device.type == "cpu" else PART_ON_GPU
+    )
     return Drawing(
         lambda: checkpoint.shape if checkpoint.decoder is None else decoded_shape(checkpoint.decoder, checkpoint.shape),
-        (_drawn_exactly(sampler, inputs, device) for inputs in parts),
+        (_sampled(sampler, inputs, device) for inputs in parts),
         lambda: f"torch: torch {version('torch')}, {device.type.upper()}",
+        f"{checkpoint.sha256} {plan.digest()}",
     )
 
 
-def _drawn_exactly(sampler: UnrolledSampler, inputs: dict[str, NDArray[Any]], device: torch.device) -> NDArray[Any]:
+def _sampled(sampler: UnrolledSampler, inputs: Mapping[str, NDArray[Any]], device: torch.device) -> NDArray[Any]:
     """The sample, in float32 on every device."""
-    from mmd_export.reference import run_chain
+    import torch
+
     from mmd_finetune.compute import full_float32
 
-    with full_float32():
-        return run_chain(sampler, inputs, device=device)["sample"]
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+    with full_float32(), torch.inference_mode():
+        image: NDArray[Any] = sampler(**tensors).cpu().numpy()
+        return image
 
 
 def _inputs(

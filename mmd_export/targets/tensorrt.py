@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmd_export.errors import NotAvailableError
 from mmd_export.folders import scratch_folder
 from mmd_export.runtime import Availability, uninstalled
 from mmd_export.target_options import TargetOptions
@@ -61,9 +63,13 @@ class EngineTarget:
 
         require_gpu_where_needed(self.library, options, find_device())
         require_capable(precision, options)
+        if options.compress and find_spec("_lzma") is None:
+            raise NotAvailableError(
+                "--compress needs the module lzma, which this Python is built without; leave it out"
+            )
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
-        """``model.plan``, and ``model.onnx`` beside an engine without weights."""
+        """``model.plan``, packed if asked for, and ``model.onnx`` beside an engine without weights."""
         with scratch_folder() as scratch:
             graph = onnx.TARGET.compile(program, scratch, options)
             model = scratch / onnx.TARGET.artefact
@@ -79,6 +85,7 @@ class EngineTarget:
     def compile_onnx(self, model: Path, folder: Path, options: CompileOptions) -> LockFacts:
         """The engine of a graph, and what it is locked to."""
         from mmd_export.trt.engine import Request, build_engine, onnx_files
+        from mmd_export.trt.packing import pack
         from mmd_export.trt.rewrite import rewritten
 
         with scratch_folder() as scratch:
@@ -87,6 +94,9 @@ class EngineTarget:
                 model = rewritten(model.absolute(), scratch)
             request = Request(model, options.batch, options.target, options.precision, options.log, options.notify)
             facts = build_engine(self.library, request, folder / self.artefact)
+            if options.target.compress:
+                options.notify("packing the engine")
+                pack(folder / self.artefact, folder / options.target.stored(self.artefact))
             if options.target.strip_weights:
                 for path in onnx_files(model):
                     shutil.copyfile(path, folder / path.name)

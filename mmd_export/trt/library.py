@@ -96,7 +96,7 @@ RTX = Library(
     "TensorRT-RTX",
     ("tensorrt_rtx", "tensorrt_rtx_bindings", "tensorrt_rtx_libs"),
     "tensorrt_rtx",
-    (*_ANYWHERE, "compute_capability"),
+    (*_ANYWHERE, "compress", "compute_capability"),
     needs_gpu=False,
     rewrite=True,
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.common import RESULTS
-from benchmarks.engines import packed
+from benchmarks.engines import reading
 from benchmarks.target_tables import engine_rows, target_rows
 from benchmarks.targets import MODELS, choices, target_of
 
@@ -32,14 +33,23 @@ def test_reference_evaluation_of_core_ml_is_within_1e_5() -> None:
 def test_engines_are_fractions_of_fp32_in_their_form(tmp_path: Path) -> None:
     def row(form: str, precision: str, size: int) -> dict[str, Any]:
         sizes = {"bytes": size, "packed_bytes": size // 2}
-        return {"form": form, "precision": precision, "onnx": sizes, "tensorrt-rtx": sizes | {"packed_bytes": 10**6}}
+        engine = sizes | {"packed_bytes": 10**6, "unpacking_cpu_seconds": 0.26}
+        return {"form": form, "precision": precision, "onnx": sizes, "tensorrt-rtx": engine}
 
     rows = [row("unrolled", "fp32", 8 * 10**6), row("unrolled", "int8", 2 * 10**6), row("loop", "fp32", 10**6)]
     _, found = engine_rows({"rows": rows})
-    assert found[1] == ("unrolled, int8", "2.0 (0.25)", "1.0 (0.25)", "2.0 (0.25)", "1.0 (1.00)")
-    assert found[2] == ("loop, fp32", "1.0 (1.00)", "0.5 (1.00)", "1.0 (1.00)", "1.0 (1.00)")
-    (tmp_path / "file").write_bytes(b"weights" * 10**6)
-    assert packed(tmp_path / "file") == len(zlib.compress(b"weights" * 10**6, 6))
+    assert found[1] == ("unrolled, int8", "2.0 (0.25)", "1.0 (0.25)", "2.0 (0.25)", "1.0 (1.00)", "0.3")
+    assert found[2] == ("loop, fp32", "1.0 (1.00)", "0.5 (1.00)", "1.0 (1.00)", "1.0 (1.00)", "0.3")
+    (tmp_path / "model.plan").write_bytes(b"weights" * 10**6)
+    assert 0.0 <= reading(tmp_path / "model.plan") < 5.0
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp16", 0.52), ("int8", 0.30), ("fp8", 0.30)])
+@pytest.mark.parametrize("form", ["unrolled", "loop"])
+def test_packed_engines_shrink_with_their_precision(form: str, precision: str, most: float) -> None:
+    rows = json.loads((RESULTS / "engines.json").read_text(encoding="utf-8"))["rows"]
+    sizes = {row["precision"]: row["tensorrt-rtx"]["packed_bytes"] for row in rows if row["form"] == form}
+    assert sizes[precision] <= most * sizes["fp32"]
 
 
 def test_a_graph_that_was_not_compiled_says_how_it_ran() -> None:

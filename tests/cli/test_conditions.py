@@ -131,6 +131,44 @@ def test_conditions_that_do_not_fit(
     assert not out.exists()
 
 
+def test_ranges_and_golden_images_are_those_of_the_given_values(
+    model: Path, texts: Path, command: Command, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "wide.npy", 3.0 * np.load(texts / "many.npy"))
+    arguments = ("build", model, "--target", "onnx", "--steps", 1, "--precision", "int8", "--calibration", 4)
+    text = ("--text-length", LENGTH)
+    for name, given in (("usual", ()), ("own", ("--condition", f"{TEXT}{tmp_path / 'wide.npy'}"))):
+        code, _, error = command(*arguments, *text, *given, "--skip-verify", "--out", tmp_path / name)
+        assert code == 0, error
+    usual, own = (Bundle.open(tmp_path / name) for name in ("usual", "own"))
+    told = own.golden().inputs["encoder_hidden_states"]
+    np.testing.assert_array_equal(told, np.load(tmp_path / "wide.npy")[np.arange(len(told)) % 3].astype(np.float32))
+    assert usual.artefact_sha256 != own.artefact_sha256
+    code, out, error = command("verify", own.folder, "--checkpoint", model)
+    assert code == 0, error
+    assert "not checked" not in out
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("wrong.npy", "is (6, 5); (6, 12) for all images or (N, 6, 12) for each is expected"),
+        ("empty.npy", "is (0, 6, 12); (6, 12) for all images or (N, 6, 12) for each is expected"),
+        ("nan.npy", "holds NaN"),
+        ("none.npy", "none.npy cannot be read"),
+    ],
+)
+def test_values_to_calibrate_with_that_do_not_fit(
+    file: str, said: str, model: Path, texts: Path, command: Command, tmp_path: Path
+) -> None:
+    np.save(texts / "empty.npy", np.zeros((0, LENGTH, WIDTH), np.float32))
+    arguments = ("build", model, "--target", "onnx", "--steps", 1, "--precision", "int8", "--text-length", LENGTH)
+    code, _, error = command(*arguments, "--condition", f"{TEXT}{texts / file}", "--out", tmp_path / "b")
+    assert (code, error.count("\n")) == (2, error.count("mmd-export:"))
+    assert said in error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_bundle_without_its_text(bundle: Path, command: Command, tmp_path: Path) -> None:
     code, _, error = command("sample", bundle, "--class-label", 1, "--out", tmp_path / "grid.png")
     assert code == 2

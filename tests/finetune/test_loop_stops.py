@@ -358,9 +358,13 @@ def test_a_run_goes_on_with_its_folder_alone(tiny_settings: FinetuneSettings, tm
     said: list[str] = []
     assert go_on(said.append, out=tiny_settings.out, model=None).held_out_after == whole.held_out_after
     assert said[0].startswith("going on from iteration")
-    assert not (tiny_settings.out / "resume.json").exists()
-    with pytest.raises(UsageError, match="MODEL is missing"):
-        go_on(out=tiny_settings.out)  # finished: it holds no path any more
+    assert not (tiny_settings.out / "resume.json").exists()  # it has paths of this machine
+    assert go_on(out=tiny_settings.out).held_out_after == whole.held_out_after
+    with pytest.raises(UsageError, match="nowhere does not exist; name a run folder, or give a MODEL to begin one"):
+        go_on(out=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"empty holds no resume\.json; give all settings of the run"):
+        go_on(out=tmp_path / "empty")
 
 
 def test_options_win_over_those_of_the_folder_and_are_refused(tiny_settings: FinetuneSettings) -> None:
@@ -368,6 +372,12 @@ def test_options_win_over_those_of_the_folder_and_are_refused(tiny_settings: Fin
         tune(tiny_settings, observer=stop_at(5))
     with pytest.raises(UsageError, match="--seed was 0, is now 7"):
         go_on(out=tiny_settings.out, seed=7)
+    with pytest.raises(UsageError, match=r"--tune was 'all', is now 'none'; leave them out"):
+        go_on(out=tiny_settings.out, tune="none")  # which makes no sense beside the settings of the run
+    kept = (tiny_settings.out / "resume.json").read_text()
+    (tiny_settings.out / "resume.json").write_text(kept.replace("{", '{"newer": 1,', 1))
+    with pytest.raises(UsageError, match=r"resume\.json is of another release \(.*newer"):
+        go_on(out=tiny_settings.out)
     (tiny_settings.out / "resume.json").write_text("{")
     with pytest.raises(UsageError, match=r"resume\.json is no JSON: .*; give all settings again"):
         go_on(out=tiny_settings.out)
@@ -381,3 +391,12 @@ def test_the_curve_is_drawn_while_the_run_goes_on(
     tune(tiny_settings, observer=lambda _: drawn.append((tiny_settings.out / "curve.png").is_file()))
     assert not drawn[0]
     assert drawn[-1]
+
+
+def test_a_file_of_settings_wins_over_those_of_the_folder(tiny_settings: FinetuneSettings, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        tune(tiny_settings, observer=stop_at(5))
+    (tmp_path / "few.toml").write_text("seed = 7\n")
+    with pytest.raises(UsageError, match="--seed was 0, is now 7"):
+        finetune({"out": tiny_settings.out}, tmp_path / "few.toml", resume=True, finish=False, tensorboard=False,
+                 notify=lambda _: None)  # fmt: skip

@@ -64,6 +64,22 @@ class Mixing(nn.Module):
         return y - 0.1 * y.mean(0, keepdim=True)
 
 
+class Squares(nn.Module):
+    """They take from one another what does not change with the sign."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(1)
+        return y / (1.0 + y.square().mean(0, keepdim=True))
+
+
+class Noisy(nn.Module):
+    """Draws for every image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(1)
+        return y + torch.randn_like(y)
+
+
 def saved(module: nn.Module, path: Path) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -116,6 +132,7 @@ def test_size_resizes(tmp_path: Path) -> None:
         (Infinite(), "a feature is NaN or infinite"),
         (Detached(), "no gradient comes back; an encoder of the loss must be differentiable"),
         (Steep(), "the gradient holds NaN or infinity"),
+        (Squares(), "must not mix the images of a batch"),
         (Mixing(), r"features of the first change by \d+\.\d% with the second; an encoder must not mix"),
         (
             nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten()),
@@ -131,6 +148,12 @@ def test_what_is_no_encoder_is_refused_before_the_first_step(module: nn.Module, 
 
 def test_a_held_out_encoder_needs_no_gradient(tmp_path: Path) -> None:
     require_fit(load_encoder(saved(Detached(), tmp_path / "net.pt")), (3, 6, 6), gradient=False)
+
+
+def test_an_encoder_that_draws_is_taken_and_leaves_the_generator_alone(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    require_fit(load_encoder(saved(Noisy(), tmp_path / "net.pt")), (3, 6, 6))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_another_number_of_channels(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmd_export.commands.evaluate import Scoring, evaluate
+from mmd_export.commands.evaluate import Scoring, _Run, evaluate
 from mmd_export.commands.sample import SampleOptions
-from mmd_export.errors import UsageError
+from mmd_export.errors import MmdExportError, UsageError
 from mmd_finetune.loop import tune
 from mmd_finetune.objective import add_gradient
 from mmd_finetune.run_folder import differences
@@ -42,6 +43,8 @@ from mmd_finetune.world import open_world
 
 settings, folder = FinetuneSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2])
 with open_world("cpu") as world:
+    if not world.is_first:
+        settings = settings.model_copy(update={"data": "only/the/first/one/has.npz"})
     task = prepare(settings, world)
     state = TuningState(task.trainable(), 1e-3)
     if not world.is_first:
@@ -186,6 +189,28 @@ def test_evaluate_under_torchrun_scores_the_samples_of_one_process(tmp_path: Pat
     assert found["metrics"]["digits-mlp"]["frechet"]["value"] == pytest.approx(
         alone["metrics"]["digits-mlp"]["frechet"]["value"], rel=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "said"),
+    [
+        ("tpu", 9, "--device is 'tpu'; give auto, cpu, cuda or cuda:NUMBER"),
+        ("cuda", 9, "device cuda: no NVIDIA GPU is visible to torch"),
+        ("cpu", 1, "2 processes for 1 samples; start fewer or raise --count"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_one_of_two_processes_refuses_before_it_draws(device: str, count: int, said: str) -> None:
+    options = SampleOptions("digits", count=count, steps=2, device=device)
+    with pytest.raises(MmdExportError, match=re.escape(said)):
+        _Run(options, Scoring(), World(1, 2), lambda *_: None).prepare()
+
+
+def test_processes_that_draw_from_different_models_are_refused() -> None:
+    run = _Run(SampleOptions("digits"), Scoring(), World(1, 2), lambda *_: None)
+    run.require_same("a", "a")
+    with pytest.raises(UsageError, match="digits has SHA-256 a in process 1, b in process 0; give both the same"):
+        run.require_same("a", "b")
 
 
 def test_alone_every_method_is_trivial() -> None:

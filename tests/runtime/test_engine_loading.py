@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from mmd_export.trt.device import Device
 from mmd_export.trt.engine import onnx_sha256
 from mmd_export.trt.library import RTX
 from mmd_export.trt.lock import LockFacts
+from mmd_export.trt.packing import pack
 from mmd_runtime import engines
 from mmd_runtime.engines import EngineRuntime, load_engine
 from tests.export.bundles import draft, make
@@ -79,6 +80,18 @@ def test_an_engine_that_the_library_refuses(tmp_path: Path) -> None:
     bundle = without_graph(tmp_path / "b")
     with pytest.raises(BundleError, match=r"tensorrt_rtx 1.7.1 refuses model.onnx_data; build it again"):
         load_engine(bundle, FACTS, Library(None))
+
+
+def test_a_packed_engine_is_unpacked_for_the_library(tmp_path: Path) -> None:
+    (tmp_path / "model.plan").write_bytes(b"code" * 1000)
+    pack(tmp_path / "model.plan", tmp_path / "model.plan.xz")
+    bundle = SimpleNamespace(
+        name="b", folder=tmp_path, artefact_path=tmp_path / "model.plan.xz",
+        manifest=SimpleNamespace(artefact="model.plan.xz"),
+    )  # fmt: skip
+    library = Library(engine := object())
+    assert load_engine(cast(Bundle, bundle), FACTS, library) is engine
+    assert library.seen == [4000]
 
 
 def test_an_engine_without_weights_takes_them_from_the_graph_beside_it(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from mmd_export.trt.engine import onnx_sha256
 from mmd_export.trt.job import Job
 from mmd_export.trt.library import RTX, TENSORRT
 from mmd_export.trt.lock import LockFacts
+from mmd_export.trt.packing import read_engine
 from mmd_runtime.engines import require_graph
 from mmd_runtime.registry import get_runtime
 from tests.cli.conftest import Command
@@ -323,6 +324,25 @@ def test_in_place_all_of_it_or_nothing(deferred: Bundle, engine: Bundle, tmp_pat
     assert "model.plan" in out
     assert "parity not measured" in out
     assert (place / "model.plan").read_bytes() == engine.artefact_path.read_bytes()
+
+
+@pytest.mark.usefixtures("_rtx")
+def test_a_packed_engine_is_the_same_engine(engine: Bundle, tmp_path: Path, command: Command) -> None:
+    arguments = ("build", "digits", "--steps", 1, "--target", RTX.name, "--compute-capability", CAPABILITIES)
+    code, out, err = command(*arguments, "--compress", "--defer", "--skip-verify", "--out", tmp_path / "b")
+    assert code == 0, err
+    code, out, err = command("finalize", tmp_path / "b", "--skip-verify")
+    assert code == 0, err
+    assert "model.plan.xz" in out
+    packed = Bundle.open(tmp_path / "b")
+    assert sorted(path.name for path in packed.folder.glob("model*")) == ["model.plan.xz"]
+    assert read_engine(packed.artefact_path) == engine.artefact_path.read_bytes()
+    assert packed.artefact_bytes < 0.6 * engine.artefact_bytes
+    code, out, err = command(*arguments, "--compress", "--skip-verify", "--out", tmp_path / "at-once")
+    assert (code, "model.plan.xz" in out) == (0, True), err
+    assert read_engine(Bundle.open(tmp_path / "at-once").artefact_path) == engine.artefact_path.read_bytes()
+    code, _, err = command("build", "digits", "--steps", 1, "--target", "onnx", "--compress", "--out", tmp_path / "c")
+    assert (code, "target onnx has no --compress" in err) == (3, True)
 
 
 def test_what_is_not_deferred_is_not_finalized(engine: Bundle, tmp_path: Path, command: Command) -> None:

@@ -14,10 +14,15 @@ from mmd_finetune.features import Encoder
 
 def class_histogram(encoder: Encoder, images: Tensor, batch: int = 512) -> list[float]:
     """Fraction of ``images`` (N, C, H, W) in each of the encoder's classes."""
+    shares: list[float] = (class_counts(encoder, images, images.device, batch) / len(images)).tolist()
+    return shares
+
+
+def class_counts(encoder: Encoder, images: Tensor, device: torch.device, batch: int = 512) -> Tensor:
+    """How many ``images`` (N, C, H, W) are in each of the encoder's classes, float64 on its ``device``."""
     with torch.inference_mode():
-        predicted = torch.cat([encoder.logits(part).argmax(1) for part in images.split(batch)])
-    counts = torch.bincount(predicted, minlength=encoder.classes or 0)
-    return [int(count) / len(images) for count in counts]
+        predicted = torch.cat([encoder.logits(part.to(device)).argmax(1) for part in images.split(batch)])
+    return torch.bincount(predicted, minlength=encoder.classes or 0).double()
 
 
 def sampler_inputs(

@@ -22,6 +22,7 @@ from mmd_export.trt.device import Device, find_device
 from mmd_export.trt.engine import onnx_sha256
 from mmd_export.trt.library import Library
 from mmd_export.trt.lock import LockFacts, require_lock
+from mmd_export.trt.packing import read_engine
 from mmd_runtime.chunks import check_inputs
 from mmd_runtime.cuda import INSTALL, MODULE, Cuda, installed
 
@@ -99,7 +100,7 @@ def load_engine(bundle: Bundle, facts: LockFacts, trt: Any) -> Any:
         ) from error
     if facts.version_compat == "yes":  # such an engine carries the part of its library that runs it
         runtime.engine_host_code_allowed = True
-    engine = runtime.deserialize_cuda_engine(bundle.artefact_path.read_bytes())
+    engine = runtime.deserialize_cuda_engine(read_engine(bundle.artefact_path))
     if engine is None:
         raise BundleError(f"bundle {bundle.name}: {trt.__name__} {trt.__version__} refuses {artefact}; build it again")
     if graph.exists() and not _refitted(trt, engine, graph, log):

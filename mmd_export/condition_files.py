@@ -1,8 +1,9 @@
-"""The values of a network's conditions for ``sample``: ``--condition name=FILE``, a ``.npy`` or ``.safetensors``."""
+"""The values of a network's conditions: ``--condition name=FILE``, a ``.npy`` or ``.safetensors``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,20 @@ def read_conditions(
     return told
 
 
+def with_examples(conditions: Sequence[Condition], given: Sequence[str], where: str) -> tuple[Condition, ...]:
+    """``conditions``, those that are ``given`` with the values of their files as examples: one, or any number of them.
+
+    Raises UsageError as ``read_conditions`` does, but for those that are missing.
+    """
+    files = _files(given, [each.name for each in conditions], where)
+    return tuple(
+        replace(each, values=_fitted(_read(files[each.name], each.name), each, None, files[each.name]))
+        if each.name in files
+        else each
+        for each in conditions
+    )
+
+
 def _files(given: Sequence[str], known: Sequence[str], where: str) -> Mapping[str, Path]:
     files: dict[str, Path] = {}
     for text in given:
@@ -70,14 +85,16 @@ def _read(path: Path, name: str) -> NDArray[Any]:
     return tensors[name] if name in tensors else next(iter(tensors.values()))
 
 
-def _fitted(array: NDArray[Any], wanted: Condition, count: int, path: Path) -> NDArray[Any]:
-    """``array`` in the dtype of the graph, once for each image."""
+def _fitted(array: NDArray[Any], wanted: Condition, count: int | None, path: Path) -> NDArray[Any]:
+    """``array`` in the dtype of the graph, once for each image; without a ``count`` as many as there are."""
     where = f"--condition {wanted.name}={path}"
     if array.dtype.kind not in _KINDS[wanted.dtype]:
         raise UsageError(f"{where} holds {array.dtype}, {wanted.dtype} is expected")
-    one, all_ = wanted.shape, (count, *wanted.shape)
-    if array.shape not in (one, (1, *one), all_):
-        raise UsageError(f"{where} is {array.shape}; {one} for all images or {all_} for each is expected")
+    several = len(array) if array.ndim == len(wanted.shape) + 1 else 1
+    one, all_ = wanted.shape, (several if count is None else count, *wanted.shape)
+    if array.shape not in (one, (1, *one), all_) or not several:
+        told = f"({', '.join(map(str, ('N', *one)))})" if count is None else all_
+        raise UsageError(f"{where} is {array.shape}; {one} for all images or {told} for each is expected")
     if not np.isfinite(array).all():
         raise UsageError(f"{where} holds NaN or infinity")
     if wanted.below is not None and not ((array >= 0) & (array < wanted.below)).all():
