@@ -93,8 +93,8 @@ BASES: Mapping[tuple[str, str], Basis] = {
         1e-4,
         _ROUNDING,
         (
-            Measurement("artefacts.json", ("models", "digits", "worst_artefact_error"), 3.58e-06),
-            Measurement("artefacts.json", ("models", _CIFAR10, "worst_artefact_error"), 1.74e-05),
+            Measurement("artefacts.json", ("models", "digits", "worst_artefact_error"), 1.91e-06),
+            Measurement("artefacts.json", ("models", _CIFAR10, "worst_artefact_error"), 2.10e-05),
         ),
     ),
     ("onnx", "fp16"): Basis(
@@ -120,7 +120,7 @@ BASES: Mapping[tuple[str, str], Basis] = {
     ("onnx", "w8"): Basis(0.15, f"8-bit weights; {_TAIL}", (_precision("w8", 1.89e-02), _tail("onnx w8", 7.81e-02))),
     ("onnx", "w4"): Basis(1.6, f"4-bit weights; {_TAIL}", (_precision("w4", 2.24e-01), _tail("onnx w4", 1.24e00))),
     ("openvino", "fp32"): Basis(
-        1e-4, _ROUNDING, (_openvino("digits", "openvino", 5.48e-06), _openvino(_CIFAR10, "openvino", 2.67e-06))
+        1e-4, _ROUNDING, (_openvino("digits", "openvino", 3.70e-06), _openvino(_CIFAR10, "openvino", 2.62e-06))
     ),
     ("openvino", "w16"): Basis(
         1e-2,
