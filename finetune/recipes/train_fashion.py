@@ -103,21 +103,22 @@ def load(path: Path, device: torch.device) -> dict[str, Tensor]:
 
 
 def train_encoders(data: dict[str, Tensor], device: torch.device, out: Path, steps: int) -> dict[str, float]:
-    """Both, if they are not there yet; how many of the test images each knows."""
-    known = out / "encoders.json"
+    """Those that are not there yet; how many of the test images each knows."""
+    known, accuracies = out / "encoders.json", dict[str, float]()
     if known.exists():
         before = json.loads(known.read_text(encoding="utf-8"))
         if before["steps"] != steps:
             raise UsageError(f"{known}: trained for {before['steps']} steps, asked for {steps}; choose another --out")
-        accuracies: dict[str, float] = before["accuracy"]
-        return accuracies
-    accuracies = {}
+        accuracies = before["accuracy"]
     for name, make in ENCODERS.items():
+        torch.manual_seed(0)
+        if name in accuracies:
+            continue
         network = train_classifier(make().to(device), data["x_train"], data["y_train"], steps)
         accuracies[name] = accuracy(network, data["x_test"], data["y_test"])
         print(name, accuracies[name], flush=True)
         save_script(network.get_submodule("features"), torch.zeros(2, 1, SIDE, SIDE), str(out / f"{name}.pt"))
-    write_json(known, {"steps": steps, "accuracy": accuracies})
+        write_json(known, {"steps": steps, "accuracy": accuracies})
     return accuracies
 
 
@@ -140,7 +141,6 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     for part in ("train", "test"):
         np.savez(out / f"{part}.npz", images=data[f"x_{part}"].cpu().numpy())
-    torch.manual_seed(0)
     accuracies = train_encoders(data, device, out, arguments.encoder_steps)
     torch.manual_seed(1)
     model, scheduler = new_denoiser().to(device), DDIMScheduler()

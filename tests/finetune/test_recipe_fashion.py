@@ -17,6 +17,7 @@ from mmd_export.checkpoint import load_checkpoint
 from mmd_export.errors import UsageError
 from mmd_finetune.data import load_images
 from mmd_finetune.features import load_encoder
+from mmd_finetune.files import write_json
 from recipes import train_fashion, training
 from recipes.training import Training, train_denoiser
 
@@ -103,6 +104,13 @@ def test_the_recipe_leaves_a_base_its_data_and_two_encoders(tmp_path: Path, monk
         assert load_encoder(f"torchscript:{out / name}.pt")(torch.from_numpy(padded[:3])).shape == (3, width)
     with pytest.raises(UsageError, match="holds a finished training; choose another --out"):
         train_fashion.main()
+    (out / "training.json").unlink()
+    before = load_encoder(f"torchscript:{out / 'fashion-residual.pt'}")(torch.from_numpy(padded[:3]))
+    write_json(out / "encoders.json", {"steps": 3, "accuracy": {"fashion-conv": facts["accuracy"]["fashion-conv"]}})
+    train_fashion.main()  # as after a stop between the two
+    assert json.loads((out / "training.json").read_text())["accuracy"] == facts["accuracy"]
+    again = load_encoder(f"torchscript:{out / 'fashion-residual.pt'}")(torch.from_numpy(padded[:3]))
+    assert torch.equal(again, before)
     (out / "training.json").unlink()
     monkeypatch.setattr(train_fashion, "train_classifier", lambda *_: pytest.fail("the encoders were there"))
     train_fashion.main()
