@@ -34,7 +34,7 @@ from mmd_finetune.features import Encoder
 from mmd_finetune.loop import iterate
 from mmd_finetune.noise_ahead import NoiseAhead
 from mmd_finetune.objective import require_same_gradient
-from mmd_finetune.reference import make_reference
+from mmd_finetune.reference import encode_in_batches, make_reference
 from mmd_finetune.settings import make_settings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import Task, prepare
@@ -96,7 +96,11 @@ def make_task(name: str, folder: Path, device: str, **values: Any) -> Task:
     task = prepare(settings.model_copy(update=anything))
     real = torch.from_numpy(load_images(settings.data)).to(task.device)
     encoder = Encoder("random-conv", feature_network().to(task.device))
-    return replace(task, references=(make_reference(encoder, "cubic", real),), loss_weights={encoder.name: 1.0})
+    return replace(
+        task,
+        references=(make_reference(encoder, "cubic", encode_in_batches(encoder, real)),),
+        loss_weights={encoder.name: 1.0},
+    )
 
 
 def our_step(task: Task) -> Callable[[], float]:

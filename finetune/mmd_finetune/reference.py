@@ -48,21 +48,6 @@ class Reference:
 def make_reference(
     encoder: Encoder,
     kernel: str,
-    images: Tensor,
-    *,
-    kind: ReferenceKind = "bank",
-    biased: bool = False,
-    landmarks: int = LANDMARKS,
-    seed: int = 0,
-) -> Reference:
-    """Encode ``images`` (M, C, H, W), all real ones, and embed them as ``reference_of`` does."""
-    features = encode_in_batches(encoder, images)
-    return reference_of(encoder, kernel, features, kind=kind, biased=biased, landmarks=landmarks, seed=seed)
-
-
-def reference_of(
-    encoder: Encoder,
-    kernel: str,
     features: Tensor,
     *,
     kind: ReferenceKind = "bank",

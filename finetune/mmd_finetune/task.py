@@ -26,7 +26,7 @@ from mmd_finetune.metrics import frechet_distance, sample_many, sampler_inputs
 from mmd_finetune.metrics.bootstrap import Measured
 from mmd_finetune.metrics.suite import Features, MetricOptions, measure
 from mmd_finetune.real_features import RealFeatures, features_of_first
-from mmd_finetune.reference import LANDMARKS, Reference, encode_in_batches, reference_of
+from mmd_finetune.reference import LANDMARKS, Reference, encode_in_batches, make_reference
 from mmd_finetune.settings import SEED_LIMIT, FinetuneSettings
 from mmd_finetune.trainable import Trainable, make_emulation, make_trainable, require_continuous_time
 from mmd_finetune.world import World
@@ -315,7 +315,7 @@ def _distance(holdout: HeldOut, images: Tensor) -> float:
 
 
 def _reference(encoder: Encoder, features: Tensor, settings: FinetuneSettings) -> Reference:
-    return reference_of(
+    return make_reference(
         encoder,
         settings.kernel,
         features,

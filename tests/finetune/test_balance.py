@@ -18,7 +18,7 @@ from mmd_finetune.encoder import Encoder
 from mmd_finetune.kernels import KERNELS, Linear
 from mmd_finetune.loop import tune
 from mmd_finetune.mmd import mean_of_pairs, unbiased_mmd2
-from mmd_finetune.reference import Reference, make_reference
+from mmd_finetune.reference import Reference, encode_in_batches, make_reference
 from mmd_finetune.settings import FinetuneSettings, make_settings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import Task, prepare
@@ -37,8 +37,12 @@ def normal(count: int, seed: int, shift: float = 0.0) -> Tensor:
     return torch.randn(count, 1, 2, 3, generator=torch.Generator().manual_seed(seed)) + shift
 
 
+def encoded(encoder: Encoder, kernel: str) -> Reference:
+    return make_reference(encoder, kernel, encode_in_batches(encoder, normal(600, 0)))
+
+
 def reference(factor: float, kernel: str, name: str = "") -> Reference:
-    return make_reference(Encoder(name or f"times {factor:g}", Scaled(factor)), kernel, normal(600, 0))
+    return encoded(Encoder(name or f"times {factor:g}", Scaled(factor)), kernel)
 
 
 def test_the_levels_decide() -> None:
@@ -89,7 +93,7 @@ def test_an_encoder_in_which_the_model_is_perfect_does_not_rule() -> None:
             flat = images.flatten(1)
             return flat - flat.mean(1, keepdim=True)
 
-    references = (reference(1.0, "linear", "sees"), make_reference(Encoder("blind", Blind()), "linear", normal(600, 0)))
+    references = (reference(1.0, "linear", "sees"), encoded(Encoder("blind", Blind()), "linear"))
     samples = normal(64, 5, shift=3.0)
     weights = balanced_weights(references, samples, 32)
     level = real_level(references[1].kernel, references[1].features, 32)

@@ -16,7 +16,7 @@ from mmd_finetune.encoders import families, random_conv
 from mmd_finetune.features import Encoder, encoder_forms, load_encoder, load_encoders, require_fit
 from mmd_finetune.kernels import KERNELS
 from mmd_finetune.mmd import unbiased_mmd2
-from mmd_finetune.reference import make_reference
+from mmd_finetune.reference import encode_in_batches, make_reference
 from recipes import draw_random_conv
 
 
@@ -192,7 +192,7 @@ def test_absent_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("kernel", sorted(KERNELS))
 def test_reference_gives_the_mmd_of_its_encoder(kernel: str, real: torch.Tensor) -> None:
     encoder = load_encoder("digits-conv")
-    reference = make_reference(encoder, kernel, real[:300])
+    reference = make_reference(encoder, kernel, encode_in_batches(encoder, real[:300]))
     generated = real[300:340]
     expected = unbiased_mmd2(reference.kernel, encoder(generated).double(), encoder(real[:300]).double())
     assert reference.features.dtype == torch.float64
@@ -204,5 +204,6 @@ def test_real_images_that_break_the_encoder_are_refused(real: torch.Tensor) -> N
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.flatten(1) / 0.0
 
+    broken = Encoder("broken", Broken())
     with pytest.raises(UsageError, match="encoder broken gives NaN or infinity for a real image"):
-        make_reference(Encoder("broken", Broken()), "linear", real[:4])
+        make_reference(broken, "linear", encode_in_batches(broken, real[:4]))

@@ -25,7 +25,7 @@ from mmd_finetune.features import load_encoder
 from mmd_finetune.learned_plan import LearnedSampler, PlanNumbers
 from mmd_finetune.loop import tune
 from mmd_finetune.metrics import sampler_inputs
-from mmd_finetune.reference import make_reference
+from mmd_finetune.reference import encode_in_batches, make_reference
 from mmd_finetune.settings import FinetuneSettings, make_settings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import prepare
@@ -122,7 +122,8 @@ def test_gradcheck_of_the_plan_in_the_whole_objective(options: dict[str, Any]) -
     numbers = moved(PlanNumbers(plan, 999), 0.05)
     sampler = LearnedSampler(TinyNetwork().double(), numbers)
     real = torch.rand(12, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) - 0.5
-    reference = make_reference(load_encoder("pixels"), "gaussian", real)
+    pixels = load_encoder("pixels")
+    reference = make_reference(pixels, "gaussian", encode_in_batches(pixels, real))
     inputs = sampler_inputs(3, 4, SHAPE, plan.noisy_steps, 0, torch.device("cpu"))
     small = {name: 0.2 * tensor.double() for name, tensor in inputs.items()}  # away from the clamps
     parameters = tuple(numbers.parameters())

@@ -16,7 +16,7 @@ from mmd_export.unroll import UnrolledSampler
 from mmd_finetune.features import Encoder, load_encoder
 from mmd_finetune.kernels import KERNELS
 from mmd_finetune.metrics import sampler_inputs
-from mmd_finetune.reference import Reference, ReferenceKind, make_reference
+from mmd_finetune.reference import Reference, ReferenceKind, encode_in_batches, make_reference
 
 SHAPE = (1, 4, 4)
 
@@ -52,7 +52,7 @@ def loss_of(sampler: UnrolledSampler, reference: Reference, inputs: dict[str, Te
 def test_gradcheck_of_the_whole_objective(kernel: str, eta: float, kind: ReferenceKind, biased: bool) -> None:
     real = torch.rand(12, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) - 0.5
     encoder = Encoder("smooth", nn.Sequential(nn.Flatten(), nn.Tanh()))
-    reference = make_reference(encoder, kernel, real, kind=kind, biased=biased, landmarks=5)
+    reference = make_reference(encoder, kernel, encode_in_batches(encoder, real), kind=kind, biased=biased, landmarks=5)
     denoiser = TinyDenoiser().double()
     sampler = sampler_of(denoiser, eta=eta)
     inputs = sampler_inputs(3, 4, SHAPE, sampler.plan.noisy_steps, 0, torch.device("cpu"))
@@ -63,6 +63,11 @@ def test_gradcheck_of_the_whole_objective(kernel: str, eta: float, kind: Referen
         return loss_of(sampler, reference, small)
 
     assert torch.autograd.gradcheck(objective, tuple(denoiser.parameters()), eps=1e-6, atol=1e-7, fast_mode=True)
+
+
+def of_pixels(real: torch.Tensor) -> Reference:
+    pixels = load_encoder("pixels")
+    return make_reference(pixels, "gaussian", encode_in_batches(pixels, real))
 
 
 def test_both_calls_receive_gradient() -> None:
@@ -79,7 +84,7 @@ def test_both_calls_receive_gradient() -> None:
 
     nets = TwoNets()
     sampler = UnrolledSampler(nets, make_plan(SchedulerConfig(prediction_type="v_prediction"), 2))
-    reference = make_reference(load_encoder("pixels"), "gaussian", torch.rand(20, *SHAPE))
+    reference = of_pixels(torch.rand(20, *SHAPE))
     loss_of(sampler, reference, sampler_inputs(0, 4, SHAPE, 0, 0, torch.device("cpu"))).backward()
     for parameter in nets.parameters():
         assert parameter.grad is not None
@@ -89,7 +94,7 @@ def test_both_calls_receive_gradient() -> None:
 def test_recomputed_calls_give_equal_gradients(tiny_model: Path) -> None:
     base = load_checkpoint(tiny_model)
     plan = base.plan_for(2)
-    reference = make_reference(load_encoder("pixels"), "gaussian", torch.rand(20, 1, 8, 8))
+    reference = of_pixels(torch.rand(20, 1, 8, 8))
     inputs = sampler_inputs(0, 4, (1, 8, 8), 0, 0, torch.device("cpu"))
     gradients: list[list[Tensor]] = []
     for recompute in (False, True):
