@@ -1,7 +1,7 @@
 """Every target and precision on three models: costs and errors of a build -> benchmarks/results/targets.json.
 
-One cell a process, so that CPU seconds (with those of compilers it starts) and peak memory are its own. A cell that was
-written before is not run again: ``--again`` starts afresh, ``--model``, ``--target`` and ``--precision`` choose cells.
+One cell a process, so that CPU seconds (with those of compilers it starts) and peak memory are its own. ``--model``,
+``--target`` and ``--precision`` choose cells; one that was written before is not run again but with ``--again``.
 Parity is the bound of the manifest: the worst error of the sample and of any state, rounded up to one digit. A target
 whose compiler is not here is measured as ``--defer`` leaves it: the graph, run by ONNX Runtime.
 """
@@ -159,14 +159,14 @@ def main() -> None:
         arguments.cell.write_text(json.dumps(cell), encoding="utf-8")
         return
     old = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
-    cells: dict[str, Any] = {} if arguments.again else old.get("cells", {})
+    cells: dict[str, Any] = old.get("cells", {})
     for cell in cells.values():
         cell.setdefault("where", old["environment"]["cpu"])
     for model in (arguments.model,) if arguments.model else MODELS:
         for target in (arguments.target,) if arguments.target else choices():
             for precision in (arguments.precision,) if arguments.precision else target_of(target).precisions:
                 key = f"{model} | {target} | {precision}"
-                if "bytes" in cells.get(key, {}):
+                if "bytes" in cells.get(key, {}) and not arguments.again:
                     continue
                 print(key, flush=True)
                 cells[key] = run_cell(model, target, precision) | {"where": processors()}

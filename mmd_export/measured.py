@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from mmd_export.bundle import Bundle, Measured
+from mmd_export.bundle import Bundle, ManifestDraft, Measured
 from mmd_export.card import model_card
+from mmd_export.comparison import NO_LIMITS
 from mmd_export.errors import MmdExportError, NotAvailableError
-from mmd_export.parity import ParityReport, check_artefact
+from mmd_export.parity import Limits, ParityReport, Rung, check_artefact
 from mmd_export.runtime import RunOptions, Runtime
+from mmd_export.tolerance import on_a_device
+
+MEASURED_IN = ("onnxruntime", "onnxruntime:cpu")  # which set the tolerances of target onnx
 
 
 def log_beside(out: Path) -> Path:
@@ -32,11 +37,27 @@ def measured(bundle: Bundle, runtime: Runtime, note: str = "") -> Measured:
             raise
         target = bundle.manifest.target
         raise NotAvailableError(f"target {target} made what its runtime cannot run: {error}; try another") from error
-    ParityReport(bundle.name, runtime.name, (rung,)).require()
+    if advice := device_advice(bundle.manifest, runtime.name, rung):
+        advice += "; --skip-verify makes the bundle"
+    ParityReport(bundle.name, runtime.name, (rung,), advice=advice).require()
     parity = {comparison.name: rounded_up(comparison.max_abs) for comparison in rung.comparisons}
     draft = bundle.manifest.model_copy(update={"parity": parity})
     unseen = f"; states not seen: {rung.unseen}" if rung.unseen else ""
     return Measured(model_card(draft, f"runtime {runtime.name}, {found.detail}{unseen}{note}"), parity)
+
+
+def device_advice(manifest: ManifestDraft, runtime: str, rung: Rung) -> str:
+    """The next move where a device breaks the tolerance by no more than one that rounds every result may."""
+    wider = on_a_device(manifest.target, manifest.precision)
+    if rung.passed or rung.limits != NO_LIMITS or wider is None or runtime in MEASURED_IN:
+        return ""
+    if not replace(rung, limits=Limits({"": wider.atol})).passed:
+        return ""
+    worst = max(measurement.value for measurement in wider.measured)
+    return (
+        f"a device that rounds every result of {manifest.precision} may be off by {worst:.2g}; "
+        f"if {runtime} is one, verify --atol {wider.atol:g} allows it"
+    )
 
 
 def _unverified(bundle: Bundle, reason: str) -> Measured:

@@ -61,9 +61,9 @@ def _tail(bundles: str, value: float) -> Measurement:
     return Measurement("honest_tails.json", ("worst_honest", bundles), value)
 
 
-def _of_ends(target: str, precision: str, run: str, value: float) -> Measurement:
+def _of_ends(target: str, precision: str, run: str, value: float, error: str = "worst") -> Measurement:
     """Of hundreds of images of digits, with both ends of the network in float32."""
-    shipped = ("model=digits", "trial=both ends, as shipped", "worst")
+    shipped = ("model=digits", "trial=both ends, as shipped", error)
     row = ("rows", f"target={target}", f"precision={precision}", f"run={run}", *shipped)
     return Measurement("half_ends.json", row, value)
 
@@ -82,10 +82,11 @@ _TAIL = "of hundreds of images the one whose chain spreads most"
 
 # Compiled from the graph of target onnx, TF32 off, by libraries that no GPU was at hand to run.
 _FROM_THE_GRAPH = ("tensorrt", "tensorrt-rtx")
-_ROUNDED_EVERYWHERE = Basis(
-    0.03,
-    "float16, norms, softmax and both ends of the network float32; every result rounded, not yet on a GPU",
-    (_of_ends("onnx", "fp16", "every result rounded", 1.23e-02),),
+_IN_AN_ENGINE = Basis(
+    1e-2,
+    "float16, norms, softmax and both ends of the network float32; every result rounded, the hundredth worst of "
+    "hundreds of images; not yet on a GPU",
+    (_of_ends("onnx", "fp16", "every result rounded", 5.91e-03, "p99"),),
 )
 
 BASES: Mapping[tuple[str, str], Basis] = {
@@ -149,15 +150,24 @@ BASES: Mapping[tuple[str, str], Basis] = {
     ("coreml", "w4"): Basis(
         1.2, f"palettes of 16 values; {_TAIL}", (_coreml("digits", "w4", 2.47e-01), _tail("coreml w4", 5.15e-01))
     ),
-    **{(target, "fp16"): _ROUNDED_EVERYWHERE for target in _FROM_THE_GRAPH},
+    **{(target, "fp16"): _IN_AN_ENGINE for target in _FROM_THE_GRAPH},
     ("torch", "fp32"): Basis(1e-4, f"{_ROUNDING}; the sample alone", _targets("torch", "sample_error", 9e-07, 3e-06)),
     ("coreai", "fp32"): Basis(1e-4, _ROUNDING, _targets("coreai", "worst_state_error", 2e-06, 2e-06)),
     ("executorch", "fp32"): Basis(1e-4, _ROUNDING, _targets("executorch", "worst_state_error", 6e-06, 4e-06)),
 }
 
 
-# What a device may reach that rounds more than what set the tolerance of the manifest, ONNX Runtime on a CPU.
-ON_A_DEVICE: Mapping[tuple[str, str], Basis] = {("onnx", "fp16"): _ROUNDED_EVERYWHERE}
+# What the worst of hundreds of images may reach where every result is rounded, as in ONNX Runtime on a CPU none is.
+ON_A_DEVICE = Basis(
+    0.03,
+    f"float16, every result rounded; {_TAIL}",
+    (_of_ends("onnx", "fp16", "every result rounded", 1.23e-02),),
+)
+
+
+def on_a_device(target: str, precision: str) -> Basis | None:
+    """What to allow where an artefact in fp16 breaks its tolerance on a device, or None."""
+    return ON_A_DEVICE if precision == "fp16" and target in ("onnx", *_FROM_THE_GRAPH) else None
 
 
 # Of float32, by the largest factor with which the plan multiplies an output (``StepPlan.output_gain``).

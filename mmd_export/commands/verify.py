@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mmd_export.bundle import Bundle, Golden, ManifestDraft
+from mmd_export.bundle import Bundle, Golden
 from mmd_export.commands.distribution import DistributionOptions, distribution_rung
 from mmd_export.comparison import NO_LIMITS
 from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.measured import device_advice
 from mmd_export.parity import Culprit, Limits, ParityReport, Rung, check_artefact, chunks, require_outputs
 from mmd_export.runtime import RunOptions, Runtime, uninstalled
-from mmd_export.tolerance import ON_A_DEVICE
 from mmd_runtime.registry import get_runtime, runtime_for, runtime_names
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from mmd_export.plan import StepPlan
 
 BUILT_IN = ("digits",)  # known without importing torch; the same names as mmd_export.checkpoint.BUILT_IN
-MEASURED_IN = ("onnxruntime", "onnxruntime:cpu")  # which set the tolerances of target onnx
 FRESH_SEED = 1  # of the noises that the golden file does not hold
 
 
@@ -89,20 +88,6 @@ def verify(
     advice = device_advice(bundle.manifest, runtime.name, rung)
     unchecked, detail = tuple(_unchecked(bundle, reference, distribution)), runtime.availability().detail
     return ParityReport(bundle.name, runtime.name, rungs, detail, unchecked, culprit, bundle.artefact_sha256, advice)
-
-
-def device_advice(manifest: ManifestDraft, runtime: str, rung: Rung) -> str:
-    """The next move where a device breaks the tolerance by no more than one that rounds every result may."""
-    wider = ON_A_DEVICE.get((manifest.target, manifest.precision))
-    if rung.passed or rung.limits != NO_LIMITS or wider is None or runtime in MEASURED_IN:
-        return ""
-    if not replace(rung, limits=Limits({"": wider.atol})).passed:
-        return ""
-    worst = max(measurement.value for measurement in wider.measured)
-    return (
-        f"a device that rounds every result of {manifest.precision} may be off by {worst:.2g}; "
-        f"pass --atol {wider.atol:g} if {runtime} is one"
-    )
 
 
 def find_reference(bundle: Bundle, model: str | None, notify: Callable[[str], None]) -> tuple[Reference | None, str]:

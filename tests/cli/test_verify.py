@@ -14,13 +14,15 @@ import pytest
 
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
-from mmd_export.commands.verify import device_advice
 from mmd_export.comparison import NO_LIMITS, Limits, compare
 from mmd_export.errors import ParityError
 from mmd_export.manifest import GOLDEN_NAME
+from mmd_export.measured import device_advice, measured
 from mmd_export.parity_report import ParityReport, Rung
+from mmd_export.runtime import Availability
+from mmd_runtime.registry import get_runtime
 from tests.cli.conftest import Command
-from tests.export.bundles import draft
+from tests.export.bundles import draft, make
 
 
 def report_of(command: Command, *arguments: object) -> tuple[int, dict[str, object], str]:
@@ -119,7 +121,7 @@ def test_a_device_that_rounds_more_is_told_what_it_may_do() -> None:
         advice = device_advice(draft(precision=precision), runtime, rung)
         return ParityReport("b", runtime, (rung,), advice=advice)
 
-    with pytest.raises(ParityError, match=r"is 0.01; a device that .* by 0.012; pass --atol 0.03 if .*:cuda is one"):
+    with pytest.raises(ParityError, match=r"is 0.01; a device .* by 0.012; if .*:cuda is one, verify --atol 0.03 a"):
         report(0.012, "onnxruntime:cuda").require()
     asked = Limits({"": 1e-3})
     for other in (
@@ -129,6 +131,24 @@ def test_a_device_that_rounds_more_is_told_what_it_may_do() -> None:
         assert not other.passed
         assert other.advice == ""
     assert report(0.001, "onnxruntime:cuda").passed
+
+
+def test_a_build_on_such_a_device_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No engine runs without its GPU: the comparison is made by hand."""
+    exact = np.linspace(-1, 1, 4, dtype=np.float32).reshape(1, 1, 2, 2)
+    bundle = make(tmp_path / "b", draft=draft(target="tensorrt", precision="fp16"))
+    engines = get_runtime("tensorrt")
+    monkeypatch.setattr(type(engines), "availability", lambda _: Availability(True, "a GPU"))
+
+    def failure(off: float) -> str:
+        rung = Rung(6, (compare("sample", exact + np.float32(off), exact),), atol=1e-2, mean=1.0)
+        monkeypatch.setattr("mmd_export.measured.check_artefact", lambda *_: rung)
+        with pytest.raises(ParityError) as error:
+            measured(bundle, engines)
+        return str(error.value)
+
+    assert failure(0.02).endswith("if tensorrt is one, verify --atol 0.03 allows it; --skip-verify makes the bundle")
+    assert "--atol" not in failure(0.04)
 
 
 @pytest.mark.parametrize(
