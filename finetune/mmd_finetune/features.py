@@ -69,7 +69,7 @@ def _try_out(encoder: Encoder, shape: tuple[int, int, int], gradient: bool) -> N
     try:
         features, beside_another = _twice(encoder, images.requires_grad_(gradient))
         _require_features(features, where)
-        _require_apart(features[:1], beside_another, where)
+        _require_apart(features[:1], beside_another[:1], where)
         if gradient and not features.requires_grad:
             raise UsageError(f"{where} no gradient comes back; an encoder of the loss must be differentiable")
         if gradient:
@@ -94,13 +94,13 @@ def _require_features(features: object, where: str) -> None:
 
 
 def _twice(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The features of two images, and those of the first beside another second; one that draws draws the same."""
+    """The features of two images, and of the first beside another second; one that draws draws the same."""
     with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
         torch.manual_seed(0)
         features = encoder(images)
         torch.manual_seed(0)
         with torch.no_grad():
-            return features, encoder(torch.cat([images[:1], 0.5 * images[1:].flip(3)]))[:1]
+            return features, encoder(torch.cat([images[:1], 0.5 * images[1:].flip(3)]))
 
 
 def _require_apart(features: Tensor, beside_another: Tensor, where: str) -> None:

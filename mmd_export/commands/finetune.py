@@ -12,6 +12,7 @@ from mmd_finetune.loop import tune
 from mmd_finetune.progress import ProgressBar
 from mmd_finetune.run_folder import RunFolder, RunResult, earlier_settings
 from mmd_finetune.settings import make_settings
+from mmd_finetune.tensorboard import FOLDER as EVENTS
 from mmd_finetune.tensorboard import TensorBoard
 from mmd_finetune.world import is_first_process
 
@@ -37,7 +38,7 @@ def finetune(
             found = RunFolder(out).finished()
             return found if is_first_process() else None
     settings = make_settings(given, config, earlier)
-    recorded = tensorboard and is_first_process()
+    recorded = (tensorboard or (resume and (settings.out / EVENTS).is_dir())) and is_first_process()
     with ProgressBar() as bar, TensorBoard(settings.out, bar) if recorded else nullcontext(bar) as observer:
         result = tune(settings, resume=resume, finish=finish, observer=observer, notify=notify)
     return (result, settings.precision) if is_first_process() else None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmd_finetune.settings import FinetuneSettings
 
@@ -25,6 +26,12 @@ def log_of(run: Path) -> list[dict[str, Any]]:
 
 def without_seconds(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def events_of(run: Path) -> EventAccumulator:
+    found = EventAccumulator(str(run / "tensorboard"))
+    found.Reload()
+    return found
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:

@@ -14,7 +14,8 @@ from mmd_finetune import loop
 from mmd_finetune.loop import Report, tune
 from mmd_finetune.run_folder import RunResult
 from mmd_finetune.settings import FinetuneSettings
-from tests.finetune.runs import changed
+from mmd_finetune.tensorboard import TensorBoard
+from tests.finetune.runs import changed, events_of
 
 
 def stop_at(iteration: int) -> Callable[[Report], None]:
@@ -45,6 +46,13 @@ def test_a_run_goes_on_with_its_folder_alone(tiny_settings: FinetuneSettings, tm
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"empty holds no resume\.json; give all settings of the run"):
         go_on(out=tmp_path / "empty")
+
+
+def test_the_events_of_a_run_go_on_without_being_asked_for_again(tiny_settings: FinetuneSettings) -> None:
+    with pytest.raises(KeyboardInterrupt), TensorBoard(tiny_settings.out, stop_at(5)) as observer:
+        tune(tiny_settings, observer=observer)
+    go_on(out=tiny_settings.out)
+    assert [event.step for event in events_of(tiny_settings.out).Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_options_win_over_those_of_the_folder_and_are_refused(tiny_settings: FinetuneSettings) -> None:

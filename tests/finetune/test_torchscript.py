@@ -39,6 +39,11 @@ class Tokens(nn.Module):
         return x.flatten(2)
 
 
+class Named(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"features": x.flatten(1)}
+
+
 class Whole(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x.flatten(1) * 10.0).long()
@@ -129,6 +134,7 @@ def test_size_resizes(tmp_path: Path) -> None:
     [
         (Tokens(), r"it gives \(2, 3, 36\) float32; \(2, d\) float32 is expected"),
         (Whole(), r"it gives \(2, 108\) int64"),
+        (Named(), "it gives dict; a tensor"),
         (Infinite(), "a feature is NaN or infinite"),
         (Detached(), "no gradient comes back; an encoder of the loss must be differentiable"),
         (Steep(), "the gradient holds NaN or infinity"),

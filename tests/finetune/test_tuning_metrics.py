@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmd_export.errors import UsageError
 from mmd_finetune.loop import Report, tune
 from mmd_finetune.settings import FinetuneSettings, make_settings
 from mmd_finetune.tensorboard import TensorBoard
-from tests.finetune.runs import changed
+from tests.finetune.runs import changed, events_of
 
 
 def lines(settings: FinetuneSettings) -> list[dict[str, Any]]:
@@ -81,19 +80,13 @@ def test_too_few_samples_for_the_neighbours_are_refused_before_the_run() -> None
         make_settings({"model": "digits", "steps": 2, "out": "run", "metrics": "recall", "evaluate_count": 4})
 
 
-def events(place: Path) -> EventAccumulator:
-    found = EventAccumulator(str(place / "tensorboard"))
-    found.Reload()
-    return found
-
-
 def test_events_are_those_of_the_log(tiny_settings: FinetuneSettings) -> None:
     encoders = {"features": ("digits-conv",), "holdout": ("digits-mlp", "pixels")}
     settings = tiny_settings.model_copy(update={"metrics": ("kid",), **encoders})
     seen: list[Report] = []
     with TensorBoard(settings.out, seen.append) as observer:
         tune(settings, observer=observer)
-    found, logged = events(settings.out), lines(settings)
+    found, logged = events_of(settings.out), lines(settings)
     assert len(seen) == settings.iterations
     for tag, name in (("loss", "loss"), ("held_out", "held_out")):
         expected = [(line["iteration"], pytest.approx(line[name], rel=1e-5)) for line in logged if name in line]
@@ -116,4 +109,4 @@ def test_a_resumed_run_has_every_point_once(tiny_settings: FinetuneSettings) -> 
         tune(tiny_settings, observer=observer)
     with TensorBoard(tiny_settings.out) as observer:
         tune(tiny_settings, resume=True, observer=observer)
-    assert [event.step for event in events(tiny_settings.out).Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events_of(tiny_settings.out).Scalars("loss")] == [1, 2, 3, 4, 5, 6]

@@ -24,8 +24,8 @@ class Scripted(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.network(self.preprocess(images))
-        return features.mean((2, 3)) if features.dim() == 4 else features
+        features: Tensor = self.network(self.preprocess(images))  # but for a script that gives something else
+        return features.mean((2, 3)) if getattr(features, "ndim", None) == 4 else features
 
 
 def _load(source: Source) -> Encoder:
