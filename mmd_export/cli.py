@@ -13,7 +13,7 @@ from mmd_export import __version__
 from mmd_export.cli_bench import BENCH_EXAMPLES, REPORT_EXAMPLES, bench, report
 from mmd_export.cli_build import BUILD_EXAMPLES, FINALIZE_EXAMPLES, build, finalize
 from mmd_export.cli_embed import EMBED_EXAMPLES, embed
-from mmd_export.cli_errors import missing_line, usage_line
+from mmd_export.cli_errors import broken_line, missing_line, usage_line
 from mmd_export.cli_evaluate import EVALUATE_EXAMPLE, evaluate
 from mmd_export.cli_finetune import FINETUNE_EXAMPLES, finetune
 from mmd_export.cli_network import Conditions, GuidanceForm, GuidanceScale, NullLabel, TextLength
@@ -254,6 +254,9 @@ def _unexpected(error: Exception) -> int:
     """What is known of an error that no code of ours raised."""
     if isinstance(error, ModuleNotFoundError) and (lacking := missing_line(error)):
         say(f"error: {lacking}")
+        return NotAvailableError.exit_code
+    if isinstance(error, ImportError) and (broken := broken_line(error)):
+        say(f"error: {broken}")
         return NotAvailableError.exit_code
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:400].rstrip(":")
     if is_out_of_memory(error):

@@ -21,6 +21,24 @@ def missing_line(error: ModuleNotFoundError) -> str | None:
     return f"{error.name} is not installed; pip install 'mmd-export[{extra}]'" if extra else None
 
 
+def broken_line(error: ImportError) -> str | None:
+    """``onnx is installed but does not import: ...`` with the next move; None where no package of ours is at fault."""
+    from mmd_export.commands.doctor import repair
+
+    if isinstance(error, ModuleNotFoundError):
+        return None
+    named = [str(error.name or "").partition(".")[0]]
+    trace = error.__traceback__
+    while trace is not None:  # the last of the packages that were importing one another
+        named.append(str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0])
+        trace = trace.tb_next
+    known = [name for name in named if name in _EXTRAS]
+    if not known:
+        return None
+    why = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{known[-1]} is installed but does not import: {why}; {repair(known[-1], why)}"
+
+
 def usage_line(error: Exception, arguments: Sequence[str]) -> str | None:
     """``No such option: --chekpoint (Possible options: --checkpoint); see mmd-export bench --help``.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
@@ -71,10 +72,7 @@ def _read(path: Path, name: str) -> NDArray[Any]:
     """The array of a .npy, or of a .safetensors the one of that name or the only one."""
     try:
         if path.suffix != ".safetensors":
-            array: NDArray[Any] = np.load(path, allow_pickle=False)
-            if not isinstance(array, np.ndarray):  # an .npz
-                raise ValueError("it holds several arrays")
-            return array
+            return _of_npy(path)
         tensors = safetensors.numpy.load(path.read_bytes())
     except (OSError, ValueError, EOFError, SafetensorError) as error:
         raise UsageError(
@@ -83,6 +81,16 @@ def _read(path: Path, name: str) -> NDArray[Any]:
     if name not in tensors and len(tensors) != 1:
         raise UsageError(f"--condition {name}={path} holds {', '.join(sorted(tensors))}; {name!r} is expected")
     return tensors[name] if name in tensors else next(iter(tensors.values()))
+
+
+def _of_npy(path: Path) -> NDArray[Any]:
+    """ValueError for what is none; numpy's own text would advise to unpickle it."""
+    with path.open("rb") as file:
+        if file.read(len(npy.MAGIC_PREFIX)) != npy.MAGIC_PREFIX:
+            raise ValueError("it is no .npy")
+        file.seek(0)
+        array: NDArray[Any] = npy.read_array(file, allow_pickle=False)
+        return array
 
 
 def _fitted(array: NDArray[Any], wanted: Condition, count: int | None, path: Path) -> NDArray[Any]:

@@ -37,9 +37,10 @@ def measured(bundle: Bundle, runtime: Runtime, note: str = "") -> Measured:
             raise
         target = bundle.manifest.target
         raise NotAvailableError(f"target {target} made what its runtime cannot run: {error}; try another") from error
-    if advice := device_advice(bundle.manifest, runtime.name, rung):
-        advice += "; --skip-verify makes the bundle"
-    ParityReport(bundle.name, runtime.name, (rung,), advice=advice).require()
+    told = device_advice(bundle.manifest, runtime.name, rung)
+    other = "" if bundle.manifest.target == "onnx" else "use --target onnx, or "
+    moves = (told, f"{other}--skip-verify makes the bundle for verify to look into")
+    ParityReport(bundle.name, runtime.name, (rung,), advice="; ".join(filter(None, moves))).require()
     parity = {comparison.name: rounded_up(comparison.max_abs) for comparison in rung.comparisons}
     draft = bundle.manifest.model_copy(update={"parity": parity})
     unseen = f"; states not seen: {rung.unseen}" if rung.unseen else ""

@@ -340,6 +340,13 @@ class Bessel(Plain):
         return super().forward(torch.special.bessel_j0(x), timestep)
 
 
+class Inverse(Plain):
+    """An operator that checks its operand: an effect beside its result."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(torch.linalg.inv(x), timestep)
+
+
 @torch.library.custom_op("foreign_nets::twice", mutates_args=())
 def twice(x: Tensor) -> Tensor:
     """An operator of this test alone."""

@@ -81,12 +81,12 @@ def broken_import(
             notify(f"importing {name}")
             known[name] = why_not(name)
         if why := known[name]:
-            return Availability(False, f"{name} is installed but does not import: {why}", _repair(name, why))
+            return Availability(False, f"{name} is installed but does not import: {why}", repair(name, why))
     return None
 
 
-def _repair(module: str, why: str) -> str:
-    """The next move; no version is changed, and no dependency but where one is missing."""
+def repair(module: str, why: str) -> str:
+    """What to do where ``module`` does not import; no version is changed, no dependency but where one is missing."""
     if "cannot open shared object file" in why:
         return "install the library that it names: a package of the system, or for CUDA's pip install 'mmd-export[gpu]'"
     packages = sorted(set(packages_distributions().get(module.partition(".")[0], [])))

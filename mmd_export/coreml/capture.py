@@ -7,7 +7,6 @@ reported faults on GPUs, and older systems have none.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 from mmd_export.errors import NotAvailableError
 from mmd_export.program import DecoderProgram, ExportedDenoiser, SamplerProgram
-from mmd_export.unrolled_program import unroll
+from mmd_export.unrolled_program import quiet_copies, unroll
 
 _ATEN = torch.ops.aten
 
@@ -61,8 +60,7 @@ def capture(program: SamplerProgram, output: str) -> Captured:
     fields = vars(program)
     if program.decoder is not None:
         fields = fields | {"decoder": _Decoder(**vars(program.decoder))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 copies what it deprecates itself (LeafSpec)
+    with quiet_copies():
         exported = unroll(_Program(**fields), states=True).run_decompositions({})
     steps = program.plan.step_count
     plan = _name_states(exported, steps, program.plan.clamp_output or program.decoder is not None)

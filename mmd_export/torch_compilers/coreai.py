@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 
 from mmd_export.errors import NotAvailableError
 from mmd_export.program import SamplerProgram
-from mmd_export.unrolled_program import unroll, unroll_step
+from mmd_export.unrolled_program import quiet_copies, unroll, unroll_step
 
 MAIN = "main"
 _DATE = "20270101T000000Z"  # an asset of no certain day, so that one program is the same bytes every day
@@ -35,7 +35,7 @@ def write_asset(program: SamplerProgram, output: str, path: Path) -> dict[str, i
 
     converter = TorchConverter(mode=TorchConverter.Mode.RELEASE)
     counts: Counter[str] = Counter()
-    with _fixed_names(), redirect_stdout(sys.stderr):  # it draws a progress bar
+    with _fixed_names(), quiet_copies(), redirect_stdout(sys.stderr):  # it draws a progress bar
         for name, (exported, outputs) in _functions(program, output).items():
             lowered = exported.run_decompositions(get_decomp_table())
             inputs = [each for each in lowered.graph_signature.user_inputs if isinstance(each, str)]

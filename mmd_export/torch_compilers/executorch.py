@@ -9,7 +9,6 @@ as one opaque operator, the captured call is lowered by itself, and its nodes ar
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch.export import ExportedProgram
 from mmd_export.errors import NotAvailableError, one_line
 from mmd_export.program import SamplerProgram
 from mmd_export.torch_compilers.splice import splice
-from mmd_export.unrolled_program import Calls, unroll, unroll_step
+from mmd_export.unrolled_program import Calls, quiet_copies, unroll, unroll_step
 
 BACKEND = "XnnpackBackend"
 NETWORK, DECODER = "network", "decoder"
@@ -83,8 +82,7 @@ def compile_sampler(program: SamplerProgram, output: str) -> Lowered:
     """All methods in one program; raises NotAvailableError that names an operator nobody can run."""
     from executorch.exir import EdgeCompileConfig, EdgeProgramManager, to_edge
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # ExecuTorch 1.5 copies what torch 2.13 deprecates (LeafSpec)
+    with quiet_copies():
         parts = {NETWORK: lower(program.step)}
         if program.decoder is not None:
             parts[DECODER] = lower(program.decoder.call)
@@ -108,6 +106,11 @@ def lower(call: ExportedProgram) -> ExportedProgram:
     config = EdgeCompileConfig(_check_ir_validity=False)  # what has no kernel is named below, with the finished program
     edge = to_edge_transform_and_lower(call, partitioner=[XnnpackPartitioner()], compile_config=config)
     program: ExportedProgram = edge.exported_program()
+    for node in program.graph.nodes:
+        if node.target is torch.ops.higher_order.with_effects:
+            raise NotAvailableError(
+                f"target executorch cannot run {node.args[1]}, which does more than it returns; use --target onnx"
+            )
     return program
 
 

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from mmd_export.errors import NotAvailableError, one_line
 from mmd_export.folders import scratch_folder
+from mmd_export.unrolled_program import quiet_copies
 
 FOLDER = "model/data/aotinductor/model"
 _STEM = "sampler"
@@ -47,7 +48,7 @@ def compile_package(exported: ExportedProgram, path: Path, device: str) -> dict[
 
     assert exported.example_inputs is not None
     arguments, keywords = exported.example_inputs
-    with scratch_folder() as scratch, torch.random.fork_rng(devices=[]):
+    with scratch_folder() as scratch, torch.random.fork_rng(devices=[]), quiet_copies():
         torch.manual_seed(0)  # a library above 2 GB carries a random number
         folder = scratch / _STEM
         folder.mkdir()

@@ -23,8 +23,8 @@ from mmd_export.trt.rewrite import rewritten
 AMPERE = "8.0"
 # What makes an engine of a graph beside the library: a change of it is another key in the cache.
 _BUILDER = tuple(Path(__file__).parent / name for name in ("worker.py", "rewrite.py", "../onnx_nodes.py"))
-# TensorRT-RTX 1.7.1 refuses float8 below 8.9 (measured); full TensorRT builds for the GPU at hand.
-_LEAST_CAPABILITY = {"fp8": "8.9"}
+# TensorRT-RTX 1.7.1 refuses what is below (measured); full TensorRT builds for the GPU at hand.
+_LEAST_CAPABILITY = {"fp8": "8.9", "bf16": AMPERE}
 _NOT_IN_THE_BYTES = ("onnx", "engine", "memory_limit", "timing_cache")
 
 

@@ -153,7 +153,7 @@ class _Progress:
     def hear(self, event: dict[str, Any]) -> None:
         now = time.monotonic()
         if support := event.get("support"):
-            self.notify(f"{self.title} takes {support['taken']:,} of {support['nodes']:,} nodes")
+            self.notify(f"{self.title} takes all {support['taken']:,} nodes")
         elif event.get("top"):
             self.told = now
             self.notify(f"{self.title}: {event['phase']}")

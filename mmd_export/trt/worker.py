@@ -72,21 +72,22 @@ def build(trt: Any, job: Job, tell: Tell) -> dict[str, Any]:
 
 
 def _support(parser: Any, path: Path) -> dict[str, int]:
-    """How many nodes the library looked at and takes, by its own check of every node, if this release has one.
+    """How many nodes the library takes, by its own check of every node, if this release has one.
 
     Every node that it does not take goes to the log, with the reason; raises Refused that names the first.
     """
     if not hasattr(parser, "supports_model_v2"):
         return {}
     whole = parser.supports_model_v2(path.read_bytes(), str(path))
-    parts = [(parser.is_subgraph_supported(i), parser.get_subgraph_nodes(i)) for i in range(parser.num_subgraphs)]
-    taken = sum(len(nodes) for supported, nodes in parts if supported)
+    # The nodes that it takes, in groups; is_subgraph_supported tells of each whether it is the whole graph.
+    taken = sum(len(parser.get_subgraph_nodes(i)) for i in range(parser.num_subgraphs))
     if not whole:
         for i in range(parser.num_errors):
             sys.stderr.write(f"not taken: {_blamed(parser.get_error(i))}\n")
-        complaint = f"{_complaint(parser)}; it takes {taken} other nodes; use --target onnx"
+        others = f"{taken} other node" + ("s" if taken != 1 else "")
+        complaint = f"{_complaint(parser)}; it takes {others}; use --target onnx"
         raise Refused(complaint, log=parser.num_errors > 1)
-    return {"taken": taken, "nodes": sum(len(nodes) for _, nodes in parts)}
+    return {"taken": taken}
 
 
 def _complaint(parser: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -44,6 +45,31 @@ def test_a_package_that_is_missing(name: str, code: int, said: str, capsys: pyte
 
     assert run(lacking, []) == code
     assert f"mmd-export: {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [None, "onnx_ir.passes"])
+def test_a_package_that_does_not_import(
+    name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a library that it needs is another one; Python names the package where it can."""
+    (tmp_path / "onnx_ir.py").write_text(f"raise ImportError('no symbol', name={name!r})", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnx_ir")
+
+    def importing(**_: object) -> None:
+        importlib.import_module("onnx_ir")
+
+    assert run(importing, []) == NotAvailableError.exit_code
+    said = capsys.readouterr().err
+    assert "error: onnx_ir is installed but does not import: ImportError: no symbol; pip install --force-rein" in said
+
+
+def test_an_import_of_ours_that_fails_is_our_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    def importing(**_: object) -> None:
+        raise ImportError("cannot import name 'a' from 'mmd_export.b'", name="mmd_export.b")
+
+    assert run(importing, []) == 1
+    assert "unexpected error: ImportError: cannot import name 'a'" in capsys.readouterr().err
 
 
 def test_the_extras_are_those_of_the_project() -> None:
@@ -119,8 +145,12 @@ def test_unknown_scheduler_setting(command: Command, model: Path, tmp_path: Path
         (("--precision", "fp3"), 2, "target onnx has no --precision fp3; it has fp32"),
         (("--precision", "w16"), 3, "target onnx has no --precision w16"),
         (("--form", "rolled"), 2, "target onnx has no --form rolled"),
-        (("--precision", "int8", "--calibration", "0"), 2, "--calibration is 0, it takes at least 1 image"),
-        (("--precision", "int8", "--calibration", "-3"), 2, "--calibration is -3, it takes at least 1 image"),
+        (("--precision", "int8", "--calibration", "0"), 2, "--calibration is 0; it must be from 1 to 4,096 images"),
+        (
+            ("--precision", "int8", "--calibration", "4097"),
+            2,
+            "--calibration is 4097; it must be from 1 to 4,096 images",
+        ),
         (("--calibration", "8"), 2, "--calibration is 8, but --precision fp32 has no ranges to set"),
         (("--output", "int3"), 2, "target onnx has no --output int3"),
         (("--output", "float", "--target", "torch", "--form", "loop"), 3, "target torch has no --form loop"),

@@ -104,7 +104,7 @@ TEXT = "encoder_hidden_states="
         ((TEXT + "wrong.npy",), ("is (6, 5)", "(6, 12) for all images or (3, 6, 12) for each")),
         ((TEXT + "nan.npy",), ("holds NaN",)),
         ((TEXT + "none.npy",), ("none.npy cannot be read",)),
-        ((TEXT + "text.npy",), ("text.npy cannot be read",)),
+        ((TEXT + "text.npy",), ("text.npy cannot be read: it is no .npy; write it with numpy.save",)),
         ((TEXT + "labels.npy",), ("holds int64, float32 is expected",)),
         ((TEXT + "neither.safetensors",), ("holds a, b; 'encoder_hidden_states' is expected",)),
         ((TEXT + "one.npy", TEXT + "many.npy"), ("encoder_hidden_states is given twice",)),

@@ -86,6 +86,7 @@ def test_executorch_says_what_is_not_delegated(built: dict[str, Bundle]) -> None
     ("name", "network", "operator"),
     [
         ("torch", "Custom", "foreign_nets.twice"),
+        ("executorch", "Inverse", "linalg_check_errors"),
         *((name, *lacking) for name in ("coreai", "executorch") for lacking in (("Custom", "twice"), ("Bessel", "j0"))),
     ],
 )

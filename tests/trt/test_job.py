@@ -53,6 +53,8 @@ def test_gpus_that_lack_the_precision_are_refused_before_the_build(capabilities:
     with pytest.raises(NotAvailableError, match=r"fp8 needs compute capability 8\.9, --compute-capability has 8\."):
         require_capable("fp8", plain.options)
     require_capable("fp8", TargetOptions(compute_capability="12.0"))
+    with pytest.raises(NotAvailableError, match=r"bf16 needs compute capability 8\.0, --compute-capability has 7\.5"):
+        require_capable("bf16", TargetOptions(compute_capability="12.0,7.5"))
 
 
 def key(library: Library, asked: Request, device: Device | None = None) -> str:

@@ -117,12 +117,15 @@ def test_every_node_that_it_does_not_take_is_in_the_log(one_node: OneNode, tmp_p
     graph = one_node("Det", (1, 1, 2, 2))
     model = ir.load(graph)
     second = ir.Node("", "Det", [model.graph.inputs[0]], name="another")
-    model.graph.append(second)
+    taken = ir.Node("", "Relu", [model.graph.inputs[0]], name="taken")
+    model.graph.extend((second, taken))
+    model.graph.outputs.append(taken.outputs[0])
+    taken.outputs[0].name = "third"
     model.graph.outputs.append(second.outputs[0])
     second.outputs[0].name = "other"
     ir.save(model, graph)
     said = refusal(job(graph, capabilities=("8.9",)), log := tmp_path / "out.log")
-    assert f"and 1 more; it takes 0 other nodes; use --target onnx; all of it is in {log}" in said
+    assert f"and 1 more; it takes 1 other node; use --target onnx; all of it is in {log}" in said
     for name in ("the_node", "another"):
         assert f"not taken: '{name}' (Det): UNSUPPORTED_NODE" in log.read_text()
 
@@ -155,7 +158,7 @@ def test_progress_is_told(one_node: OneNode) -> None:
     heard: list[str] = []
     done = run_job(job(one_node("Relu", (1, 2)), capabilities=("8.9",)), "TensorRT-RTX", None, heard.append)
     assert done["capabilities"] == ["8.9"]
-    assert heard == ["TensorRT-RTX takes 1 of 1 nodes", "TensorRT-RTX: Building engine"]
+    assert heard == ["TensorRT-RTX takes all 1 nodes", "TensorRT-RTX: Building engine"]
 
 
 def test_a_stop_while_it_builds_leaves_no_process(one_node: OneNode, monkeypatch: pytest.MonkeyPatch) -> None:
