@@ -15,7 +15,7 @@ from mmd_export import build as pipeline
 from mmd_export import measured
 from mmd_export.build import BuildOptions, build, usable_target
 from mmd_export.bundle import Bundle, Tolerance
-from mmd_export.checkpoint import Checkpoint
+from mmd_export.checkpoint import load_checkpoint
 from mmd_export.errors import MmdExportError, NotAvailableError, ParityError, UsageError
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.target_options import DEFAULTS, TargetOptions
@@ -27,9 +27,13 @@ from tests.contract.required import skip
 pytestmark = pytest.mark.parametrize("name", target_names())
 
 
+MODEL = "python:tests.foreign_nets:Plain"  # two convolutions, since some compilers take a minute for a UNet
+
+
 @pytest.fixture(scope="module")
-def program(tiny_checkpoint: Checkpoint) -> SamplerProgram:
-    return export_program(tiny_checkpoint.denoiser, tiny_checkpoint.plan_for(2), tiny_checkpoint.shape, 1)
+def program() -> SamplerProgram:
+    checkpoint = load_checkpoint(MODEL)
+    return export_program(checkpoint.denoiser, checkpoint.plan_for(2), checkpoint.shape, 1)
 
 
 def target_here(name: str) -> Target:
@@ -48,7 +52,7 @@ Made = tuple[Compiled, Files]
 
 @pytest.fixture(scope="module")
 def compiled(program: SamplerProgram, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
-    """What a target makes of the tiny model, compiled once for all tests that only need an artefact."""
+    """What a target makes of the model, compiled once for all tests that only need an artefact."""
     made: dict[str, Made] = {}
 
     def compile_once(name: str) -> Made:
@@ -63,7 +67,7 @@ def compiled(program: SamplerProgram, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def quick(name: str, compiled: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The target gives its artefact of the tiny model again instead of compiling it again."""
+    """The target gives its artefact of the model again instead of compiling it again."""
     facts, files = compiled(name)
 
     def compile_again(program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
@@ -80,8 +84,8 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def options_for(name: str, model: Path, out: Path, **changes: Any) -> BuildOptions:
-    return replace(BuildOptions(model=str(model), target=name, out=out, steps=2), **changes)
+def options_for(name: str, out: Path, model: str = MODEL, **changes: Any) -> BuildOptions:
+    return replace(BuildOptions(model=model, target=name, out=out, steps=2), **changes)
 
 
 def test_it_keeps_the_protocol(name: str) -> None:
@@ -123,28 +127,28 @@ def test_it_tells_the_peak_of_activation_memory(name: str, compiled: Callable[[s
     assert facts.graph["peak_activation_bytes"] == pytest.approx(onnx.graph["peak_activation_bytes"], rel=1 / 3)
 
 
-def test_it_refuses_what_it_has_not(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_it_refuses_what_it_has_not(name: str, tmp_path: Path) -> None:
     for field, flag in (("precision", "--precision"), ("output", "--output")):
         with pytest.raises(UsageError, match=f"target {name} has no {flag} int3; it has "):  # nor has another
-            build(options_for(name, tiny, tmp_path / "out", **{field: "int3"}))
+            build(options_for(name, tmp_path / "out", **{field: "int3"}))
     elsewhere = {each for other in target_names() for each in get_target(other).precisions}
     for precision in sorted(elsewhere - set(get_target(name).precisions)):
         with pytest.raises(NotAvailableError, match=f"target {name} has no --precision {precision}; it has "):
-            build(options_for(name, tiny, tmp_path / "out", precision=precision))
+            build(options_for(name, tmp_path / "out", precision=precision))
     assert not list(tmp_path.iterdir())
 
 
 def test_it_refuses_before_the_checkpoint_is_read(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no --precision"):
-        build(options_for(name, tmp_path / "nowhere", tmp_path / "out", precision="int3"))
+        build(options_for(name, tmp_path / "out", str(tmp_path / "nowhere"), precision="int3"))
     with pytest.raises(UsageError, match=rf"--target '{name}x' is unknown; known: .*{name}"):
-        usable_target(options_for(f"{name}x", tmp_path, tmp_path))
+        usable_target(options_for(f"{name}x", tmp_path))
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_build_is_a_whole_bundle(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_a_build_is_a_whole_bundle(name: str, tmp_path: Path) -> None:
     stages: list[str] = []
-    built = build(options_for(name, tiny, tmp_path / "out"), notify=stages.append)
+    built = build(options_for(name, tmp_path / "out"), notify=stages.append)
     bundle = Bundle.open(tmp_path / "out")
     assert bundle.manifest == built.manifest
     assert bundle.manifest.target == name
@@ -157,25 +161,25 @@ def test_a_build_is_a_whole_bundle(name: str, tiny: Path, tmp_path: Path) -> Non
     assert ("not verified" in bundle.card) == (not runs.available)
     assert runs.detail in bundle.card
     with pytest.raises(UsageError, match="already exists"):
-        build(options_for(name, tiny, tmp_path / "out"))
+        build(options_for(name, tmp_path / "out"))
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_build_that_fails_its_parity_leaves_nothing(
-    name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not (found := runtime_for(get_target(name).format).availability()).available:
         pytest.skip(f"target {name}: nothing runs it here: {found.detail}; {found.install}")
     monkeypatch.setattr(pipeline, "artefact_tolerance", lambda *_: Tolerance(atol=0.0, reason="nothing passes"))
     with pytest.raises(ParityError, match=r"rung 6 \(artefact in its runtime\) failed: .* the tolerance is 0") as error:
-        build(options_for(name, tiny, tmp_path / "out"))
+        build(options_for(name, tmp_path / "out"))
     assert error.value.exit_code == 4
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("quick")
 def test_an_artefact_that_its_runtime_cannot_run_is_not_published(
-    name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not (found := runtime_for(get_target(name).format).availability()).available:
         pytest.skip(f"target {name}: nothing runs it here: {found.detail}; {found.install}")
@@ -185,13 +189,11 @@ def test_an_artefact_that_its_runtime_cannot_run_is_not_published(
 
     monkeypatch.setattr(measured, "check_artefact", fails)
     with pytest.raises(NotAvailableError, match=f"target {name} made what its runtime cannot run: a kernel gave up"):
-        build(options_for(name, tiny, tmp_path / "out"))
+        build(options_for(name, tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_build_that_breaks_leaves_nothing(
-    name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_that_breaks_leaves_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = target_here(name)
 
     def compile_half(program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
@@ -200,5 +202,5 @@ def test_a_build_that_breaks_leaves_nothing(
 
     monkeypatch.setattr(target, "compile", compile_half)
     with pytest.raises(KeyboardInterrupt):
-        build(options_for(name, tiny, tmp_path / "out"))
+        build(options_for(name, tmp_path / "out"))
     assert not list(tmp_path.iterdir())
