@@ -307,7 +307,8 @@ def slow(self, program, folder, options):
     return facts
 OnnxTarget.compile = slow
 from mmd_export.cli import main
-sys.argv = ["mmd-export", "build", "digits", "--target", "onnx", "--steps", "1", "--out", sys.argv[1]]
+model, out = "python:tests.foreign_nets:Plain", sys.argv[1]
+sys.argv = ["mmd-export", "build", model, "--target", "onnx", "--steps", "1", "--out", out]
 main()
 """
 

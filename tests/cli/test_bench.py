@@ -95,7 +95,7 @@ def test_the_checkpoint_is_read_once(longer_bundle: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("mmd_export.checkpoint.load_checkpoint", counted)
     options = BenchOptions(
-        (longer_bundle,), ("torch", "per-step", "diffusers"), rounds=6, threads=1, batches=(1, 3)
+        (longer_bundle,), ("torch", "per-step", "diffusers"), rounds=6, threads=1, batches=(1, 3), cold=0
     )  # fmt: skip
     assert len(bench(options).latency.seconds) == 4
     assert read == ["digits"]

@@ -66,7 +66,8 @@ CASES: dict[str, list[Settings]] = {
         {**LATENT, "timestep_spacing": "leading"},
     ],
     "HeunDiscreteScheduler": [
-        *crossed(prediction_type=PREDICTIONS, timestep_spacing=SPACINGS, sigmas=SIGMAS, clip_sample=(False, True)),
+        *crossed(prediction_type=PREDICTIONS, timestep_spacing=SPACINGS, sigmas=SIGMAS),
+        *crossed(prediction_type=PREDICTIONS, sigmas=SIGMAS[:2], clip_sample=(True,)),
         {"beta_schedule": "exp"},
         {"clip_sample": True, "clip_sample_range": 2},
     ],
