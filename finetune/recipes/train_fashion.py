@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from mmd_export.errors import UsageError
 from mmd_finetune.files import write_json
-from recipes.training import Training, accuracy, save_script, train_classifier, train_denoiser
+from recipes.classifier import accuracy, train_classifier
+from recipes.training import Training, save_script, train_denoiser
 
 ENCODER_STEPS = 2000
 SIDE, BORDER = 32, 2
@@ -114,11 +115,13 @@ def train_encoders(data: dict[str, Tensor], device: torch.device, out: Path, ste
         torch.manual_seed(0)
         if name in accuracies:
             continue
-        network = train_classifier(make().to(device), data["x_train"], data["y_train"], steps)
+        state = out / f"{name}-state.pt"
+        network = train_classifier(make().to(device), data["x_train"], data["y_train"], steps, state)
         accuracies[name] = accuracy(network, data["x_test"], data["y_test"])
         print(name, accuracies[name], flush=True)
         save_script(network.get_submodule("features"), torch.zeros(2, 1, SIDE, SIDE), str(out / f"{name}.pt"))
         write_json(known, {"steps": steps, "accuracy": accuracies})
+        state.unlink(missing_ok=True)
     return accuracies
 
 

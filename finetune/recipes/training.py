@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
-import pickle
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +15,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmd_export.errors import UsageError
-from mmd_finetune.files import write_atomically
+from recipes.state import State
 
-SAVE_SECONDS = 120.0
-_NETWORKS, _PLAIN = ("model", "average", "optimiser"), ("step", "seconds", "curve", "recent")
 PROBED = 2048  # held-out images of a point of the curve
 
 
@@ -45,7 +40,7 @@ class Training:
 
 @dataclass
 class _Run:
-    """Everything that changes while a denoiser is trained. One file, whole or not at all."""
+    """Everything that changes while a denoiser is trained."""
 
     training: Training
     model: UNet2DModel
@@ -56,33 +51,6 @@ class _Run:
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
     recent: list[Tensor] = field(default_factory=list)  # losses since the last point of the curve
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self.training).items() if name != "state"}
-
-    def save(self, path: Path) -> None:
-        kept = {name: getattr(self, name).state_dict() for name in _NETWORKS}
-        plain = {name: getattr(self, name) for name in _PLAIN}
-        file = io.BytesIO()
-        torch.save(kept | plain | {"generator": self.generator.get_state(), "settings": self._settings}, file)
-        write_atomically(path, file.getvalue())
-
-    def load(self, path: Path) -> None:
-        """Raise UsageError if the file is damaged, of another network, or of a training with other settings."""
-        try:
-            kept = torch.load(path, weights_only=True, map_location=self.generator.device)
-            if (was := kept["settings"]) != self._settings:
-                raise UsageError(
-                    f"{path} is of a training with {was}, now {self._settings}; give the old, or remove it"
-                )
-            for name in _NETWORKS:
-                getattr(self, name).load_state_dict(kept[name])
-            self.generator.set_state(kept["generator"].cpu())
-            for name in _PLAIN:
-                setattr(self, name, kept[name])
-        except (pickle.UnpicklingError, EOFError, KeyError, ValueError, RuntimeError) as error:
-            raise UsageError(f"{path} is no state of this training; remove it to start again") from error
 
     def tell(self, scheduler: DDIMScheduler, held_out: Tensor) -> None:
         """A point of the curve, and its line."""
@@ -113,10 +81,12 @@ def train_denoiser(
     if gpu:
         model.to(memory_format=torch.channels_last)
     run = _Run(training, model, average, optimiser, torch.Generator(images.device).manual_seed(0))
-    if training.state is not None and training.state.exists():
-        run.load(training.state)
-    saved = time.perf_counter()
-    start = saved - run.seconds
+    parts = {"model": model, "average": average, "optimiser": optimiser}
+    settings = {name: value for name, value in vars(training).items() if name != "state"}
+    state = State(training.state, parts, run.generator, settings)
+    for name, value in state.load().items():
+        setattr(run, name, value)
+    start = time.perf_counter() - run.seconds
     done, remaining = run.step, range(run.step + 1, training.steps + 1)
     for step in track(remaining, description="denoiser", total=training.steps, completed=done):
         run.step, run.seconds = step, time.perf_counter() - start
@@ -124,9 +94,7 @@ def train_denoiser(
         _advance(run, scheduler, images, share)
         if step % max(1, training.steps // 20) == 0 or share >= 1.0:
             run.tell(scheduler, held_out)
-        if training.state is not None and time.perf_counter() - saved >= SAVE_SECONDS:
-            run.save(training.state)
-            saved = time.perf_counter()
+        state.save_sometimes(step=step, seconds=run.seconds, curve=run.curve, recent=run.recent)
         if share >= 1.0:
             break
     return average, run.curve
@@ -169,33 +137,6 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * weights."""
     kept, new = ([parameter.detach() for parameter in net.parameters()] for net in (average, model))
     torch._foreach_lerp_(kept, new, 1.0 - decay)
-
-
-def train_classifier(
-    network: nn.Module, images: Tensor, labels: Tensor, steps: int, *, batch: int = 256, peak_rate: float = 2e-3
-) -> nn.Module:
-    """Cross-entropy with label smoothing on slightly noisy images; uint8 (N, C, H, W) and int64 (N,), one device."""
-    optimiser = torch.optim.AdamW(network.parameters(), lr=peak_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=peak_rate, total_steps=steps)
-    for _ in track(range(steps), description="classifier"):
-        rows = torch.randint(len(images), (batch,), device=images.device)
-        values = pixels(images[rows], flip=False)
-        loss = F.cross_entropy(network(values + 0.05 * torch.randn_like(values)), labels[rows], label_smoothing=0.05)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-    return network.eval()
-
-
-def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of right answers; uint8 (N, C, H, W) and int64 (N,)."""
-    with torch.inference_mode():
-        right = [
-            int((network(pixels(part, flip=False)).argmax(1) == truth).sum())
-            for part, truth in zip(images.split(1000), labels.split(1000), strict=True)
-        ]
-    return sum(right) / len(images)
 
 
 def save_script(features: nn.Module, images: Tensor, path: str) -> None:

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmd_export.checkpoint import load_checkpoint
 from mmd_export.errors import UsageError
 from mmd_finetune.data import load_images
 from mmd_finetune.features import load_encoder
 from mmd_finetune.files import write_json
-from recipes import train_fashion, training
+from recipes import state, train_fashion, training
+from recipes.classifier import train_classifier
 from recipes.training import Training, train_denoiser
 
 
@@ -59,7 +60,7 @@ def stopped_at(step: int, plan: Training, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_stopped_training_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(state, "SAVE_SECONDS", 0.0)
     whole = trained(Training(40, 4, warm_up=2))
     plan = Training(40, 4, warm_up=2, state=tmp_path / "state.pt")
     stopped_at(28, plan, monkeypatch)  # between two points of the curve
@@ -70,7 +71,7 @@ def test_a_stopped_training_ends_as_one_that_was_not(tmp_path: Path, monkeypatch
 
 
 def test_a_state_that_does_not_fit_is_refused_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(state, "SAVE_SECONDS", 0.0)
     plan = Training(40, 4, state=tmp_path / "state.pt")
     stopped_at(3, plan, monkeypatch)
     with pytest.raises(UsageError, match=r"of a training with .*'peak_rate': 0\.0002.*, now .*'peak_rate': 0\.5"):
@@ -81,6 +82,36 @@ def test_a_state_that_does_not_fit_is_refused_and_kept(tmp_path: Path, monkeypat
         trained(plan)
     (tmp_path / "state.pt").write_bytes(before)
     trained(plan)
+
+
+class Stopping(nn.Module):
+    """A classifier with numbers of its own beside the weights, which gives up before its n-th batch."""
+
+    def __init__(self, last: int) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))
+        self.left = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        logits: Tensor = self.layers(x)
+        return logits
+
+
+def test_a_stopped_classifier_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "SAVE_SECONDS", 0.0)
+    given = images(32), torch.arange(32) % 10, 9
+    whole = train_classifier(Stopping(9), *given, batch=4)
+    path = tmp_path / "state.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier(Stopping(5), *given, path, batch=4)
+    again = train_classifier(Stopping(4), *given, path, batch=4)  # no more than the four that are left
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+    with pytest.raises(UsageError, match=r"of a training with .*'batch': 4.*, now .*'batch': 8"):
+        train_classifier(Stopping(9), *given, path, batch=8)
 
 
 def test_the_recipe_leaves_a_base_its_data_and_two_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +127,7 @@ def test_the_recipe_leaves_a_base_its_data_and_two_encoders(tmp_path: Path, monk
     facts = json.loads((out / "training.json").read_text())
     assert facts["parameters"] >= 2_000_000
     assert sorted(facts["accuracy"]) == ["fashion-conv", "fashion-residual"]
-    assert not (out / "denoiser-state.pt").exists()
+    assert not list(out.glob("*-state.pt"))
     padded = load_images(str(out / "train.npz"))
     assert padded.shape == (24, 1, 32, 32)
     assert np.all(padded[:, :, :2] == -1.0)
