@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -89,12 +91,24 @@ class _Session:
             ) from error
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """ExecuTorch 1.5 imports torchao, which warns of its own CUDA libraries. Delete when it does not."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _load(bundle: Bundle, options: RunOptions) -> Any:
     """The program, its tables checked; the artefact stays on disk until a method needs it."""
     if not (found := RUNTIME.availability()).available:
         raise NotAvailableError(f"runtime executorch: {found.detail}; {found.install}")
-    binding = importlib.import_module("executorch.extension.pybindings.portable_lib")
-    runtime = importlib.import_module("executorch.runtime")
+    with _quiet():
+        binding = importlib.import_module("executorch.extension.pybindings.portable_lib")
+        runtime = importlib.import_module("executorch.runtime")
     if options.threads:
         binding._unsafe_reset_threadpool(options.threads)
     try:
