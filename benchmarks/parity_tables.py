@@ -14,7 +14,9 @@ def tolerance_rows() -> Table:
     rows: list[tuple[str, ...]] = []
     for (target, precision), basis in {**BASES, ("any", "fp32, by factor"): BY_GAIN}.items():
         because, _, more = basis.because.partition("; ")
-        cited = ", ".join(f"{each.value:.1e} `{each.file}`" for each in basis.measured)
+        cited = ", ".join(
+            f"{each.value:.1e} `{each.file}`" + (f" for {each.of}" if each.of else "") for each in basis.measured
+        )
         note = f"{because}; {more}" if cited and more else because
         rows.append((f"`{target}` {precision}", f"{basis.atol:g}", note, cited or more))
     return ("target, precision", "atol", "allows for", "largest measured"), rows

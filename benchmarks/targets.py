@@ -159,7 +159,11 @@ def main() -> None:
         arguments.cell.write_text(json.dumps(cell), encoding="utf-8")
         return
     old = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
-    cells: dict[str, Any] = old.get("cells", {})
+    known = {
+        f"{model} | {target} | {precision}"
+        for model in MODELS for target in choices() for precision in target_of(target).precisions
+    }  # fmt: skip
+    cells: dict[str, Any] = {key: cell for key, cell in old.get("cells", {}).items() if key in known}
     for cell in cells.values():
         cell.setdefault("where", old["environment"]["cpu"])
     for model in (arguments.model,) if arguments.model else MODELS:

@@ -163,7 +163,9 @@ def _pack(prepared: _Prepared, options: BuildOptions, kept: tuple[str, ...], not
         notify("verifying the artefact")
         release_heap(prepared.weight_bytes)
         note = f"; float32 for parity: {', '.join(kept)}" if kept else ""
-        found = measured(bundle, runtime_for(draft.format), note)
+        other = "use --target onnx, or " if draft.format != GRAPH.format else ""
+        moves = f"{other}make the bundle with --skip-verify and look into it with verify"
+        found = measured(bundle, runtime_for(draft.format), note, moves)
         if found.unverified:
             notify(f"warning: not verified: {found.unverified}")
         return replace(found, card=with_lineage(found.card, prepared.lineage))

@@ -255,12 +255,12 @@ def _unexpected(error: Exception) -> int:
     if isinstance(error, ModuleNotFoundError) and (lacking := missing_line(error)):
         say(f"error: {lacking}")
         return NotAvailableError.exit_code
-    if isinstance(error, ImportError) and (broken := broken_line(error)):
-        say(f"error: {broken}")
-        return NotAvailableError.exit_code
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:400].rstrip(":")
     if is_out_of_memory(error):
         return _out_of_memory(reason)
+    if (broken := broken_line(error)) is not None:
+        say(f"error: {broken}")
+        return NotAvailableError.exit_code
     say(f"unexpected error: {reason}; set {TRACEBACK}=1 for the traceback")
     return 1
 

@@ -21,22 +21,26 @@ def missing_line(error: ModuleNotFoundError) -> str | None:
     return f"{error.name} is not installed; pip install 'mmd-export[{extra}]'" if extra else None
 
 
-def broken_line(error: ImportError) -> str | None:
-    """``onnx is installed but does not import: ...`` with the next move; None where no package of ours is at fault."""
+def broken_line(error: BaseException) -> str | None:
+    """``onnx is installed but does not import: ...`` with the next move, of an error of an import or what it caused.
+
+    None where the import that failed is not one of a package that an extra brings.
+    """
+    while not isinstance(error, ImportError):
+        if error.__cause__ is None:
+            return None
+        error = error.__cause__
+    importing, trace = "", error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == "<module>":  # a module that is being imported, the innermost last
+            importing = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        trace = trace.tb_next
+    if importing not in _EXTRAS:
+        return None
     from mmd_export.commands.doctor import repair
 
-    if isinstance(error, ModuleNotFoundError):
-        return None
-    named = [str(error.name or "").partition(".")[0]]
-    trace = error.__traceback__
-    while trace is not None:  # the last of the packages that were importing one another
-        named.append(str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0])
-        trace = trace.tb_next
-    known = [name for name in named if name in _EXTRAS]
-    if not known:
-        return None
-    why = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"{known[-1]} is installed but does not import: {why}; {repair(known[-1], why)}"
+    why = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    return f"{importing} is installed but does not import: {why}; {repair(importing, why)}"
 
 
 def usage_line(error: Exception, arguments: Sequence[str]) -> str | None:

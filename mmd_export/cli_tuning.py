@@ -59,7 +59,7 @@ TunedCalibration = Annotated[
     int | None,
     typer.Option(
         "--calibration",
-        help="int8, fp8: images whose trajectories set the ranges",
+        help="int8, fp8: images whose trajectories set the ranges, up to 4096",
         show_default=False,
         rich_help_panel=_PANEL,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,12 +85,16 @@ def _read(path: Path, name: str) -> NDArray[Any]:
 
 
 def _of_npy(path: Path) -> NDArray[Any]:
-    """ValueError for what is none; numpy's own text would advise to unpickle it."""
+    """ValueError for what is none; numpy's own texts advise to unpickle it."""
     with path.open("rb") as file:
         if file.read(len(npy.MAGIC_PREFIX)) != npy.MAGIC_PREFIX:
             raise ValueError("it is no .npy")
         file.seek(0)
-        array: NDArray[Any] = npy.read_array(file, allow_pickle=False)
+        try:
+            array: NDArray[Any] = npy.read_array(file, allow_pickle=False)
+        except (ValueError, OverflowError, tokenize.TokenError) as error:
+            told = one_line(error)
+            raise ValueError("it holds no plain numbers" if "pickle" in told else told) from error
         return array
 
 

@@ -21,10 +21,10 @@ def log_beside(out: Path) -> Path:
     return out.with_name(f"{out.name}.log")
 
 
-def measured(bundle: Bundle, runtime: Runtime, note: str = "") -> Measured:
+def measured(bundle: Bundle, runtime: Runtime, note: str = "", moves: str = "") -> Measured:
     """Rung 6 on the finished bundle; raises ParityError, and says in the card if there is nothing to run it on.
 
-    ``note`` goes into the card too.
+    ``note`` goes into the card too; ``moves``: what a failure advises.
     """
     if not (found := runtime.availability()).available:
         return _unverified(bundle, f"runtime {runtime.name}: {found.detail}")
@@ -38,9 +38,7 @@ def measured(bundle: Bundle, runtime: Runtime, note: str = "") -> Measured:
         target = bundle.manifest.target
         raise NotAvailableError(f"target {target} made what its runtime cannot run: {error}; try another") from error
     told = device_advice(bundle.manifest, runtime.name, rung)
-    other = "" if bundle.manifest.target == "onnx" else "use --target onnx, or "
-    moves = (told, f"{other}--skip-verify makes the bundle for verify to look into")
-    ParityReport(bundle.name, runtime.name, (rung,), advice="; ".join(filter(None, moves))).require()
+    ParityReport(bundle.name, runtime.name, (rung,), advice="; ".join(filter(None, (told, moves)))).require()
     parity = {comparison.name: rounded_up(comparison.max_abs) for comparison in rung.comparisons}
     draft = bundle.manifest.model_copy(update={"parity": parity})
     unseen = f"; states not seen: {rung.unseen}" if rung.unseen else ""

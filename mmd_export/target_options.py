@@ -16,7 +16,7 @@ from mmd_export.errors import NotAvailableError, UsageError
 HARDWARE_COMPAT = ("ampere+", "same-compute-capability")
 DEVICES = ("cpu", "cuda")
 _MOST_MEMORY = 2**31  # MiB; in bytes it fits the signed integers of the libraries
-_MOST_CALIBRATION = 4096  # images, of which every trajectory is run
+MOST_CALIBRATION = 4096  # images, of which every trajectory is run
 
 # Of the building machine, or used up when the graph was made: no part of a recipe.
 _NOT_LATER = ("cache", "memory_limit", "calibration")
@@ -67,9 +67,9 @@ class TargetOptions:
             raise UsageError(f"--device is {self.device!r}; give {' or '.join(DEVICES)}")
         if self.compute_capability is not None and not re.fullmatch(r"\d+\.\d(,\d+\.\d)*", self.compute_capability):
             raise UsageError(f"--compute-capability is {self.compute_capability!r}; give numbers such as 8.9,12.0")
-        if self.calibration is not None and not 1 <= self.calibration <= _MOST_CALIBRATION:
+        if self.calibration is not None and not 1 <= self.calibration <= MOST_CALIBRATION:
             raise UsageError(
-                f"--calibration is {self.calibration}; it must be from 1 to {_MOST_CALIBRATION:,} images; leave it out "
+                f"--calibration is {self.calibration}; it must be from 1 to {MOST_CALIBRATION:,} images; leave it out "
                 "for the default"
             )
 

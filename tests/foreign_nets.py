@@ -55,6 +55,21 @@ class Residual(Plain):
         return output
 
 
+class Skip(Plain):
+    """What the first convolution gives lives until it is added behind the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(14)
+            self.inner = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        h = self.features(x, timestep)
+        output: Tensor = self.last(F.silu(h + torch.tanh(self.inner(h))))
+        return output
+
+
 class Labelled(Plain):
     """Adds the label's own constant."""
 

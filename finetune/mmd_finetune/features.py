@@ -7,6 +7,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def _require_features(features: object, where: str) -> None:
         raise UsageError(f"{where} a feature is NaN or infinite; its weights or its preprocessing are wrong")
 
 
-def _twice(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
+def _twice(encoder: Encoder, images: Tensor) -> tuple[Any, Any]:
     """The features of two images, and of the first beside another second; one that draws draws the same."""
     with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
         torch.manual_seed(0)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from mmd_export.errors import UsageError
 from mmd_export.plan_options import PlanOptions, parse_timesteps
+from mmd_export.target_options import MOST_CALIBRATION
 from mmd_finetune.data import DataOptions, parse_crop
 from mmd_finetune.encoder_source import Source
 from mmd_finetune.setting_names import first_problem, flag_of
@@ -105,7 +106,7 @@ class FinetuneSettings(BaseModel):
     learn: Literal["weights", "coefficients", "plan"] = "weights"
     plan_learning_rate: float = Field(default=PLAN_RATE, gt=0.0, allow_inf_nan=False)
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8", "w8", "w4"] = "fp32"
-    calibration: int | None = Field(default=None, ge=1)
+    calibration: int | None = Field(default=None, ge=1, le=MOST_CALIBRATION)
     checkpoint_calls: bool = False
     autocast: Literal["off", "bf16"] = "off"
     channels_last: bool = True

@@ -59,7 +59,8 @@ def finalize(options: FinalizeOptions, notify: Callable[[str], None] = lambda _:
         if not options.verify:
             return Measured(with_lineage_of(model_card(made.manifest), bundle.card))
         notify("verifying the artefact")
-        found = measured(made, runtime_for(draft.format))
+        moves = "make the bundle with --skip-verify in another --out and look into it with verify"
+        found = measured(made, runtime_for(draft.format), moves=moves)
         if found.parity is None and options.out is None:
             raise NotAvailableError(_unverifiable(bundle, found.unverified))
         if found.unverified:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mmd_export.runtime import uninstalled
 from mmd_finetune.loop import tune
 from mmd_finetune.progress import ProgressBar
 from mmd_finetune.run_folder import RunFolder, RunResult, earlier_settings
@@ -38,10 +39,19 @@ def finetune(
             found = RunFolder(out).finished()
             return found if is_first_process() else None
     settings = make_settings(given, config, earlier)
-    recorded = (tensorboard or (resume and (settings.out / EVENTS).is_dir())) and is_first_process()
+    recorded = (tensorboard or (resume and _goes_on(settings.out, notify))) and is_first_process()
     with ProgressBar() as bar, TensorBoard(settings.out, bar) if recorded else nullcontext(bar) as observer:
         result = tune(settings, resume=resume, finish=finish, observer=observer, notify=notify)
     return (result, settings.precision) if is_first_process() else None
+
+
+def _goes_on(run: Path, notify: Callable[[str], None]) -> bool:
+    """Whether an unfinished run has TensorBoard events that can go on."""
+    if RunFolder(run).is_finished or not (run / EVENTS).is_dir():
+        return False
+    if lacking := uninstalled(("tensorboard",)):
+        notify(f"warning: {lacking} is not installed, so the events of the run do not go on")
+    return not lacking
 
 
 def facts(result: RunResult) -> dict[str, Any]:

@@ -107,9 +107,11 @@ def lower(call: ExportedProgram) -> ExportedProgram:
     edge = to_edge_transform_and_lower(call, partitioner=[XnnpackPartitioner()], compile_config=config)
     program: ExportedProgram = edge.exported_program()
     for node in program.graph.nodes:
+        # Of a check of torch.linalg, in torch 2.13: the order of effects is a value that no method of ours passes on.
         if node.target is torch.ops.higher_order.with_effects:
             raise NotAvailableError(
-                f"target executorch cannot run {node.args[1]}, which does more than it returns; use --target onnx"
+                f"target executorch cannot run {node.args[1]}, which does more than it returns; use --target torch, or "
+                "write the network without it"
             )
     return program
 

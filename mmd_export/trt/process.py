@@ -152,8 +152,8 @@ class _Progress:
 
     def hear(self, event: dict[str, Any]) -> None:
         now = time.monotonic()
-        if support := event.get("support"):
-            self.notify(f"{self.title} takes all {support['taken']:,} nodes")
+        if event.get("support"):
+            self.notify(f"{self.title} takes every node")
         elif event.get("top"):
             self.told = now
             self.notify(f"{self.title}: {event['phase']}")

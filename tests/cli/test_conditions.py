@@ -36,6 +36,10 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(folder / "far.npy", np.array([0, 5, 2]))
     np.save(folder / "nan.npy", np.full_like(one, np.nan))
     (folder / "text.npy").write_text("a prompt")
+    np.save(folder / "objects.npy", np.array([one, None], dtype=object))
+    for name, shape in (("cut", "(6, 12"), ("vast", f"({10**20},)")):
+        header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}".encode().ljust(118) + b"}\n"
+        (folder / f"{name}.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
     safetensors.numpy.save_file({"encoder_hidden_states": one, "other": many}, folder / "both.safetensors")
     safetensors.numpy.save_file({"a": one, "b": one}, folder / "neither.safetensors")
     return folder
@@ -105,6 +109,9 @@ TEXT = "encoder_hidden_states="
         ((TEXT + "nan.npy",), ("holds NaN",)),
         ((TEXT + "none.npy",), ("none.npy cannot be read",)),
         ((TEXT + "text.npy",), ("text.npy cannot be read: it is no .npy; write it with numpy.save",)),
+        ((TEXT + "objects.npy",), ("objects.npy cannot be read: it holds no plain numbers; write it",)),
+        ((TEXT + "cut.npy",), ("cut.npy cannot be read: ",)),
+        ((TEXT + "vast.npy",), ("vast.npy cannot be read: ",)),
         ((TEXT + "labels.npy",), ("holds int64, float32 is expected",)),
         ((TEXT + "neither.safetensors",), ("holds a, b; 'encoder_hidden_states' is expected",)),
         ((TEXT + "one.npy", TEXT + "many.npy"), ("encoder_hidden_states is given twice",)),

@@ -137,17 +137,16 @@ def test_a_build_on_such_a_device_is_told_too(tmp_path: Path, monkeypatch: pytes
     """No engine runs without its GPU: the comparison is made by hand."""
     exact = np.linspace(-1, 1, 4, dtype=np.float32).reshape(1, 1, 2, 2)
     bundle = make(tmp_path / "b", draft=draft(target="tensorrt", precision="fp16"))
-    engines = get_runtime("tensorrt")
+    engines, moves = get_runtime("tensorrt"), "make the bundle with --skip-verify"
     monkeypatch.setattr(type(engines), "availability", lambda _: Availability(True, "a GPU"))
 
     def failure(off: float) -> str:
         rung = Rung(6, (compare("sample", exact + np.float32(off), exact),), atol=1e-2, mean=1.0)
         monkeypatch.setattr("mmd_export.measured.check_artefact", lambda *_: rung)
         with pytest.raises(ParityError) as error:
-            measured(bundle, engines)
+            measured(bundle, engines, moves=moves)
         return str(error.value)
 
-    moves = "use --target onnx, or --skip-verify makes the bundle for verify to look into"
     assert failure(0.02).endswith(f"if tensorrt is one, verify --atol 0.03 allows it; {moves}")
     assert "--atol" not in (said := failure(0.04))
     assert said.endswith(moves)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmd_finetune.settings import FinetuneSettings
 
@@ -28,7 +27,10 @@ def without_seconds(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-def events_of(run: Path) -> EventAccumulator:
+def events_of(run: Path) -> Any:
+    """The EventAccumulator of the folder, loaded."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     found = EventAccumulator(str(run / "tensorboard"))
     found.Reload()
     return found

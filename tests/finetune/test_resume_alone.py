@@ -55,6 +55,19 @@ def test_the_events_of_a_run_go_on_without_being_asked_for_again(tiny_settings: 
     assert [event.step for event in events_of(tiny_settings.out).Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_events_that_cannot_go_on_are_said(tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt), TensorBoard(tiny_settings.out, stop_at(5)) as observer:
+        tune(tiny_settings, observer=observer)
+    monkeypatch.setattr("mmd_export.commands.finetune.uninstalled", lambda _: "tensorboard")
+    said: list[str] = []
+    go_on(said.append, out=tiny_settings.out)
+    assert said[0] == "warning: tensorboard is not installed, so the events of the run do not go on"
+    monkeypatch.undo()
+    before = list((tiny_settings.out / "tensorboard").iterdir())
+    go_on(**tiny_settings.model_dump())  # the whole command again, of a run that is finished
+    assert list((tiny_settings.out / "tensorboard").iterdir()) == before
+
+
 def test_options_win_over_those_of_the_folder_and_are_refused(tiny_settings: FinetuneSettings) -> None:
     with pytest.raises(KeyboardInterrupt):
         tune(tiny_settings, observer=stop_at(5))

@@ -261,9 +261,8 @@ def test_a_list_of_batches_is_a_profile_each(tiny_checkpoint: Checkpoint, tmp_pa
     heard: list[str] = []
     chosen, batch = TargetOptions(compute_capability="8.9"), BatchSpec.parse("1,2")
     told = CompileOptions(batch=batch, target=chosen, notify=heard.append)
-    compiled = get_target(RTX.name).compile(free, tmp_path, told)
-    nodes = compiled.graph["nodes"]
-    assert f"TensorRT-RTX takes all {nodes:,} nodes" in heard
+    get_target(RTX.name).compile(free, tmp_path, told)
+    assert "TensorRT-RTX takes every node" in heard
     assert (tmp_path / "model.plan").stat().st_size > 2**20
 
 

@@ -55,6 +55,7 @@ def test_gpus_that_lack_the_precision_are_refused_before_the_build(capabilities:
     require_capable("fp8", TargetOptions(compute_capability="12.0"))
     with pytest.raises(NotAvailableError, match=r"bf16 needs compute capability 8\.0, --compute-capability has 7\.5"):
         require_capable("bf16", TargetOptions(compute_capability="12.0,7.5"))
+    require_capable("bf16", TargetOptions(compute_capability="8.0"))
 
 
 def key(library: Library, asked: Request, device: Device | None = None) -> str:

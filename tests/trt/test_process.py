@@ -158,7 +158,7 @@ def test_progress_is_told(one_node: OneNode) -> None:
     heard: list[str] = []
     done = run_job(job(one_node("Relu", (1, 2)), capabilities=("8.9",)), "TensorRT-RTX", None, heard.append)
     assert done["capabilities"] == ["8.9"]
-    assert heard == ["TensorRT-RTX takes all 1 nodes", "TensorRT-RTX: Building engine"]
+    assert heard == ["TensorRT-RTX takes every node", "TensorRT-RTX: Building engine"]
 
 
 def test_a_stop_while_it_builds_leaves_no_process(one_node: OneNode, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from mmd_export.errors import UsageError
@@ -24,8 +26,9 @@ class Scripted(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.network(self.preprocess(images))  # but for a script that gives something else
-        return features.mean((2, 3)) if getattr(features, "ndim", None) == 4 else features
+        features: Any = self.network(self.preprocess(images))  # a script may give anything
+        pooled: Tensor = features.mean((2, 3)) if isinstance(features, Tensor) and features.dim() == 4 else features
+        return pooled
 
 
 def _load(source: Source) -> Encoder:
