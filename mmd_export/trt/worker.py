@@ -71,23 +71,22 @@ def build(trt: Any, job: Job, tell: Tell) -> dict[str, Any]:
     return {"version": trt.__version__, "capabilities": capabilities}
 
 
-def _support(parser: Any, path: Path) -> dict[str, int]:
-    """How many nodes the library takes, by its own check of every node, if this release has one.
+def _support(parser: Any, path: Path) -> bool:
+    """Whether this release has a check of every node, which then takes them all.
 
     Every node that it does not take goes to the log, with the reason; raises Refused that names the first.
     """
     if not hasattr(parser, "supports_model_v2"):
-        return {}
-    whole = parser.supports_model_v2(path.read_bytes(), str(path))
-    # The nodes that it takes, in groups; is_subgraph_supported tells of each whether it is the whole graph.
-    taken = sum(len(parser.get_subgraph_nodes(i)) for i in range(parser.num_subgraphs))
-    if not whole:
+        return False
+    if not parser.supports_model_v2(path.read_bytes(), str(path)):
+        # The nodes that it takes, in groups; is_subgraph_supported tells of each whether it is the whole graph.
+        taken = sum(len(parser.get_subgraph_nodes(i)) for i in range(parser.num_subgraphs))
         for i in range(parser.num_errors):
             sys.stderr.write(f"not taken: {_blamed(parser.get_error(i))}\n")
         others = f"{taken} other node" + ("s" if taken != 1 else "")
         complaint = f"{_complaint(parser)}; it takes {others}; use --target onnx"
         raise Refused(complaint, log=parser.num_errors > 1)
-    return {"taken": taken}
+    return True
 
 
 def _complaint(parser: Any) -> str:

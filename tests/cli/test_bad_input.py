@@ -96,6 +96,19 @@ def test_an_import_that_is_no_fault_of_a_package(error: ImportError, capsys: pyt
     assert f"unexpected error: ImportError: {error}" in capsys.readouterr().err
 
 
+def test_what_a_package_asks_for_later_is_no_fault_of_its_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "def load():\n    raise ImportError('4-bit weights need another package')\n"
+    (tmp_path / "onnx_ir.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnx_ir", raising=False)
+    package = importlib.import_module("onnx_ir")
+    monkeypatch.delitem(sys.modules, "onnx_ir")
+    assert run(lambda **_: package.load(), []) == 1
+    assert "unexpected error: ImportError: 4-bit weights need" in capsys.readouterr().err
+
+
 def test_the_extras_are_those_of_the_project() -> None:
     imported = {"scikit-learn": "sklearn", "coreai-core": "coreai"}
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]

@@ -174,6 +174,8 @@ def test_a_build_that_fails_its_parity_leaves_nothing(
     with pytest.raises(ParityError, match=r"rung 6 \(artefact in its runtime\) failed: .* the tolerance is 0") as error:
         build(options_for(name, tmp_path / "out"))
     assert error.value.exit_code == 4
+    assert "with --skip-verify and look into it with verify" in str(error.value)
+    assert ("use --target onnx, or " in str(error.value)) == (get_target(name).format != "onnx")
     assert not list(tmp_path.iterdir())
 
 

@@ -97,7 +97,7 @@ def test_older_and_newer_releases() -> None:
     """Without the check of every node, without names in its errors; with one kind of network only."""
     error = SimpleNamespace(desc=lambda: "no such op")
     parser = SimpleNamespace(num_errors=2, get_error=lambda _: error)
-    assert worker._support(parser, Path("none")) == {}
+    assert worker._support(parser, Path("none")) is False
     assert worker._complaint(parser) == "it does not take node no such op and 1 more"
     assert worker._complaint(SimpleNamespace(num_errors=0)) == "it does not take the graph"
     assert worker._strongly_typed(SimpleNamespace()) == 0
