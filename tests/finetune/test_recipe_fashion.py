@@ -64,6 +64,8 @@ def test_a_stopped_training_ends_as_one_that_was_not(tmp_path: Path, monkeypatch
     whole = trained(Training(40, 4, warm_up=2))
     plan = Training(40, 4, warm_up=2, state=tmp_path / "state.pt")
     stopped_at(28, plan, monkeypatch)  # between two points of the curve
+    losses = torch.load(tmp_path / "state.pt", weights_only=True)["beside"]["recent"]
+    assert {loss.untyped_storage().nbytes() for loss in losses} == {4}  # a number, not what it is the mean of
     again = trained(plan)
     for one, other in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
