@@ -2,8 +2,9 @@
 # pip's own environment variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) choose where packages come from.
 PY ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip -qq --disable-pip-version-check install --constraint constraints.txt
-# make test: so many processes, one thread each
+# Not compiled to .pyc before they are imported: most modules never are, and it takes a minute.
+PIP := $(BIN)/pip -qq --disable-pip-version-check install --no-compile --constraint constraints.txt
+# make test: so many processes, one thread each; make lint: so many of mypy
 JOBS ?= 2
 # make gpu
 PYTHON ?= python3
@@ -42,14 +43,14 @@ pytest: setup  ## the tests alone; ARGS="-k plan" chooses, JOBS=0 runs them in o
 lint: setup  ## style, types, import contracts, wheel, start-up time, tables, site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(JOBS)
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tests/project/checks.py
 	$(BIN)/python -m benchmarks.tables --check
 	$(SITE)
 
 type: setup  ## mypy --strict
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(JOBS)
 
 bench: setup  ## measure everything that the README states, into benchmarks/results/
 	$(BIN)/python -m benchmarks.run_all
