@@ -28,7 +28,7 @@ _ONE_LEVEL: dict[str, Any] = {
 _TRANSFORMER: dict[str, Any] = {
     "sample_size": 8,
     "in_channels": 4,
-    "num_layers": 2,
+    "num_layers": 1,
     "num_attention_heads": 2,
     "attention_head_dim": 12,
 }
@@ -79,7 +79,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "sd3": (
         "SD3Transformer2DModel",
-        {**_TRANSFORMER, "out_channels": 4, "joint_attention_dim": 10, "caption_projection_dim": 24,
+        # its last layer is another
+        {**_TRANSFORMER, "num_layers": 2, "out_channels": 4, "joint_attention_dim": 10, "caption_projection_dim": 24,
          "pooled_projection_dim": 6, "pos_embed_max_size": 8, "qk_norm": "rms_norm",
          "dual_attention_layers": (0,)},
         "flow",

@@ -22,14 +22,20 @@ TINY: dict[str, Any] = {
     "in_channels": 1,
     "out_channels": 1,
     "layers_per_block": 1,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "block_out_channels": (8,),  # one level: a build takes as long as there are nodes
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
     "norm_num_groups": 4,
     "attention_head_dim": 8,
     "add_attention": False,
 }
+TWO_LEVELS: dict[str, Any] = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D",) * 2,
+    "up_block_types": ("UpBlock2D",) * 2,
+}
 ATTENTION: dict[str, Any] = {
+    **TWO_LEVELS,
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     "add_attention": True,
@@ -153,20 +159,21 @@ def bent(x: Tensor, timestep: float) -> Tensor:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One channel, no attention, v prediction, DDIM."""
+    """One channel, one level, no attention, v prediction, DDIM."""
     return save_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def tiny_attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two channels, attention, oblong images."""
+    """Two channels, two levels, attention, oblong images."""
     return save_model(tmp_path_factory.mktemp("models") / "attention", seed=1, **ATTENTION, **TWO_CHANNELS)
 
 
 @pytest.fixture(scope="session")
 def tiny_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Class-conditional, DDPM."""
-    return save_model(tmp_path_factory.mktemp("models") / "labels", {"class_name": "DDPMScheduler"}, seed=2, **LABELS)
+    """Class-conditional, two levels, DDPM."""
+    folder = tmp_path_factory.mktemp("models") / "labels"
+    return save_model(folder, {"class_name": "DDPMScheduler"}, seed=2, **TWO_LEVELS, **LABELS)
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ SCHEDULER: dict[str, Any] = {
     "variance_type": "fixed_large",
     "prediction_type": "epsilon",
 }
-STEPS = 5
+STEPS = 2
 
 
 @pytest.mark.slow

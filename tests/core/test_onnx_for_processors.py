@@ -18,10 +18,10 @@ from mmd_export.checkpoint import load_checkpoint
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.graph_parts import GraphParts
 from mmd_export.target_options import TargetOptions
-from tests.models import ATTENTION, save_model
+from tests.models import ATTENTION, TWO_LEVELS, save_model
 
 FOR_PROCESSORS = TargetOptions(device="cpu")
-WIDE: dict[str, Any] = {"block_out_channels": (16, 32), "in_channels": 1, "out_channels": 1}
+WIDE: dict[str, Any] = {"block_out_channels": (16, 32)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,12 +33,12 @@ def _however_small() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("wide") / "model", **WIDE)
+    return save_model(tmp_path_factory.mktemp("wide") / "model", **{**TWO_LEVELS, **WIDE})
 
 
 @pytest.fixture(scope="module")
 def attentive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("attentive") / "model", **WIDE, **ATTENTION)
+    return save_model(tmp_path_factory.mktemp("attentive") / "model", **{**ATTENTION, **WIDE})
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from mmd_export.precision.layers import Layer
 from mmd_export.reference import golden_arrays
 from mmd_export.runtime import Arrays, ChainSession, RunOptions
 from mmd_runtime.onnxruntime import chain_session
-from tests.models import save_model, weights_of, write_weights
+from tests.models import TWO_LEVELS, save_model, weights_of, write_weights
 
 STEPS = 2
 SPOILT = "mid_block.resnets.0.conv1"
@@ -31,7 +31,7 @@ CHANNELS = (16, 32)
 @pytest.fixture(scope="module")
 def wild(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of its convolutions gives numbers beyond float16; the norm behind it brings them back."""
-    folder = save_model(tmp_path_factory.mktemp("wild") / "network", block_out_channels=CHANNELS)
+    folder = save_model(tmp_path_factory.mktemp("wild") / "network", **{**TWO_LEVELS, "block_out_channels": CHANNELS})
     weights = weights_of(folder)
     weights[f"{SPOILT}.weight"] *= 1e6
     write_weights(folder, weights)
@@ -40,7 +40,7 @@ def wild(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tame(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("tame") / "network", block_out_channels=CHANNELS)
+    return save_model(tmp_path_factory.mktemp("tame") / "network", **{**TWO_LEVELS, "block_out_channels": CHANNELS})
 
 
 def options(model: Path, out: Path, **changes: Any) -> BuildOptions:

@@ -15,7 +15,6 @@ from mmd_export.targets import get_target
 from tests.models import (
     save_latent_model,
     save_model,
-    tiny,
     tiny_attention,
     tiny_checkpoint,
     tiny_labels,
@@ -23,7 +22,13 @@ from tests.models import (
     write_weights,
 )
 
-__all__ = ["tiny", "tiny_attention", "tiny_checkpoint", "tiny_labels"]
+__all__ = ["tiny_attention", "tiny_checkpoint", "tiny_labels"]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That of ``tests.models`` with 16 channels: of 8 a palette of 64 values costs more than it saves."""
+    return save_model(tmp_path_factory.mktemp("models") / "tiny", block_out_channels=(16,))
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,6 @@ import errno
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,54 +21,20 @@ from mmd_finetune.loop import tune
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import prepare
+from tests.finetune.processes import Child, tuning, tuning_on_a_small_disk
 from tests.finetune.runs import changed, weights_of
-
-ROOT = Path(__file__).parents[2]
-
-CHILD = """
-import sys, torch
-from pathlib import Path
-torch.set_num_threads(1)
-from mmd_finetune.loop import tune
-from mmd_finetune.settings import FinetuneSettings
-settings = FinetuneSettings.model_validate_json(sys.argv[1])
-tune(settings, resume=True, observer=lambda report: print(report.iteration, flush=True))
-"""
-
-LIMITED = """
-import resource, sys
-from mmd_export.errors import MmdExportError
-from mmd_finetune.loop import tune
-from mmd_finetune.settings import FinetuneSettings
-settings = FinetuneSettings.model_validate_json(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    tune(settings, resume=True)
-except MmdExportError as error:
-    print(error)
-    raise SystemExit(error.exit_code)
-"""
-
-
-def start(script: str, settings: FinetuneSettings) -> subprocess.Popen[str]:
-    folders = [str(ROOT), str(ROOT / "finetune")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, settings.model_dump_json()]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def kill_after(settings: FinetuneSettings, iteration: int, pause: float) -> int:
     """Start or resume, wait for ``iteration`` and ``pause`` seconds, kill -9; the last iteration that was seen."""
-    child = start(CHILD, settings)
-    assert child.stdout is not None
-    for line in child.stdout:
-        if int(line) >= iteration:
-            break
+    child = Child(tuning, settings)
+    while child.listen() and child.heard[-1] < iteration:
+        pass
     time.sleep(pause)
-    child.send_signal(signal.SIGKILL)
-    rest, stderr = child.communicate(timeout=60)
-    assert child.returncode == -signal.SIGKILL, stderr
-    return max([iteration, *map(int, rest.split())])
+    child.process.kill()
+    assert child.end() == -signal.SIGKILL
+    last: int = max(child.heard)
+    return last
 
 
 def log_without_seconds(run: Path) -> list[str]:
@@ -99,13 +63,10 @@ def test_kill_9_at_three_moments_and_resume_end_bit_for_bit_the_same(
     pauses = [random.uniform(0.0, 0.05) for _ in range(2)]
     kill_after(settings, 8, pauses[0])
     kill_after(settings, 11, pauses[1])  # near an evaluation and its save
-    child = start(CHILD, settings)
-    seen, stderr = child.communicate(timeout=60)
-    assert child.returncode == 0, stderr
-    assert 1 < int(seen.split()[0]) <= 16
-    whole = start(CHILD, changed(settings, out=tmp_path / "whole"))
-    _, stderr = whole.communicate(timeout=60)
-    assert whole.returncode == 0, stderr
+    last = Child(tuning, settings)
+    assert last.end() == 0
+    assert 1 < last.heard[0] <= 16
+    assert Child(tuning, changed(settings, out=tmp_path / "whole")).end() == 0
     expected = weights_of(tmp_path / "whole")
     for name, tensor in weights_of(run).items():
         assert torch.equal(tensor, expected[name]), name
@@ -257,10 +218,10 @@ def test_a_disk_that_really_refuses_is_one_line_and_no_half_file(tiny_settings: 
     state = tiny_settings.out / "state.safetensors"
     before = state.read_bytes()
     assert len(before) > 20_000
-    child = start(LIMITED, tiny_settings)
-    said, stderr = child.communicate(timeout=60)
-    assert child.returncode == 1, stderr
-    assert said.count("\n") == 1
+    child = Child(tuning_on_a_small_disk, tiny_settings)
+    assert child.end() == 1
+    (said,) = child.heard
+    assert "\n" not in said
     assert "File too large" in said
     assert state.read_bytes() == before
     assert not list(tiny_settings.out.glob(".*"))

@@ -6,14 +6,17 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 
 from mmd_export.commands.evaluate import Scoring, _Run, evaluate
@@ -26,59 +29,57 @@ from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import REPORT_SEED, prepare
 from mmd_finetune.world import World, open_world
+from tests.finetune.processes import Child
 from tests.finetune.runs import WEIGHTS, changed, log_of
 
 ROOT = Path(__file__).parents[2]
 
-# One process of two: its gradient, the samples that all receive, and how an error of one reaches both.
-ONE_OF_TWO = """
-import sys, torch
-from pathlib import Path
-from mmd_export.errors import UsageError
-from mmd_finetune.objective import add_gradient
-from mmd_finetune.settings import FinetuneSettings
-from mmd_finetune.state import TuningState
-from mmd_finetune.task import REPORT_SEED, prepare
-from mmd_finetune.world import open_world
 
-settings, folder = FinetuneSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2])
-with open_world("cpu") as world:
-    if not world.is_first:
-        settings = settings.model_copy(update={"data": "only/the/first/one/has.npz"})
-    task = prepare(settings, world)
-    state = TuningState(task.trainable(), 1e-3)
-    if not world.is_first:
-        torch.nn.init.zeros_(next(state.denoiser.parameters()))
-    state.share(world)
-    losses = add_gradient(task, task.tuning_sampler(state.denoiser), task.noise_of(2), 2)
-    world.sum_gradients(state.parameters.values())
-    said = []
-    for action in (world.first_does, world.together):
-        def fail():
-            if world.is_first == (action == world.first_does):
-                raise UsageError(f"refused by {world.rank}")
-        try:
-            action(fail)
-        except UsageError as error:
-            said.append(str(error))
-    torch.save({
-        "losses": losses, "gradient": {name: each.grad for name, each in state.parameters.items()},
-        "samples": task.samples(task.trainable(), REPORT_SEED, 7), "said": said,
-        "any": [world.any(world.rank == 1), world.any(False)], "noise": len(task.noise_of(0)["noise"]),
-    }, folder / f"rank-{world.rank}.pt")
-"""
+def one_of_two(_: object, settings: FinetuneSettings, folder: Path) -> None:
+    """Write its gradient, the samples that all receive, and how an error of one reaches both."""
+    with open_world("cpu") as world:
+        if not world.is_first:
+            settings = settings.model_copy(update={"data": "only/the/first/one/has.npz"})
+        task = prepare(settings, world)
+        state = TuningState(task.trainable(), 1e-3)
+        if not world.is_first:
+            torch.nn.init.zeros_(next(state.denoiser.parameters()))
+        state.share(world)
+        losses = add_gradient(task, task.tuning_sampler(state.denoiser), task.noise_of(2), 2)
+        world.sum_gradients(state.parameters.values())
+        said = []
+        for action in (world.first_does, world.together):
 
-# A whole run in a process group that accelerate has made.
-UNDER_ACCELERATE = """
-import sys
-from accelerate import PartialState
-from mmd_finetune.loop import tune
-from mmd_finetune.run_folder import differences
-from mmd_finetune.settings import FinetuneSettings
-state = PartialState(cpu=True)
-assert state.num_processes == 2
-tune(FinetuneSettings.model_validate_json(sys.argv[1]))
-"""
+            def fail(refusing: int = 0 if action == world.first_does else 1) -> None:
+                if world.rank == refusing:
+                    raise UsageError(f"refused by {world.rank}")
+
+            try:
+                action(fail)
+            except UsageError as error:
+                said.append(str(error))
+        torch.save({
+            "losses": losses, "gradient": {name: each.grad for name, each in state.parameters.items()},
+            "samples": task.samples(task.trainable(), REPORT_SEED, 7), "said": said,
+            "any": [world.any(world.rank == 1), world.any(False)], "noise": len(task.noise_of(0)["noise"]),
+        }, folder / f"rank-{world.rank}.pt")  # fmt: skip
+
+
+def under_accelerate(_: object, settings: FinetuneSettings) -> None:
+    """A whole run in a process group that accelerate has made."""
+    state = PartialState(cpu=True)
+    assert state.num_processes == 2
+    tune(settings)
+
+
+def in_two_processes(work: Callable[..., None], *arguments: Any) -> None:
+    """``work`` in two processes that are told of each other as torchrun tells it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [Child(work, *arguments, given={**told, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    assert [rank.end(150) for rank in ranks] == [0, 0]
 
 
 def start(processes: int, *command: str) -> subprocess.Popen[str]:
@@ -91,20 +92,12 @@ def start(processes: int, *command: str) -> subprocess.Popen[str]:
     )
 
 
-def write(script: str, folder: Path) -> str:
-    path = folder / "script.py"
-    path.write_text(script)
-    return str(path)
-
-
 @pytest.mark.timeout(180)
 def test_two_processes_give_the_gradient_and_the_samples_of_one(
     tiny_settings: FinetuneSettings, tmp_path: Path
 ) -> None:
     settings = changed(tiny_settings, batch_size=9, micro_batch_size=3, eta=1.0, learn="plan")  # shares of 4 and 5
-    process = start(2, write(ONE_OF_TWO, tmp_path), settings.model_dump_json(), str(tmp_path))
-    _, stderr = process.communicate(timeout=150)
-    assert process.returncode == 0, stderr[-3000:]
+    in_two_processes(one_of_two, settings, tmp_path)
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
     task = prepare(changed(settings, micro_batch_size=None))
     state = TuningState(task.trainable(), 1e-3)
@@ -131,9 +124,7 @@ def close_weights(run: Path, other: Path) -> bool:
 
 @pytest.mark.timeout(180)
 def test_a_run_under_accelerate_is_the_run_of_one(tiny_settings: FinetuneSettings, tmp_path: Path) -> None:
-    process = start(2, write(UNDER_ACCELERATE, tmp_path), tiny_settings.model_dump_json())
-    _, stderr = process.communicate(timeout=150)
-    assert process.returncode == 0, stderr[-3000:]
+    in_two_processes(under_accelerate, tiny_settings)
     alone = tune(changed(tiny_settings, out=tmp_path / "alone")).folder
     assert close_weights(tiny_settings.out, alone)
     together, single = log_of(tiny_settings.out), log_of(alone)
