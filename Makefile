@@ -2,9 +2,9 @@
 # pip's own environment variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) choose where packages come from.
 PY ?= python3
 BIN := .venv/bin
-# Not compiled to .pyc before they are imported: most modules never are, and it takes a minute.
+# No .pyc before the first import: most modules are never imported, and compiling all of them takes a minute.
 PIP := $(BIN)/pip -qq --disable-pip-version-check install --no-compile --constraint constraints.txt
-# make test: so many processes, one thread each; make lint: so many of mypy
+# so many processes of pytest, one thread each, and of mypy; 0: none but the one that was called
 JOBS ?= 2
 # make gpu
 PYTHON ?= python3

@@ -30,12 +30,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """What torch.export and onnxscript do for every export, a tenth of it, and no test looks at.
-
-    onnxscript lists its operators anew, always the same; torch.export notes the lines of code behind every node.
-    """
-    if "torch.fx" in sys.modules:
-        sys.modules["torch.fx"].config.do_not_emit_stack_traces = True
+    """onnxscript lists its operators anew for every export, always the same, in a third of a second; once will do."""
     for name, module in list(sys.modules.items()):
         if name.startswith("onnxscript._framework_apis.torch_") and not hasattr(module.get_torchlib_ops, "cache_info"):
             module.get_torchlib_ops = functools.cache(module.get_torchlib_ops)  # type: ignore[attr-defined]

@@ -79,7 +79,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "sd3": (
         "SD3Transformer2DModel",
-        # its last layer is another
+        # two, as the last layer has no output for the text
         {**_TRANSFORMER, "num_layers": 2, "out_channels": 4, "joint_attention_dim": 10, "caption_projection_dim": 24,
          "pooled_projection_dim": 6, "pos_embed_max_size": 8, "qk_norm": "rms_norm",
          "dual_attention_layers": (0,)},

@@ -112,7 +112,7 @@ def _advance(run: _Run, scheduler: DDIMScheduler, images: Tensor, share: float) 
     nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     run.optimiser.step()
     update_average(run.average, run.model, min(training.decay, run.step / (run.step + 10)))
-    run.recent.append(loss.detach().clone())  # alone: the storage of a mean is that of all its terms
+    run.recent.append(loss.detach().clone())  # mse_loss leaves the storage of all its terms behind the number
 
 
 def denoising_loss(model: Any, scheduler: DDIMScheduler, images: Tensor, generator: torch.Generator) -> Tensor:

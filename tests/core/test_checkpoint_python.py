@@ -174,14 +174,7 @@ def test_tuning_goes_through_a_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    ("attribute", "batch"),
-    [
-        ("Plain", "2"),
-        ("Labelled", "1..8"),
-        ("FunctionalEnergy", "2"),
-        ("AutogradEnergy", "1..8"),
-        ("LabelledEnergy", "1..8"),
-    ],
+    ("attribute", "batch"), [("Plain", "2"), ("Labelled", "1..8"), *((name, "1..8") for name in GRADIENTS)]
 )
 def test_it_ships(attribute: str, batch: str, tmp_path: Path) -> None:
     """Checkpoint to verified ONNX bundle; every state of the artefact is near the float64 reference."""

@@ -129,8 +129,7 @@ def test_a_preconditioned_module_ships(tmp_path: Path) -> None:
 def test_a_folder_with_an_edm_scheduler_ships(tmp_path: Path) -> None:
     """UNet2DModel as F."""
     settings = {"class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}
-    save_model(tmp_path / "edm", settings, block_out_channels=(4,), down_block_types=("DownBlock2D",),
-               up_block_types=("UpBlock2D",))  # fmt: skip
+    save_model(tmp_path / "edm", settings, block_out_channels=(4,))
     bundle = build(BuildOptions(str(tmp_path / "edm"), "onnx", tmp_path / "b", steps=2))
     assert bundle.manifest.parity is not None
     assert max(bundle.manifest.parity.values()) <= 1e-5

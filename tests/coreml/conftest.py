@@ -27,7 +27,7 @@ __all__ = ["tiny_attention", "tiny_checkpoint", "tiny_labels"]
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That of ``tests.models`` with 16 channels: of 8 a palette of 64 values costs more than it saves."""
+    """The one of ``tests.models`` with 16 channels: with 8, a palette of 64 values costs more than it saves."""
     return save_model(tmp_path_factory.mktemp("models") / "tiny", block_out_channels=(16,))
 
 

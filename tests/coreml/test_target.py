@@ -76,6 +76,14 @@ def test_state_and_interface_stay_float32(
     assert bundle.manifest.hardware == {"deployment_target": system or "iOS17", "compute_units": "all"}
 
 
+@pytest.mark.parametrize(("precision", "system"), [("fp16", None), ("w4", "macOS15")])
+def test_two_levels_and_attention(built: Built, tiny_attention: Path, precision: str, system: str | None) -> None:
+    """Images are halved and doubled in half precision and with palettes too, within the tolerance."""
+    bundle = built(tiny_attention, precision=precision, system=system)
+    assert {"conv", "upsample_nearest_neighbor"} <= {op.kind for op in program_of(bundle).ops}
+    assert worst(bundle) <= bundle.manifest.tolerance.atol
+
+
 def test_each_precision_is_smaller_and_further_off(built: Built, tiny: Path) -> None:
     bundles = [built(tiny), *(built(tiny, precision=name, system=system) for name, system, _, _ in PACKAGES)]
     sizes = [bundle.manifest.graph.unique_weight_bytes for bundle in bundles]

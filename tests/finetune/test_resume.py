@@ -37,6 +37,16 @@ def kill_after(settings: FinetuneSettings, iteration: int, pause: float) -> int:
     return last
 
 
+def tune_here(settings: FinetuneSettings) -> None:
+    """In this process, in one thread as in a child."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        tune(settings)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def log_without_seconds(run: Path) -> list[str]:
     return [line.rsplit(', "seconds"', 1)[0] for line in (run / "log.jsonl").read_text().splitlines()]
 
@@ -66,7 +76,7 @@ def test_kill_9_at_three_moments_and_resume_end_bit_for_bit_the_same(
     last = Child(tuning, settings)
     assert last.end() == 0
     assert 1 < last.heard[0] <= 16
-    assert Child(tuning, changed(settings, out=tmp_path / "whole")).end() == 0
+    tune_here(changed(settings, out=tmp_path / "whole"))  # where strings are hashed in another way
     expected = weights_of(tmp_path / "whole")
     for name, tensor in weights_of(run).items():
         assert torch.equal(tensor, expected[name]), name
@@ -212,7 +222,6 @@ def test_a_full_disk_while_saving_keeps_the_state_before(
     assert all(torch.equal(t, weights_of(tiny_settings.out)[n]) for n, t in weights_of(whole.folder).items())
 
 
-@pytest.mark.skipif(os.name == "nt", reason="RLIMIT_FSIZE is POSIX")
 def test_a_disk_that_really_refuses_is_one_line_and_no_half_file(tiny_settings: FinetuneSettings) -> None:
     stopped_after(3, tiny_settings)
     state = tiny_settings.out / "state.safetensors"

@@ -11,12 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file
 
 from mmd_export.commands.evaluate import Scoring, _Run, evaluate
@@ -33,6 +33,16 @@ from tests.finetune.processes import Child
 from tests.finetune.runs import WEIGHTS, changed, log_of
 
 ROOT = Path(__file__).parents[2]
+# A whole run in a process group that accelerate has made.
+UNDER_ACCELERATE = """
+import sys
+from accelerate import PartialState
+from mmd_finetune.loop import tune
+from mmd_finetune.settings import FinetuneSettings
+state = PartialState(cpu=True)
+assert state.num_processes == 2
+tune(FinetuneSettings.model_validate_json(sys.argv[1]))
+"""
 
 
 def one_of_two(_: object, settings: FinetuneSettings, folder: Path) -> None:
@@ -65,21 +75,15 @@ def one_of_two(_: object, settings: FinetuneSettings, folder: Path) -> None:
         }, folder / f"rank-{world.rank}.pt")  # fmt: skip
 
 
-def under_accelerate(_: object, settings: FinetuneSettings) -> None:
-    """A whole run in a process group that accelerate has made."""
-    state = PartialState(cpu=True)
-    assert state.num_processes == 2
-    tune(settings)
-
-
 def in_two_processes(work: Callable[..., None], *arguments: Any) -> None:
-    """``work`` in two processes that are told of each other as torchrun tells it."""
+    """``work`` in two processes that are told of each other by the variables of torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     ranks = [Child(work, *arguments, given={**told, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
-    assert [rank.end(150) for rank in ranks] == [0, 0]
+    wait([rank.process.sentinel for rank in ranks], timeout=120)  # if one fails, the other would wait for it
+    assert [rank.end(20) for rank in ranks] == [0, 0]
 
 
 def start(processes: int, *command: str) -> subprocess.Popen[str]:
@@ -124,7 +128,10 @@ def close_weights(run: Path, other: Path) -> bool:
 
 @pytest.mark.timeout(180)
 def test_a_run_under_accelerate_is_the_run_of_one(tiny_settings: FinetuneSettings, tmp_path: Path) -> None:
-    in_two_processes(under_accelerate, tiny_settings)
+    (script := tmp_path / "script.py").write_text(UNDER_ACCELERATE)
+    process = start(2, str(script), tiny_settings.model_dump_json())
+    _, stderr = process.communicate(timeout=150)
+    assert process.returncode == 0, stderr[-3000:]
     alone = tune(changed(tiny_settings, out=tmp_path / "alone")).folder
     assert close_weights(tiny_settings.out, alone)
     together, single = log_of(tiny_settings.out), log_of(alone)

@@ -20,7 +20,7 @@ from mmd_runtime.app import open_bundle
 from tests.attacks import ATTACKS, Attack
 from tests.kits.cpp_builds import Build, call, configure_and_build, libraries
 from tests.kits.wrong import with_other_artefact, with_other_sample
-from tests.models import LABELS, save_model
+from tests.models import LABELS, TWO_LEVELS, save_model
 from tests.project.checks import ROOT
 
 C_PROGRAM = Path(__file__).parent / "c_program"
@@ -66,7 +66,8 @@ def digits_openvino(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_pte(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles")
-    build(BuildOptions(str(save_model(folder / "tiny")), "executorch", folder / "tiny-1", steps=1, verify=False))
+    model = save_model(folder / "tiny", **TWO_LEVELS)  # halves and doubles images
+    build(BuildOptions(str(model), "executorch", folder / "tiny-1", steps=1, verify=False))
     return folder / "tiny-1"
 
 
