@@ -37,7 +37,7 @@ def test_the_whole_job_leaves_bundle_picture_and_numbers_that_agree(
     assert bundle.manifest.checkpoint.licence == "apache-2.0"
     assert "## Lineage\n\n- base model: `digits`, SHA-256" in bundle.card
 
-    code, _, err = command("verify", out / "bundle")
+    code, _, err = command("verify", out / "bundle", "--checkpoint", out / "run")
     assert code == 0, err
     picture = np.asarray(Image.open(out / "digits.png").convert("L"))
     assert picture.shape[1] > 800

@@ -39,7 +39,7 @@ SCHEDULER: dict[str, Any] = {
     "variance_type": "fixed_large",
     "prediction_type": "epsilon",
 }
-STEPS = 2
+STEPS = 5
 
 
 @pytest.mark.slow
