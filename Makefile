@@ -2,7 +2,9 @@
 # pip's own environment variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) choose where packages come from.
 PY ?= python3
 BIN := .venv/bin
-# No .pyc before the first import: most modules are never imported, and compiling all of them takes a minute.
+# No .pyc before the first import: most modules are never imported, and compiling all of them takes a minute. So the
+# first import has to keep its own, or every process compiles torch anew, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/pip -qq --disable-pip-version-check install --no-compile --constraint constraints.txt
 # so many processes of pytest, one thread each, and of mypy; 0: none but the one that was called
 JOBS ?= 2
