@@ -72,6 +72,7 @@ def settings(folder: Path, device: str) -> dict[str, Any]:
         "comment_origin": False,
         "aot_inductor.compile_wrapper_opt_level": "O0",
         "aot_inductor.enable_line_tables": False,
+        "aot_inductor.precompile_headers": False,  # read once: precompiling them only adds to a build
         "cpp.march": _MARCH.get(torch.backends.cpu.get_cpu_capability()) if device == "cpu" else None,
     }
     known = torch._inductor.config.get_config_copy()
