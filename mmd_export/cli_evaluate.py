@@ -67,9 +67,7 @@ def evaluate(
         ),
     ] = None,
     neighbours: Annotated[int, typer.Option(help="k of precision, recall, density, coverage")] = 5,
-    bootstrap: Annotated[
-        int, typer.Option(help="draws behind each 95 % interval, of frechet each as long as the value; 0: none")
-    ] = 200,
+    bootstrap: Annotated[int, typer.Option(help="draws behind each 95 % interval; 0: none")] = 200,
     plot: Annotated[Path | None, typer.Option(help="draw the values as a PNG", show_default=False)] = None,
     runtime: RuntimeName = None,
     device: TorchDevice = None,

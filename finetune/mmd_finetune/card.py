@@ -19,7 +19,7 @@ A denoiser finetuned with the Maximum Mean Discrepancy (MMD-DDM, arXiv 2301.0796
 gradient through all {steps} network calls. `plan.json` holds the sampler's numbers. With another step count or sampler
 the weights are not what was measured here.
 
-| held-out Frechet distance, {count} samples | before | after |
+| held-out Frechet distance, {count} samples (95 % interval) | before | after |
 |---|---|---|
 {distances}
 {metrics}
@@ -53,9 +53,7 @@ def model_card(record: Mapping[str, Any], base: Checkpoint, plan: StepPlan, resu
         holdout=settings["holdout"][0],
         count=settings["evaluate_count"],
         data=settings["data"],
-        distances="\n".join(
-            f"| `{name}` | {before:.2f} | {after:.2f} |" for name, (before, after) in result["held_out"].items()
-        ),
+        distances=_distances(result["held_out"], result["held_out_intervals"]),
         metrics=_metrics(result["metrics"]),
         best=result["best_iteration"],
         iterations=result["iterations"],
@@ -65,10 +63,21 @@ def model_card(record: Mapping[str, Any], base: Checkpoint, plan: StepPlan, resu
     )
 
 
+def _distances(values: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
+    """A line an encoder: before and after."""
+    lines = []
+    for name, pair in values.items():
+        sides = (
+            _with_interval(value, low, high, ".2f") for value, (low, high) in zip(pair, intervals[name], strict=True)
+        )
+        lines.append(f"| `{name}` | {' | '.join(sides)} |")
+    return "\n".join(lines)
+
+
 def _metrics(found: Mapping[str, Mapping[str, Any]]) -> str:
     """A table of the further metrics with their 95 % intervals, if there are any."""
     lines = [
-        f"| {name}, `{encoder}` | {_with_interval(sides['before'])} | {_with_interval(sides['after'])} |"
+        f"| {name}, `{encoder}` | {_with_interval(**sides['before'])} | {_with_interval(**sides['after'])} |"
         for encoder, by_name in found.items()
         for name, sides in by_name.items()
     ]
@@ -77,9 +86,8 @@ def _metrics(found: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _with_interval(measured: Mapping[str, float | None]) -> str:
-    interval = "" if measured["low"] is None else f" ({measured['low']:.4g} to {measured['high']:.4g})"
-    return f"{measured['value']:.4g}{interval}"
+def _with_interval(value: float, low: float | None, high: float | None, form: str = ".4g") -> str:
+    return f"{value:{form}}" + ("" if low is None else f" ({low:{form}} to {high:{form}})")
 
 
 def _shown(value: Any) -> str:

@@ -309,12 +309,25 @@ def _evaluate(task: Task, state: TuningState, give_way: Callable[[], None]) -> d
 
 
 def _measure(task: Task, denoiser: nn.Module, iteration: int, give_way: Callable[[], None]) -> dict[str, Any]:
-    """``held_out``, the distance that decides, that of every held-out encoder, and ``metrics``, on the same samples."""
+    """For the log: ``held_out``, the distance that decides, those of all held-out encoders, metrics and intervals."""
     images = task.samples(denoiser, SELECTION_SEED, give_way=give_way)
-    distances = task.world.first_does(lambda: task.held_out_distances(images))
+    judged = task.world.first_does(lambda: task.judge(images))
+    distances = {encoder: found["frechet"].value for encoder, found in judged.items()}
     _require_finite("held-out distance", distances, iteration, GO_ON if iteration else UNTUNED)
-    further = task.world.first_does(lambda: task.further_metrics(images))
-    return {"held_out": distances[task.holdout.name], "held_out_by_encoder": distances, **further}
+    further = {
+        encoder: {name: found[name].value for name in task.settings.metrics if name in found}
+        for encoder, found in judged.items()
+    }
+    metrics = {"metrics": further[task.holdout.name], "metrics_by_encoder": further} if task.settings.metrics else {}
+    intervals = {
+        encoder: {name: [each.low, each.high] for name, each in found.items()} for encoder, found in judged.items()
+    }
+    return {
+        "held_out": distances[task.holdout.name],
+        "held_out_by_encoder": distances,
+        **metrics,
+        "intervals": intervals,
+    }
 
 
 def _require_finite(what: str, by_encoder: dict[str, float], iteration: int, next_move: str = GO_ON) -> None:

@@ -9,11 +9,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 from safetensors.torch import save
@@ -26,14 +26,16 @@ from mmd_export.tuned_precision import QUANTISATION_FILE
 from mmd_finetune.card import model_card
 from mmd_finetune.curve import draw_curve
 from mmd_finetune.files import append_json_line, read_json_lines, write_atomically, write_json
+from mmd_finetune.metrics.bootstrap import Measured
 from mmd_finetune.setting_names import flag_of
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import Task
 from mmd_finetune.trainable import Trainable
 
+Interval: TypeAlias = tuple[float | None, float | None]
+
 SHEET_IMAGES = 100
-RESAMPLES = 200
 GIVEN = "resume.json"  # the settings with the paths of this machine, while a run is not finished
 CHANGE_ROUNDING = ("micro_batch_size",)  # settings that a run may go on with other values of
 
@@ -43,8 +45,9 @@ class RunResult:
     """What a run reached: held-out Frechet distances on noise that was used for neither tuning nor choosing.
 
     ``held_out_before`` and ``held_out_after`` are those of the encoder that decided; ``held_out`` has all of them, by
-    encoder, as (before, after). ``metrics`` are the further ones of the settings on the same samples: encoder -> name
-    -> ``before`` and ``after``, each with ``value``, ``low`` and ``high``.
+    encoder, as (before, after), and ``held_out_intervals`` their 95 % intervals, as ((low, high), (low, high)).
+    ``metrics`` are the further ones of the settings on the same samples: encoder -> name -> ``before`` and ``after``,
+    each with ``value``, ``low`` and ``high``.
     """
 
     folder: Path
@@ -55,6 +58,7 @@ class RunResult:
     held_out: dict[str, tuple[float, float]]
     seconds: float
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    held_out_intervals: dict[str, tuple[Interval, Interval]] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -212,7 +216,11 @@ class RunFolder:
         """The result of a finished run."""
         values = json.loads(self._result.read_text(encoding="utf-8"))
         pairs = {name: (before, after) for name, (before, after) in values.pop("held_out").items()}
-        return RunResult(folder=self.place, held_out=pairs, **values)
+        intervals = {
+            name: (tuple(before), tuple(after))
+            for name, (before, after) in values.pop("held_out_intervals", {}).items()
+        }
+        return RunResult(folder=self.place, held_out=pairs, held_out_intervals=intervals, **values)
 
     def finish(self, task: Task, state: TuningState, shipped: Trainable, before: Tensor, after: Tensor) -> RunResult:
         """Measure the samples, write everything beside, rename it into place, ``unet`` last, and drop the state.
@@ -226,16 +234,21 @@ class RunFolder:
         """
         assert state.progress is not None
         progress = state.progress
-        first, last = task.held_out_distances(before), task.held_out_distances(after)
+        sides = task.judge(before), task.judge(after)
+        distances = {name: [side[name]["frechet"] for side in sides] for name in sides[0]}
+        held_out = {name: (first.value, last.value) for name, (first, last) in distances.items()}
         result = RunResult(
             folder=self.place,
             iterations=progress.iteration,
             best_iteration=progress.best_iteration,
-            held_out_before=first[task.holdout.name],
-            held_out_after=last[task.holdout.name],
-            held_out={name: (first[name], last[name]) for name in first},
+            held_out_before=held_out[task.holdout.name][0],
+            held_out_after=held_out[task.holdout.name][1],
+            held_out=held_out,
             seconds=round(progress.seconds, 3),
-            metrics=_metrics(task, before, after),
+            metrics=_metrics(task.settings.metrics, *sides),
+            held_out_intervals={
+                name: ((first.low, first.high), (last.low, last.high)) for name, (first, last) in distances.items()
+            },
         )
         shutil.rmtree(self._final, ignore_errors=True)
         self._final.mkdir()
@@ -286,16 +299,18 @@ def earlier_settings(place: Path) -> FinetuneSettings | None:
         raise UsageError(f"--resume {path} is of another release ({one_line(error)}); {advice}") from error
 
 
-def _metrics(task: Task, before: Tensor, after: Tensor) -> dict[str, dict[str, Any]]:
-    """By encoder and name, where both sides could be measured."""
-    first, last = (task.metrics_with_intervals(images, RESAMPLES) for images in (before, after))
+def _metrics(
+    names: Sequence[str], before: Mapping[str, Mapping[str, Measured]], after: Mapping[str, Mapping[str, Measured]]
+) -> dict[str, dict[str, Any]]:
+    """By encoder and name, where both sides could be measured; empty without names."""
     return {
         encoder: {
-            name: {"before": first[encoder][name].to_dict(), "after": found.to_dict()}
-            for name, found in by_name.items()
-            if name in first[encoder]
+            name: {"before": before[encoder][name].to_dict(), "after": found[name].to_dict()}
+            for name in names
+            if name in found and name in before[encoder]
         }
-        for encoder, by_name in last.items()
+        for encoder, found in after.items()
+        if names
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from mmd_finetune.compute import tuning_form
 from mmd_finetune.embedding import batch_rows
 from mmd_finetune.features import Encoder, load_encoders, require_names
 from mmd_finetune.kernels import parse_kernel
-from mmd_finetune.metrics import frechet_distance, sample_many, sampler_inputs
+from mmd_finetune.metrics import sample_many, sampler_inputs
 from mmd_finetune.metrics.bootstrap import Measured
 from mmd_finetune.metrics.suite import Features, MetricOptions, measure
 from mmd_finetune.real_features import RealFeatures, features_of_first
@@ -37,9 +38,7 @@ if TYPE_CHECKING:
 # Noise that no seed of a run can draw: for choosing the best weights, and for the numbers that are reported.
 SELECTION_SEED = SEED_LIMIT + 1
 REPORT_SEED = SEED_LIMIT + 2
-
-
-WIDEST_RESAMPLED = 512  # features; with more, a bootstrap draw of the Frechet distance takes seconds
+RESAMPLES = 200  # draws behind an interval
 LOG = logging.getLogger(__name__)
 
 
@@ -79,11 +78,6 @@ class Task:
     def holdout(self) -> Encoder:
         """The held-out encoder that decides."""
         return self.holdouts[0].encoder
-
-    @property
-    def held_out_features(self) -> Tensor:
-        """The real images in it."""
-        return self.holdouts[0].features
 
     @property
     def encoders(self) -> tuple[Encoder, ...]:
@@ -165,48 +159,26 @@ class Task:
         )
         return self.world.gather(own)[0]
 
-    def held_out_distance(self, images: Tensor) -> float:
-        """Frechet distance of ``images`` and the real images in the held-out encoder; inf if an image is not finite."""
-        return _distance(self.holdouts[0], images)
+    def judge(self, images: Tensor) -> dict[str, dict[str, Measured]]:
+        """``frechet`` and the metrics of the settings in every held-out encoder: encoder -> name -> value.
 
-    def held_out_distances(self, images: Tensor) -> dict[str, float]:
-        """The same in every held-out encoder, by name; the one that decides comes first."""
-        return {holdout.encoder.name: _distance(holdout, images) for holdout in self.holdouts}
-
-    def further_metrics(self, images: Tensor) -> dict[str, Any]:
-        """For the log ``metrics_by_encoder``, encoder -> name -> value, and ``metrics``, those of the one that decides.
-
-        Empty if the settings name none.
+        The encoder that decides comes first. Where it gives an image no finite features the distance is infinite, and
+        alone; a metric that these images leave undefined is left out with a warning.
         """
-        if not self.settings.metrics:
-            return {}
-        found = {
-            encoder: {name: each.value for name, each in by_name.items()}
-            for encoder, by_name in self.metrics_with_intervals(images, 0).items()
-        }
-        return {"metrics": found[self.holdout.name], "metrics_by_encoder": found}
+        return {holdout.encoder.name: self._judged_by(holdout, images) for holdout in self.holdouts}
 
-    def metrics_with_intervals(self, images: Tensor, resamples: int) -> dict[str, dict[str, Measured]]:
-        """The metrics of the settings on ``images`` in every held-out encoder: encoder -> name -> value.
-
-        One that these images leave undefined is left out with a warning. ``frechet`` has no interval in wide encoders.
-        """
-        found: dict[str, dict[str, Measured]] = {}
-        for holdout in self.holdouts if self.settings.metrics else ():
-            features = encode_in_batches(holdout.encoder, images)
-            by_name: dict[str, Measured] = {}
-            found[holdout.encoder.name] = by_name
-            split = holdout.training, None if holdout.training is None else holdout.features
-            sets = Features(
-                holdout.encoder.name, holdout.features, features, MetricOptions(resamples=resamples), *split
-            )
-            for name in self.settings.metrics:
-                slow = name == "frechet" and features.shape[1] > WIDEST_RESAMPLED
-                sets.options = MetricOptions(resamples=0 if slow else resamples)
-                try:
-                    by_name |= measure((name,), sets)
-                except UsageError as error:
-                    LOG.warning("%s is left out: %s", name, error)
+    def _judged_by(self, holdout: HeldOut, images: Tensor) -> dict[str, Measured]:
+        features = encode_in_batches(holdout.encoder, images)
+        if not bool(torch.isfinite(features).all()):
+            return {"frechet": Measured(math.inf)}
+        split = holdout.training, None if holdout.training is None else holdout.features
+        sets = Features(holdout.encoder.name, holdout.features, features, MetricOptions(resamples=RESAMPLES), *split)
+        found = measure(("frechet",), sets)
+        for name in self.settings.metrics:
+            try:
+                found |= measure((name,), sets)
+            except UsageError as error:
+                LOG.warning("%s is left out: %s", name, error)
         return found
 
     def record(self) -> dict[str, Any]:
@@ -304,14 +276,6 @@ def _loss_weights(task: Task) -> dict[str, float]:
     alone = replace(task, world=World())  # every process draws all of them: none waits for one that failed
     images = alone.samples(alone.trainable(), SELECTION_SEED, count)
     return balanced_weights(task.references, images, settings.batch_size)
-
-
-def _distance(holdout: HeldOut, images: Tensor) -> float:
-    """Frechet distance; inf if an image is not finite."""
-    features = encode_in_batches(holdout.encoder, images)
-    if not bool(torch.isfinite(features).all()):
-        return float("inf")
-    return frechet_distance(features, holdout.features)
 
 
 def _reference(encoder: Encoder, features: Tensor, settings: FinetuneSettings) -> Reference:

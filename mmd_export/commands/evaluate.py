@@ -208,11 +208,7 @@ class _Run:
             encoded[key] = cache(encoder, part)
             done += len(part)
             self.observe(f"{encoder.name}: features of real images", done, total)
-        options = MetricOptions(
-            scoring.neighbours,
-            scoring.resamples,
-            drawn=lambda draws: self.observe(f"{encoder.name}: draws of frechet", draws, scoring.resamples),
-        )
+        options = MetricOptions(scoring.neighbours, scoring.resamples)
         training, held_out = encoded.get(id(images.training)), encoded.get(id(images.held_out))
         real = torch.cat([encoded[id(part)] for part in images.real])
         return Features(encoder.name, real, samples.features, options, training, held_out)

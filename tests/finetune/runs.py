@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mmd_finetune.settings import FinetuneSettings
+from mmd_finetune.task import Task
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -34,6 +35,11 @@ def events_of(run: Path) -> Any:
     found = EventAccumulator(str(run / "tensorboard"))
     found.Reload()
     return found
+
+
+def distance_of(work: Task, images: torch.Tensor) -> float:
+    """The held-out Frechet distance that decides."""
+    return work.judge(images)[work.holdout.name]["frechet"].value
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from mmd_finetune.metrics import frechet_distance
 from mmd_finetune.reference import encode_in_batches
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.task import prepare
-from tests.finetune.runs import changed, log_of
+from tests.finetune.runs import changed, distance_of, log_of
 from tests.finetune.vision_models import save_vision_model
 
 
@@ -36,11 +36,18 @@ def test_the_first_held_out_encoder_decides_and_all_are_reported(
         measured = [line for line in log_of(result.folder) if "held_out" in line]
         assert all(set(line["held_out_by_encoder"]) == {"digits-mlp", "pixels"} for line in measured)
         assert all(line["held_out"] == line["held_out_by_encoder"][decides] for line in measured)
+        assert all(next(iter(line["intervals"])) == decides for line in measured)
         best = min(measured, key=lambda line: line["held_out"])
         assert result.best_iteration == best["iteration"]
         card = (result.folder / "README.md").read_text()
-        for name, (before, after) in result.held_out.items():
-            assert f"| `{name}` | {before:.2f} | {after:.2f} |" in card
+        for name, values in result.held_out.items():
+            told = []
+            for value, (low, high) in zip(values, result.held_out_intervals[name], strict=True):
+                assert low is not None
+                assert high is not None
+                assert low < value < high
+                told.append(f"{value:.2f} ({low:.2f} to {high:.2f})")
+            assert f"| `{name}` | {' | '.join(told)} |" in card
 
 
 def test_a_finished_run_gives_the_same_result(tiny_settings: FinetuneSettings) -> None:
@@ -57,7 +64,7 @@ def test_held_out_images_are_not_in_the_loss(tiny_settings: FinetuneSettings) ->
         assert len(reference.features) == len(split.train)
     images, held_out = torch.from_numpy(split.train[:50]), torch.from_numpy(split.held_out)
     expected = frechet_distance(work.holdout(images), encode_in_batches(work.holdout, held_out))
-    assert work.held_out_distance(images) == pytest.approx(expected)
+    assert distance_of(work, images) == pytest.approx(expected)
 
 
 def test_the_batch_must_fit_the_training_part(tiny_settings: FinetuneSettings) -> None:

@@ -19,7 +19,7 @@ from mmd_finetune.metrics import sample_many
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
 from mmd_finetune.task import REPORT_SEED, prepare
-from tests.finetune.runs import changed, log_of, same_weights, without_seconds
+from tests.finetune.runs import changed, distance_of, log_of, same_weights, without_seconds
 
 
 def test_a_run_folder_is_a_diffusers_folder_and_more(tiny_settings: FinetuneSettings, tiny_model: Path) -> None:
@@ -64,9 +64,9 @@ def test_the_log_and_the_result_agree_with_what_is_shipped(tiny_settings: Finetu
     assert result.best_iteration == best["iteration"]
     work = prepare(tiny_settings)
     shipped = load_checkpoint(tiny_settings.out).denoiser
-    assert work.held_out_distance(work.samples(shipped, task.SELECTION_SEED)) == best["held_out"]
-    assert work.held_out_distance(work.samples(shipped, REPORT_SEED)) == result.held_out_after
-    assert work.held_out_distance(work.samples(work.base.denoiser, REPORT_SEED)) == result.held_out_before
+    assert distance_of(work, work.samples(shipped, task.SELECTION_SEED)) == best["held_out"]
+    assert distance_of(work, work.samples(shipped, REPORT_SEED)) == result.held_out_after
+    assert distance_of(work, work.samples(work.base.denoiser, REPORT_SEED)) == result.held_out_before
 
 
 def test_pictures_card_and_settings_say_no_path(tiny_settings: FinetuneSettings, tmp_path: Path) -> None:

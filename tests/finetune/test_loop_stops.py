@@ -22,6 +22,7 @@ from mmd_finetune import features, loop, objective
 from mmd_finetune.features import Encoder, load_encoder
 from mmd_finetune.files import write_json
 from mmd_finetune.loop import NotFiniteError, Report, tune
+from mmd_finetune.metrics.bootstrap import Measured
 from mmd_finetune.run_folder import RunFolder
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.state import TuningState
@@ -110,7 +111,7 @@ def test_a_run_refused_in_its_folder_does_not_block_the_next(
     with pytest.raises(UsageError, match="--lora-targets foo: no layer's name ends so"):
         tune(changed(tiny_settings, tune="lora", lora_targets="foo"))
     assert not tiny_settings.out.exists()
-    monkeypatch.setattr(Task, "held_out_distances", lambda *_: {"digits-mlp": float("nan")})
+    monkeypatch.setattr(Task, "judge", lambda *_: {"digits-mlp": {"frechet": Measured(float("nan"))}})
     with pytest.raises(NotFiniteError, match="choose another --holdout"):
         tune(tiny_settings)
     assert not tiny_settings.out.exists()

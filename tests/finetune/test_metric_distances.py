@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from mmd_export.distribution import frechet_distance as of_arrays
 from mmd_finetune.kernels import Cubic, Gaussian
 from mmd_finetune.metrics import kernel_distance
 from mmd_finetune.metrics.bootstrap import multiplicities
-from mmd_finetune.metrics.frechet import frechet
+from mmd_finetune.metrics.frechet import frechet, influences
 from mmd_finetune.metrics.kernel_distance import CMMD_SCALE, cmmd, kid
 from mmd_finetune.mmd import unbiased_mmd2
 
@@ -64,6 +66,32 @@ def test_frechet_is_that_of_torchmetrics() -> None:
     library.update(as_images(real), real=True)
     library.update(as_images(generated), real=False)
     assert frechet(real, generated, 0, 0).value == pytest.approx(float(library.compute()), rel=1e-6)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_influences_are_the_change_of_the_distance_with_the_weight_of_a_row(side: int) -> None:
+    # 400 copies of every row, and one more of one of them: its weight is larger by 1 of 400 N.
+    sides = [points(300, 3, seed=14).numpy() * 1.4 + 0.2, points(250, 3, seed=15).numpy()]
+    many = [each.repeat(400, axis=0) for each in sides]
+    before, found = of_arrays(many[0], many[1]), influences(sides[0], sides[1])[side]
+    for row in range(5):
+        more = list(many)
+        more[side] = np.concatenate([more[side], sides[side][row : row + 1]])
+        slope = (of_arrays(more[0], more[1]) - before) * len(more[side])
+        assert slope == pytest.approx(found[row], rel=0.02, abs=0.02 * float(np.abs(found).mean()))
+
+
+@pytest.mark.parametrize("generated", [400, 24], ids=["many rows", "fewer rows than features"])
+def test_the_interval_of_frechet_is_as_wide_as_fresh_samples_differ(generated: int) -> None:
+    widths, values = [], []
+    for seed in range(100, 160, 2):
+        found = frechet(points(500, 32, seed), points(generated, 32, seed + 1) * 1.2 + 0.1, 100, 0)
+        assert found.low is not None
+        assert found.high is not None
+        widths.append(found.high - found.low)
+        values.append(found.value)
+    expected = 2 * 1.96 * float(torch.tensor(values).std())
+    assert 0.7 * expected < sum(widths) / len(widths) < 2.0 * expected
 
 
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from mmd_finetune.loop import Report, tune
 from mmd_finetune.settings import FinetuneSettings, make_settings
 from mmd_finetune.task import REPORT_SEED, prepare
 from mmd_finetune.trainable import Trainable, clip_gradients
-from tests.finetune.runs import WEIGHTS, changed
+from tests.finetune.runs import WEIGHTS, changed, distance_of
 
 KINDS: list[dict[str, Any]] = [
     {},
@@ -73,7 +73,7 @@ def test_lora_leaves_a_plain_diffusers_folder(tiny_settings: FinetuneSettings, t
     assert int(rank) <= 2
     work = prepare(tiny_settings)
     shipped = load_checkpoint(result.folder).denoiser
-    assert work.held_out_distance(work.samples(shipped, REPORT_SEED)) == result.held_out_after
+    assert distance_of(work, work.samples(shipped, REPORT_SEED)) == result.held_out_after
 
 
 def test_adapters_start_as_the_model_itself(tiny_settings: FinetuneSettings) -> None:

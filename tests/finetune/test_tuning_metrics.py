@@ -20,6 +20,13 @@ def lines(settings: FinetuneSettings) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (settings.out / "log.jsonl").read_text().splitlines()]
 
 
+def assert_within(intervals: dict[str, Any], values: dict[str, Any]) -> None:
+    assert intervals.keys() == values.keys()
+    for encoder, by_name in intervals.items():
+        assert by_name.keys() == values[encoder].keys()
+        assert all(low <= values[encoder][name] <= high for name, (low, high) in by_name.items())
+
+
 def test_metrics_are_logged_at_each_evaluation_and_change_nothing(
     tiny_settings: FinetuneSettings, tmp_path: Path
 ) -> None:
@@ -28,7 +35,11 @@ def test_metrics_are_logged_at_each_evaluation_and_change_nothing(
     tune(more)
     logged = lines(more)
     assert [line["iteration"] for line in logged if "metrics" in line] == [0, 2, 4, 6]
-    assert all(set(line["metrics"]) == {"recall", "kid"} for line in logged if "metrics" in line)
+    for line in logged:
+        assert ("metrics" in line) == ("intervals" in line) == ("held_out" in line)
+        if "metrics" in line:
+            assert set(line["metrics"]) == {"recall", "kid"}
+            assert_within(line["intervals"], {"digits-mlp": {"frechet": line["held_out"], **line["metrics"]}})
     plain = [
         {key: line[key] for key in ("iteration", "loss", "held_out") if key in line} for line in lines(tiny_settings)
     ]
@@ -94,6 +105,10 @@ def test_events_are_those_of_the_log(tiny_settings: FinetuneSettings) -> None:
     assert [event.step for event in found.Scalars("metrics/kid")] == [0, 2, 4, 6]
     assert [event.step for event in found.Scalars("losses/digits-conv")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in found.Scalars("held_out_by_encoder/pixels")] == [0, 2, 4, 6]
+    for side, tag in enumerate(("low", "high")):
+        bounds = [line["intervals"]["pixels"]["frechet"][side] for line in logged[::2]]
+        events = found.Scalars(f"intervals/pixels/frechet/{tag}")
+        assert [event.value for event in events] == pytest.approx(bounds, rel=1e-5)
     assert set(found.Tags()["images"]) == {"before", "after"}
 
 

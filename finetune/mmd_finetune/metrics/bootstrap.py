@@ -52,8 +52,13 @@ def centred_interval(value: float, draws: Tensor) -> Measured:
     return Measured(value, value + float(low), value + float(high))
 
 
+def resampled_means(values: Tensor, resamples: int, seed: int) -> Tensor:
+    """Mean of ``values`` (N,), one a row, in each draw: float64 (resamples,)."""
+    values = values.double().cpu()
+    means = [float(values[rows].mean()) for rows in resampled_rows(len(values), resamples, seed)]
+    return torch.tensor(means, dtype=torch.float64)
+
+
 def mean_with_interval(values: Tensor, resamples: int, seed: int) -> Measured:
     """Mean of ``values`` (N,), one a row, and the interval of the mean."""
-    values = values.double().cpu()
-    means = multiplicities(len(values), resamples, seed) @ values / len(values)
-    return centred_interval(float(means[0]), means[1:])
+    return centred_interval(float(values.double().mean()), resampled_means(values, resamples, seed))

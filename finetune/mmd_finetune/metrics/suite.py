@@ -21,15 +21,11 @@ NEIGHBOUR_METRICS = ("precision", "recall", "density", "coverage")
 
 @dataclass(frozen=True)
 class MetricOptions:
-    """``neighbours``: k of precision, recall, density and coverage. ``resamples``: bootstrap draws, 0 for none.
-
-    ``drawn`` is called with the number of draws done by the one metric whose draws take long, ``frechet``.
-    """
+    """``neighbours``: k of precision, recall, density and coverage. ``resamples``: bootstrap draws, 0 for none."""
 
     neighbours: int = 5
     resamples: int = 200
     seed: int = 0
-    drawn: Callable[[int], None] = lambda _: None
 
 
 @dataclass(eq=False)
@@ -71,11 +67,6 @@ def _distance(function: Callable[[Tensor, Tensor, int, int], Measured]) -> Calla
     return lambda sets: function(sets.real, sets.generated, sets.options.resamples, sets.options.seed)
 
 
-def _frechet(sets: Features) -> Measured:
-    options = sets.options
-    return frechet(sets.real, sets.generated, options.resamples, options.seed, options.drawn)
-
-
 def _share(name: str) -> Callable[[Features], Measured]:
     return lambda sets: mean_with_interval(getattr(sets.balls, name), sets.options.resamples, sets.options.seed)
 
@@ -85,7 +76,7 @@ def _copies(function: Callable[[Tensor, Tensor, Tensor, int, int], Measured]) ->
 
 
 METRICS: dict[str, Metric] = {
-    "frechet": Metric("0", _frechet),
+    "frechet": Metric("0", _distance(frechet)),
     "kid": Metric("0", _distance(kid)),
     "cmmd": Metric("0", _distance(cmmd)),
     **{name: Metric("1", _share(name)) for name in NEIGHBOUR_METRICS},
