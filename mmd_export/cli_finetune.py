@@ -142,9 +142,10 @@ def finetune(
     write_json(json, command.facts(result))
     if json == Path("-"):
         return
+    before, after = next(iter(result.told.values()))
     at = "" if tuned_in == "fp32" else f" --precision {tuned_in}"
     show(
-        f"{result.folder}: held-out Frechet distance {result.held_out_before:.2f} -> {result.held_out_after:.2f} "
-        f"(best at iteration {result.best_iteration} of {result.iterations}, {result.seconds:.0f} s)\n"
+        f"{result.folder}: held-out Frechet distance {before} -> {after}, best at iteration {result.best_iteration} of "
+        f"{result.iterations}, {result.seconds:.0f} s\n"
         f"next: mmd-export build {result.folder} --target onnx{at} --out bundle"
     )

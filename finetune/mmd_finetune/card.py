@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmd_export.checkpoint import Checkpoint, describe
 from mmd_export.plan import StepPlan, is_learned
+from mmd_finetune.metrics.bootstrap import Measured
+
+if TYPE_CHECKING:
+    from mmd_finetune.run_folder import RunResult
 
 _TEMPLATE = """\
 ---
@@ -40,7 +44,7 @@ distance in `{holdout}` on other noise; the numbers above are on noise that was 
 """
 
 
-def model_card(record: Mapping[str, Any], base: Checkpoint, plan: StepPlan, result: Mapping[str, Any]) -> str:
+def model_card(record: Mapping[str, Any], base: Checkpoint, plan: StepPlan, result: RunResult) -> str:
     """Markdown from the run's record (``Task.record``) and its result; no path of the machine."""
     settings = record["settings"]
     return _TEMPLATE.format(
@@ -53,41 +57,26 @@ def model_card(record: Mapping[str, Any], base: Checkpoint, plan: StepPlan, resu
         holdout=settings["holdout"][0],
         count=settings["evaluate_count"],
         data=settings["data"],
-        distances=_distances(result["held_out"], result["held_out_intervals"]),
-        metrics=_metrics(result["metrics"]),
-        best=result["best_iteration"],
-        iterations=result["iterations"],
-        seconds=result["seconds"],
+        distances="\n".join(f"| `{name}` | {before} | {after} |" for name, (before, after) in result.told.items()),
+        metrics=_metrics(result.metrics),
+        best=result.best_iteration,
+        iterations=result.iterations,
+        seconds=result.seconds,
         settings="\n".join(f"| {key} | {_shown(value)} |" for key, value in settings.items()),
         **{key: record[key] for key in ("base_sha256", "data_sha256", "plan_sha256")},
     )
 
 
-def _distances(values: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
-    """A line an encoder: before and after."""
-    lines = []
-    for name, pair in values.items():
-        sides = (
-            _with_interval(value, low, high, ".2f") for value, (low, high) in zip(pair, intervals[name], strict=True)
-        )
-        lines.append(f"| `{name}` | {' | '.join(sides)} |")
-    return "\n".join(lines)
-
-
 def _metrics(found: Mapping[str, Mapping[str, Any]]) -> str:
     """A table of the further metrics with their 95 % intervals, if there are any."""
-    lines = [
-        f"| {name}, `{encoder}` | {_with_interval(**sides['before'])} | {_with_interval(**sides['after'])} |"
-        for encoder, by_name in found.items()
-        for name, sides in by_name.items()
-    ]
+    lines = []
+    for encoder, by_name in found.items():
+        for name, sides in by_name.items():
+            before, after = (Measured(**sides[side]).told(".4g") for side in ("before", "after"))
+            lines.append(f"| {name}, `{encoder}` | {before} | {after} |")
     return "\n".join(
         ["", "| same samples (95 % interval) | before | after |", "|---|---|---|", *lines, ""] if lines else []
     )
-
-
-def _with_interval(value: float, low: float | None, high: float | None, form: str = ".4g") -> str:
-    return f"{value:{form}}" + ("" if low is None else f" ({low:{form}} to {high:{form}})")
 
 
 def _shown(value: Any) -> str:

@@ -60,6 +60,19 @@ class RunResult:
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     held_out_intervals: dict[str, tuple[Interval, Interval]] = field(default_factory=dict)
 
+    @property
+    def told(self) -> dict[str, tuple[str, str]]:
+        """The held-out distances before and after as text with their intervals; the encoder that decided first."""
+        unknown: Interval = (None, None)
+        told = {}
+        for name, values in self.held_out.items():
+            intervals = self.held_out_intervals.get(name, (unknown, unknown))
+            before, after = (
+                Measured(value, low, high).told(".2f") for value, (low, high) in zip(values, intervals, strict=True)
+            )
+            told[name] = before, after
+        return told
+
 
 class RunFolder:
     """The files of the run at ``place``; ``close`` lets other processes have it."""
@@ -260,7 +273,7 @@ class RunFolder:
         write_json(self._final / PLAN_FILE, shipped.plan().to_dict())
         if shipped.emulation is not None:
             write_json(self._final / QUANTISATION_FILE, shipped.emulation.record.to_dict())
-        card = model_card(task.record(), task.base, shipped.plan(), summary)
+        card = model_card(task.record(), task.base, shipped.plan(), result)
         write_atomically(self._final / "README.md", card.encode())
         _write_diffusers(task, shipped, self._final)
         self._publish()

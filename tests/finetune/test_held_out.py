@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,29 @@ def test_the_first_held_out_encoder_decides_and_all_are_reported(
         assert result.best_iteration == best["iteration"]
         card = (result.folder / "README.md").read_text()
         for name, values in result.held_out.items():
-            told = []
-            for value, (low, high) in zip(values, result.held_out_intervals[name], strict=True):
+            for value, (low, high), told in zip(
+                values, result.held_out_intervals[name], result.told[name], strict=True
+            ):
                 assert low is not None
                 assert high is not None
                 assert low < value < high
-                told.append(f"{value:.2f} ({low:.2f} to {high:.2f})")
-            assert f"| `{name}` | {' | '.join(told)} |" in card
+                assert told == f"{value:.2f} ({low:.2f} to {high:.2f})"
+            assert f"| `{name}` | {' | '.join(result.told[name])} |" in card
 
 
 def test_a_finished_run_gives_the_same_result(tiny_settings: FinetuneSettings) -> None:
     settings = changed(tiny_settings, features=("digits-conv",), holdout="digits-mlp,pixels")
     assert tune(settings) == tune(settings, resume=True)
+
+
+def test_a_result_of_an_earlier_release_has_no_intervals(tiny_settings: FinetuneSettings) -> None:
+    result = tune(changed(tiny_settings, iterations=1))
+    file = result.folder / "result.json"
+    values = json.loads(file.read_text())
+    del values["held_out_intervals"]
+    file.write_text(json.dumps(values))
+    again = tune(changed(tiny_settings, iterations=1), resume=True)
+    assert again.told == {"digits-mlp": (f"{result.held_out_before:.2f}", f"{result.held_out_after:.2f}")}
 
 
 def test_held_out_images_are_not_in_the_loss(tiny_settings: FinetuneSettings) -> None:

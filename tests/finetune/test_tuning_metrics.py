@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from mmd_export.errors import UsageError
+from mmd_finetune.curve import draw_curve
 from mmd_finetune.loop import Report, tune
 from mmd_finetune.settings import FinetuneSettings, make_settings
 from mmd_finetune.tensorboard import TensorBoard
@@ -46,6 +48,22 @@ def test_metrics_are_logged_at_each_evaluation_and_change_nothing(
     assert plain == [{key: line[key] for key in ("iteration", "loss", "held_out") if key in line} for line in logged]
     with Image.open(more.out / "curve.png") as wide, Image.open(tiny_settings.out / "curve.png") as narrow:
         assert wide.size[0] == pytest.approx(2 * narrow.size[0], abs=2)  # four curves instead of two
+
+
+def test_the_curve_shows_the_intervals(tmp_path: Path) -> None:
+    bare = [{"iteration": i, "loss": 1.0, "held_out": 3.0 - i, "metrics": {"recall": 0.5 + 0.1 * i}} for i in range(3)]
+    bounds = {"digits-mlp": {"frechet": [-0.5, 3.5], "recall": [0.4, 0.8]}, "pixels": {"frechet": [9.0, 9.9]}}
+    pictures = []
+    for lines_of_a_log in (bare, [line | {"intervals": bounds} for line in bare]):
+        draw_curve(lines_of_a_log, tmp_path / "curve.png")
+        with Image.open(tmp_path / "curve.png") as picture:
+            pixels = np.asarray(picture.convert("RGB"), dtype=np.int16)
+        pale_blue = (pixels[..., 2] - pixels[..., 0] > 20) & (pixels[..., 0] > 150)
+        pictures.append([int(part.sum()) for part in np.array_split(pale_blue, 3, axis=1)])
+    without, with_bands = pictures
+    assert max(without) < 2_000  # the rims of the lines
+    assert with_bands[0] < 2_000
+    assert min(with_bands[1:]) > 20_000
 
 
 def test_every_held_out_encoder_measures_and_the_result_has_intervals(tiny_settings: FinetuneSettings) -> None:

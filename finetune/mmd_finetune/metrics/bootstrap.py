@@ -23,6 +23,10 @@ class Measured:
         """JSON-ready."""
         return {"value": self.value, "low": self.low, "high": self.high}
 
+    def told(self, form: str) -> str:
+        """As 2.55 (2.31 to 2.79), each number in ``form``."""
+        return f"{self.value:{form}}" + ("" if self.low is None else f" ({self.low:{form}} to {self.high:{form}})")
+
 
 def resampled_rows(count: int, resamples: int, seed: int) -> Iterator[Tensor]:
     """``resamples`` times ``count`` row numbers drawn with replacement, int64 (count,) each."""
