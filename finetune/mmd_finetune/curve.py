@@ -12,7 +12,7 @@ TITLES = {"loss": "MMD² (loss)", "held_out": "held-out Fréchet distance"}
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of one line of the log by name: those of ``SCALARS``, GROUP/NAME for each of a group."""
+    """The numbers of one line of the log by name: those of ``SCALARS``, and with slashes those of its groups."""
     flat: dict[str, float] = {key: float(line[key]) for key in SCALARS if key in line}
     for group in ("losses", "held_out_by_encoder", "metrics"):
         flat |= {f"{group}/{name}": float(value) for name, value in line.get(group, {}).items()}
@@ -20,7 +20,8 @@ def scalars(line: dict[str, Any]) -> dict[str, float]:
         flat |= {f"metrics_by_encoder/{encoder}/{name}": float(value) for name, value in values.items()}
     for encoder, by_name in line.get("intervals", {}).items():
         for name, bounds in by_name.items():
-            flat |= {f"intervals/{encoder}/{name}/{side}": bound for side, bound in zip(SIDES, bounds, strict=True)}
+            if None not in bounds:
+                flat |= {f"intervals/{encoder}/{name}/{side}": bounds[i] for i, side in enumerate(SIDES)}
     return flat
 
 
@@ -40,7 +41,7 @@ def draw_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
             axis.fill_between(*zip(*band, strict=True), alpha=0.2, linewidth=0)
         axis.set(xlabel="iteration", title=TITLES.get(name, name.removeprefix("metrics/")))
         axis.grid(alpha=0.3)
-        if name == "held_out" and all(y > 0 for _, y in curve):
+        if name == "held_out" and curve and all(y > 0 for _, y in curve):
             axis.set_yscale("log")
             axis.set_ylim(bottom=max(axis.get_ylim()[0], 0.5 * min(y for _, y in curve)))  # a bound may be negative
     figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
@@ -49,4 +50,5 @@ def draw_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
 def _band(lines: Sequence[dict[str, Any]], metric: str) -> list[tuple[int, float, float]]:
     """(iteration, low, high) of a metric in the encoder that decides, which comes first."""
     found = [(line["iteration"], next(iter(line["intervals"].values()))) for line in lines if "intervals" in line]
-    return [(iteration, *by_name[metric]) for iteration, by_name in found if metric in by_name]
+    bounds = ((iteration, *by_name.get(metric, (None, None))) for iteration, by_name in found)
+    return [(iteration, low, high) for iteration, low, high in bounds if low is not None]

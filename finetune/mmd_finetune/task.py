@@ -170,11 +170,14 @@ class Task:
     def _judged_by(self, holdout: HeldOut, images: Tensor) -> dict[str, Measured]:
         features = encode_in_batches(holdout.encoder, images)
         if not bool(torch.isfinite(features).all()):
+            LOG.warning("%s gives an image no finite features; no metric is measured", holdout.encoder.name)
             return {"frechet": Measured(math.inf)}
         split = holdout.training, None if holdout.training is None else holdout.features
         sets = Features(holdout.encoder.name, holdout.features, features, MetricOptions(resamples=RESAMPLES), *split)
         found = measure(("frechet",), sets)
         for name in self.settings.metrics:
+            if name in found:
+                continue
             try:
                 found |= measure((name,), sets)
             except UsageError as error:

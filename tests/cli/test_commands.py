@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,8 @@ def test_tune_build_sample(command: Command, tmp_path: Path) -> None:
     small = (*few, "--steps", 2, "--iterations", 1, "--batch-size", 8, "--out", run)
     code, out, err = command("finetune", "digits", *small, "--json", tmp_path / "result.json")
     assert code == 0, err
+    number = r"\d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\)"
+    assert re.search(rf"held-out Frechet distance {number} -> {number}, best at iteration [01] of 1, ", out)
     assert "next: mmd-export build" in out
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["folder"], result["iterations"], set(result["held_out"])) == (str(run), 1, {"digits-mlp"})

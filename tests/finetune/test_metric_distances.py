@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -14,8 +15,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from mmd_export.distribution import frechet_distance as of_arrays
 from mmd_finetune.kernels import Cubic, Gaussian
 from mmd_finetune.metrics import kernel_distance
-from mmd_finetune.metrics.bootstrap import multiplicities
-from mmd_finetune.metrics.frechet import frechet, influences
+from mmd_finetune.metrics.bootstrap import Measured, centred_interval, multiplicities
+from mmd_finetune.metrics.frechet import expansion, frechet
 from mmd_finetune.metrics.kernel_distance import CMMD_SCALE, cmmd, kid
 from mmd_finetune.mmd import unbiased_mmd2
 
@@ -68,17 +69,54 @@ def test_frechet_is_that_of_torchmetrics() -> None:
     assert frechet(real, generated, 0, 0).value == pytest.approx(float(library.compute()), rel=1e-6)
 
 
+def weighted(sides: list[NDArray[np.float64]], side: int, row: int, weight: float) -> float:
+    """The distance where a row of one side weighs 1/N + ``weight``, the others of it less; they sum to 1."""
+    moments = []
+    for k, rows in enumerate(sides):
+        weights = np.full(len(rows), 1.0 / len(rows))
+        if k == side:
+            weights *= 1.0 - weight
+            weights[row] += weight
+        centred = rows - weights @ rows
+        moments.append((weights @ rows, centred.T * weights @ centred * len(rows) / (len(rows) - 1)))
+    (mean_a, cov_a), (mean_b, cov_b) = moments
+    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0.0)).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2.0 * root)
+
+
 @pytest.mark.parametrize("side", [0, 1])
-def test_influences_are_the_change_of_the_distance_with_the_weight_of_a_row(side: int) -> None:
-    # 400 copies of every row, and one more of one of them: its weight is larger by 1 of 400 N.
-    sides = [points(300, 3, seed=14).numpy() * 1.4 + 0.2, points(250, 3, seed=15).numpy()]
-    many = [each.repeat(400, axis=0) for each in sides]
-    before, found = of_arrays(many[0], many[1]), influences(sides[0], sides[1])[side]
+def test_the_expansion_has_the_derivatives_by_the_weights_of_rows(side: int) -> None:
+    sides = [points(30, 4, seed=14).numpy() * 1.4 + 0.2, points(25, 4, seed=15).numpy()]
+    value, *derivatives = expansion(sides[0], sides[1])
+    assert value == pytest.approx(of_arrays(sides[0], sides[1]), rel=1e-12)
+    assert derivatives[side].mean() == pytest.approx(0.0, abs=1e-12)
     for row in range(5):
-        more = list(many)
-        more[side] = np.concatenate([more[side], sides[side][row : row + 1]])
-        slope = (of_arrays(more[0], more[1]) - before) * len(more[side])
-        assert slope == pytest.approx(found[row], rel=0.02, abs=0.02 * float(np.abs(found).mean()))
+        slope = (weighted(sides, side, row, 1e-5) - weighted(sides, side, row, -1e-5)) / 2e-5
+        assert slope == pytest.approx(derivatives[side][row], rel=1e-5, abs=1e-5)
+
+
+def test_the_expansion_of_fewer_rows_than_features() -> None:
+    few, many = points(6, 9, seed=16).numpy() * 1.2 + 0.3, points(80, 9, seed=17).numpy()
+    value, derivatives, _ = expansion(few, many)
+    # In the 5 dimensions that the few rows span nothing is singular; beyond them the others only add their variance.
+    span = np.linalg.qr((few - few.mean(axis=0)).T)[0][:, :5]
+    inside, inside_derivatives, _ = expansion(few @ span, many @ span)
+    rest = many - many @ span @ span.T
+    shift = few.mean(axis=0) - many.mean(axis=0)
+    beyond = shift @ shift - ((shift @ span) ** 2).sum() + rest.var(axis=0, ddof=1).sum()
+    assert value == pytest.approx(inside + beyond, rel=1e-9)
+    np.testing.assert_allclose(derivatives, inside_derivatives, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("real", "generated"), [(500, 60), (60, 500), (400, 400)])
+def test_the_interval_of_frechet_is_that_of_the_expansion(real: int, generated: int) -> None:
+    sides = points(real, 8, seed=18) * 1.3, points(generated, 8, seed=19) + 0.4
+    found = frechet(*sides, 4000, 0)
+    assert found.low is not None
+    assert found.high is not None
+    _, *derivatives = expansion(*(side.numpy() for side in sides))
+    expected = 2 * 1.96 * math.sqrt(sum(float((each**2).mean()) / len(each) for each in derivatives))
+    assert found.high - found.low == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("generated", [400, 24], ids=["many rows", "fewer rows than features"])
@@ -92,6 +130,14 @@ def test_the_interval_of_frechet_is_as_wide_as_fresh_samples_differ(generated: i
         values.append(found.value)
     expected = 2 * 1.96 * float(torch.tensor(values).std())
     assert 0.7 * expected < sum(widths) / len(widths) < 2.0 * expected
+
+
+def test_draws_that_are_undefined_do_not_count() -> None:
+    found = kid(points(50, 4, seed=20), points(3, 4, seed=21), 200, 0)  # a draw of one row three times has no variance
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < found.value < found.high
+    assert centred_interval(1.0, torch.tensor([math.nan, math.nan])) == Measured(1.0)
 
 
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mmd_export.errors import UsageError
-from mmd_finetune.curve import draw_curve
+from mmd_finetune import task
+from mmd_finetune.curve import draw_curve, scalars
 from mmd_finetune.loop import Report, tune
+from mmd_finetune.metrics.bootstrap import Measured
+from mmd_finetune.metrics.suite import Features, measure
 from mmd_finetune.settings import FinetuneSettings, make_settings
+from mmd_finetune.task import prepare
 from mmd_finetune.tensorboard import TensorBoard
 from tests.finetune.runs import changed, events_of
 
@@ -66,7 +72,41 @@ def test_the_curve_shows_the_intervals(tmp_path: Path) -> None:
     assert min(with_bands[1:]) > 20_000
 
 
-def test_every_held_out_encoder_measures_and_the_result_has_intervals(tiny_settings: FinetuneSettings) -> None:
+def test_points_without_an_interval_are_left_out(tmp_path: Path) -> None:
+    earlier = {"iteration": 0, "held_out": 3.0}  # of a release that logged none
+    unknown = earlier | {"intervals": {"digits-mlp": {"frechet": [None, None]}}}
+    assert scalars(unknown) == scalars(earlier) == {"held_out": 3.0}
+    whole = {"iteration": 2, "held_out": 2.0, "intervals": {"digits-mlp": {"frechet": [1.5, 2.5]}}}
+    assert scalars(whole)["intervals/digits-mlp/frechet/high"] == 2.5
+    draw_curve([earlier, unknown, whole], tmp_path / "curve.png")
+    draw_curve([], tmp_path / "empty.png")
+
+
+def test_the_distance_is_measured_once(tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, asked = prepare(changed(tiny_settings, metrics="frechet,recall")), list[str]()
+
+    def counted(names: Sequence[str], sets: Features) -> dict[str, Measured]:
+        asked.extend(names)
+        return measure(names, sets)
+
+    monkeypatch.setattr(task, "measure", counted)
+    assert set(work.judge(torch.zeros(16, 1, 8, 8))["digits-mlp"]) == {"frechet", "recall"}
+    assert asked == ["frechet", "recall"]
+
+
+def test_images_without_finite_features_are_infinitely_far(
+    tiny_settings: FinetuneSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = prepare(changed(tiny_settings, metrics="recall"))
+    images = torch.zeros(16, 1, 8, 8)
+    images[3] = float("nan")
+    assert work.judge(images) == {"digits-mlp": {"frechet": Measured(float("inf"))}}
+    assert "digits-mlp gives an image no finite features; no metric is measured" in caplog.text
+
+
+def test_every_held_out_encoder_measures_and_the_result_has_intervals(
+    tiny_settings: FinetuneSettings, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = changed(
         tiny_settings, iterations=1, features=("digits-conv",), holdout="digits-mlp,pixels", holdout_fraction=0.3,
         metrics="recall,memorisation,copying",
@@ -75,7 +115,8 @@ def test_every_held_out_encoder_measures_and_the_result_has_intervals(tiny_setti
     last = lines(settings)[-1]
     assert last["metrics_by_encoder"].keys() == result.metrics.keys() == {"digits-mlp", "pixels"}
     assert last["metrics"] == last["metrics_by_encoder"]["digits-mlp"]
-    assert set(last["metrics"]) == {"recall", "memorisation"}  # 16 samples leave no cell for copying
+    assert set(last["metrics"]) == {"recall", "memorisation"}
+    assert "copying is left out" in caplog.text  # 16 samples leave no cell for it
     card = (settings.out / "README.md").read_text()
     for encoder, by_name in result.metrics.items():
         assert set(by_name) == {"recall", "memorisation"}

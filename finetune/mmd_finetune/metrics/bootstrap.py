@@ -47,8 +47,9 @@ def centred_interval(value: float, draws: Tensor) -> Measured:
     """value + (quantiles of the draws - their mean).
 
     Rows drawn twice raise a distance, so the draws lie above the value; only their spread is used. ``draws`` float64
-    (R,); with none of them there is no interval.
+    (R,); those that are not finite, as where all rows are one, do not count, and without any there is no interval.
     """
+    draws = draws[torch.isfinite(draws)]
     if not len(draws):
         return Measured(value)
     tail = (1.0 - LEVEL) / 2.0

@@ -17,9 +17,8 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
     Features (N, d) and (M, d), N, M >= 2; float64.
     """
-    a, b = (_checked(features) for features in (features_a, features_b))
-    if a.shape[1] != b.shape[1]:
-        raise UsageError(f"Frechet distance: features have {a.shape[1]} and {b.shape[1]} dimensions")
+    a, b = _checked(features_a), _checked(features_b)
+    _require_same_width(a, b)
     return of_arrays(a, b)
 
 
@@ -33,33 +32,52 @@ def _checked(features: Tensor) -> NDArray[np.float64]:
     return values
 
 
+def _require_same_width(a: NDArray[np.float64], b: NDArray[np.float64]) -> None:
+    if a.shape[1] != b.shape[1]:
+        raise UsageError(f"Frechet distance: features have {a.shape[1]} and {b.shape[1]} dimensions")
+
+
 def frechet(real: Tensor, generated: Tensor, resamples: int, seed: int) -> Measured:
-    """``frechet_distance`` of ``real`` (M, d) and ``generated`` (N, d), and an interval for the rows of both.
+    """``frechet_distance`` of ``real`` (N, d) and ``generated`` (M, d), and an interval for the rows of both.
 
-    What is drawn again is the distance's first-order expansion, a mean over ``influences`` of each side: a draw costs
-    O(M + N) where the distance costs O((M + N) d^2 + d^3).
+    What is drawn again is the distance's first-order expansion, a mean over the rows of each side: a draw costs
+    O(N + M) where the distance costs O((N + M) d^2 + d^3).
     """
-    value = frechet_distance(real, generated)
     if not resamples:
-        return Measured(value)
-    sides = influences(_checked(real), _checked(generated))
-    draws = (resampled_means(torch.from_numpy(each), resamples, seed + i) for i, each in enumerate(sides))
-    return centred_interval(value, sum(draws, torch.zeros(resamples, dtype=torch.float64)))
+        return Measured(frechet_distance(real, generated))
+    a, b = _checked(real), _checked(generated)
+    _require_same_width(a, b)
+    value, *sides = expansion(a, b)
+    means = (resampled_means(torch.from_numpy(each), resamples, seed + i) for i, each in enumerate(sides))
+    return centred_interval(value, sum(means, torch.zeros(resamples, dtype=torch.float64)))
 
 
-def influences(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """How the Frechet distance changes with the weight of each row of ``a`` (N, d) and of ``b`` (M, d): (N,), (M,).
+def expansion(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+    """The Frechet distance of ``a`` (N, d) and ``b`` (M, d), and its derivatives by the weights of their rows.
 
-    The influence function of Hampel 1974; its mean square over N is the variance of the infinitesimal jackknife (Efron
-    1982, ch. 6). Of a row x of ``a``: 2 (m_a - m_b)'c + c'c - c'Tc with c = x - m_a, less the mean over the rows, where
-    T C_a T = C_b. With c = Q R, Q'Q = 1, and R_a R_b' / sqrt((N - 1)(M - 1)) = U S V', c'Tc is (N - 1) |S^(1/2) U'q|^2,
-    which needs no inverse.
+    The derivatives, (N,) and (M,), are for weights that sum to 1, so their means are 0: the influence function of
+    Hampel 1974. Their mean squares over N and over M add up to the variance of the infinitesimal jackknife (Efron 1982,
+    ch. 6).
+
+    For a row c of a - m_a: 2 (m_a - m_b)'c + N / (N - 1) (c'c - c'Tc), less the mean over the rows, with the T that
+    makes T C_a T = C_b; for ``b`` with the sides swapped. From QR decompositions a - m_a = Q_a R_a, b - m_b = Q_b R_b
+    and U S V' = R_a R_b' / sqrt((N - 1) (M - 1)) follows c'Tc = (N - 1) |S^(1/2) U'q|^2, q the row of Q_a: no inverse.
     """
     shift = a.mean(axis=0) - b.mean(axis=0)
-    centred = [each - each.mean(axis=0) for each in (a, b)]
-    (q_a, r_a), (q_b, r_b) = (np.linalg.qr(each) for each in centred)
-    n, m = (len(each) - 1 for each in (a, b))
+    parts = [_decomposed(side, sign * shift) for side, sign in ((a, 2.0), (b, -2.0))]
+    (q_a, r_a, *_), (q_b, r_b, *_) = parts
+    n, m = len(a) - 1, len(b) - 1
     u, s, v = np.linalg.svd(r_a @ r_b.T / np.sqrt(n * m), full_matrices=False)
-    parts = ((2.0, centred[0], n * ((q_a @ u) ** 2 @ s)), (-2.0, centred[1], m * ((q_b @ v.T) ** 2 @ s)))
-    own, other = (sign * (c @ shift) + (c**2).sum(axis=1) - moved for sign, c, moved in parts)
-    return own - own.mean(), other - other.mean()
+    value = float(shift @ shift + (r_a**2).sum() / n + (r_b**2).sum() / m - 2.0 * s.sum())
+    moved = n * ((q_a @ u) ** 2 @ s), m * ((q_b @ v.T) ** 2 @ s)
+    own, other = (
+        linear + (square - by_map) * len(square) / (len(square) - 1)
+        for (_, _, linear, square), by_map in zip(parts, moved, strict=True)
+    )
+    return value, own - own.mean(), other - other.mean()
+
+
+def _decomposed(side: NDArray[np.float64], direction: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+    """Q and R of the centred rows c, their products with ``direction`` and with themselves."""
+    c = side - side.mean(axis=0)
+    return *np.linalg.qr(c), c @ direction, np.einsum("ij,ij->i", c, c)
