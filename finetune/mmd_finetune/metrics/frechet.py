@@ -17,24 +17,24 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
     Features (N, d) and (M, d), N, M >= 2; float64.
     """
-    a, b = _checked(features_a), _checked(features_b)
-    _require_same_width(a, b)
-    return of_arrays(a, b)
+    return of_arrays(*_checked(features_a, features_b))
 
 
-def _checked(features: Tensor) -> NDArray[np.float64]:
-    """(N, d) in float64, N >= 2, all finite."""
+def _checked(features_a: Tensor, features_b: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both in float64; raises UsageError unless they are (N, d) and (M, d), N, M >= 2, all finite."""
+    a, b = (_finite(features) for features in (features_a, features_b))
+    if a.shape[1] != b.shape[1]:
+        raise UsageError(f"Frechet distance: features have {a.shape[1]} and {b.shape[1]} dimensions")
+    return a, b
+
+
+def _finite(features: Tensor) -> NDArray[np.float64]:
     if features.dim() != 2 or len(features) < 2:
         raise UsageError(f"Frechet distance: features are {tuple(features.shape)}; (N, d) with N >= 2 is expected")
     values: NDArray[np.float64] = features.detach().double().cpu().numpy()
     if not np.isfinite(values).all():
         raise UsageError("Frechet distance: a feature is NaN or infinite")
     return values
-
-
-def _require_same_width(a: NDArray[np.float64], b: NDArray[np.float64]) -> None:
-    if a.shape[1] != b.shape[1]:
-        raise UsageError(f"Frechet distance: features have {a.shape[1]} and {b.shape[1]} dimensions")
 
 
 def frechet(real: Tensor, generated: Tensor, resamples: int, seed: int) -> Measured:
@@ -45,9 +45,7 @@ def frechet(real: Tensor, generated: Tensor, resamples: int, seed: int) -> Measu
     """
     if not resamples:
         return Measured(frechet_distance(real, generated))
-    a, b = _checked(real), _checked(generated)
-    _require_same_width(a, b)
-    value, *sides = expansion(a, b)
+    value, *sides = expansion(*_checked(real, generated))
     means = (resampled_means(torch.from_numpy(each), resamples, seed + i) for i, each in enumerate(sides))
     return centred_interval(value, sum(means, torch.zeros(resamples, dtype=torch.float64)))
 
