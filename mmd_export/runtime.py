@@ -92,7 +92,10 @@ class Placement:
 
 @runtime_checkable
 class Session(Protocol):
-    """An artefact ready to run. Inputs and outputs are numpy arrays under the names of the manifest."""
+    """An artefact ready to run. Inputs and outputs are numpy arrays under the names of the manifest.
+
+    Threads may share it: each gets the outputs of its own inputs, whether or not the library runs one at a time.
+    """
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         """One pass noise -> image for one batch that the graph was built for."""

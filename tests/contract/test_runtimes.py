@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from mmd_runtime.registry import get_runtime, runtime_for, runtime_names
 from tests.contract.required import skip
 
 STEPS = 2
+RUNS_OF_A_THREAD = 50
 Opened = tuple[Bundle, Session, ChainSession | None]
 
 
@@ -155,6 +158,20 @@ def test_images_of_a_batch_are_independent(name: str, opened: Opened) -> None:
     if bundle.manifest.batch.allows(1):
         alone = session.run(golden_inputs(bundle, 1))["sample"]
         np.testing.assert_allclose(before[:1], alone, rtol=0, atol=1e-5)
+
+
+def test_threads_that_share_it_get_their_own_images(name: str, opened: Opened) -> None:
+    bundle, session, _ = opened
+    inputs = golden_inputs(bundle, 3)
+    given = [inputs | {"noise": inputs["noise"] + np.float32(shift)} for shift in (0.0, 0.5)]
+    expected = [session.run(each)["sample"] for each in given]
+    assert np.abs(expected[1] - expected[0]).max() > 1e-3
+
+    def right(place: int) -> list[bool]:
+        return [np.array_equal(session.run(given[place])["sample"], expected[place]) for _ in range(RUNS_OF_A_THREAD)]
+
+    with ThreadPoolExecutor(len(given)) as pool:
+        assert all(itertools.chain(*pool.map(right, range(len(given)))))
 
 
 @pytest.mark.parametrize("method", ["run", "run_chain"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,17 +122,21 @@ class _PlacedSession(_Session):
 class _GraphSession(_PlacedSession):
     """The same with its run recorded as a CUDA graph, which reads and writes where the first run did."""
 
-    _bound: BoundRun | None = None
+    def __init__(self, bundle: Bundle, session: Any, provider: Provider, place: Placement) -> None:
+        super().__init__(bundle, session, provider, place)
+        self._alone = threading.Lock()
+        self._bound: BoundRun | None = None
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         """All outputs of one batch."""
-        if self._bound is None:
-            self._bound = self.bind(inputs)
-        else:
-            check_inputs(self._bundle, inputs)
-            self._bound.update(inputs)
-        self._bound()
-        return self._bound.outputs()
+        check_inputs(self._bundle, inputs)
+        with self._alone:
+            if self._bound is None:
+                self._bound = self.bind(inputs)
+            else:
+                self._bound.update(inputs)
+            self._bound()
+            return self._bound.outputs()
 
 
 class _ChainSession(CutChain):

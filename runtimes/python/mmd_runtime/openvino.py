@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -151,14 +152,17 @@ def _compiled(bundle: Bundle, model: Any, names: list[str], options: RunOptions)
     outputs = [
         (place, name) for place, port in enumerate(compiled.outputs) for name in names if name in port.get_names()
     ]
+    alone = threading.Lock()  # the request holds inputs and outputs of one run
 
     def call(arrays: Arrays) -> dict[str, Array]:
         feeds = {name: np.ascontiguousarray(arrays[name]) for name in taken}
-        try:
-            request.infer(feeds, share_inputs=True)
-        except RuntimeError as error:
-            raise MmdExportError(f"bundle {bundle.name}: openvino failed while running it: {_line(error)}") from error
-        return {name: request.get_output_tensor(place).data.copy() for place, name in outputs}
+        with alone:
+            try:
+                request.infer(feeds, share_inputs=True)
+            except RuntimeError as error:
+                where = f"bundle {bundle.name}: openvino failed while running it"
+                raise MmdExportError(f"{where}: {_line(error)}") from error
+            return {name: request.get_output_tensor(place).data.copy() for place, name in outputs}
 
     return call
 
