@@ -23,6 +23,7 @@ from mmd_export.unroll import UnrolledSampler
 from mmd_finetune.features import Encoder
 from mmd_finetune.loop import tune
 from mmd_finetune.metrics import frechet_distance, sample_many
+from mmd_finetune.metrics.real import Real
 from mmd_finetune.metrics.suite import Features, MetricOptions, measure
 from mmd_finetune.progress import ProgressBar
 from mmd_finetune.settings import FinetuneSettings, make_settings
@@ -64,14 +65,15 @@ class Ruler:
             sample_many(sampler, checkpoint.shape, self.count, seed, batch=self.batch, device=self.device)
             for seed in range(FIRST_NOISE_SEED, FIRST_NOISE_SEED + self.draws)
         ])  # fmt: skip
-        real, drawn, training, held_out = (
+        real, drawn, *split = (
             self._encode(self.judge, part) for part in (self.real, images, self.training, self.held_out)
         )
-        sets = [Features(self.judge.name, real, part, OPTIONS, training, held_out) for part in drawn.split(self.count)]
+        kept, (training, held_out) = Real(real), map(Real, split)
+        sets = [Features(self.judge.name, kept, part, OPTIONS) for part in drawn.split(self.count)]
         recalls = [measure(("recall",), each)["recall"].value for each in sets]
         halves = zip(self._halves(real), drawn.split(self.count), strict=True)
         by_half = [_recall(half, part[: len(half)]) for (half, _), part in halves]
-        pooled = Features(self.judge.name, real, drawn, OPTIONS, training, held_out)
+        pooled = Features(self.judge.name, kept, drawn, OPTIONS, training, held_out)
         mine = frechet_distance(self._encode(self.loss_encoder, self.real), self._encode(self.loss_encoder, images))
         return {
             "held_out_distance": round(frechet_distance(real, drawn), 4),
@@ -104,7 +106,7 @@ class Ruler:
 
 
 def _recall(real: Tensor, others: Tensor) -> float:
-    return measure(("recall",), Features("", real, others, OPTIONS))["recall"].value
+    return measure(("recall",), Features("", Real(real), others, OPTIONS))["recall"].value
 
 
 def _mean(values: Sequence[float]) -> float:

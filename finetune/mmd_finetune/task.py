@@ -25,6 +25,7 @@ from mmd_finetune.features import Encoder, load_encoders, require_names
 from mmd_finetune.kernels import parse_kernel
 from mmd_finetune.metrics import sample_many, sampler_inputs
 from mmd_finetune.metrics.bootstrap import Measured
+from mmd_finetune.metrics.real import Real
 from mmd_finetune.metrics.suite import Features, MetricOptions, measure
 from mmd_finetune.real_features import RealFeatures, features_of_first
 from mmd_finetune.reference import LANDMARKS, Reference, encode_in_batches, make_reference
@@ -44,14 +45,14 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HeldOut:
-    """An encoder that only scores, and its ``features`` float32 (M, d) of real images.
+    """An encoder that only scores, and its ``features`` float32 (M, d) of real images, which all evaluations share.
 
     ``training``: those of the loss's images, where a metric compares with both.
     """
 
     encoder: Encoder
-    features: Tensor
-    training: Tensor | None = None
+    features: Real
+    training: Real | None = None
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,8 @@ def _task(models: _Models, real: RealFeatures, world: World) -> Task:
     base.denoiser.to(models.device)
     if settings.learn == "plan":
         require_continuous_time(base, models.plan)
-    training = real.training or (None,) * len(models.holdouts)
+    held_out = [Real(features) for features in real.held_out]
+    training = [Real(features) for features in real.training] or [None] * len(held_out)
     task = Task(
         settings=settings,
         base=base,
@@ -261,7 +263,7 @@ def _task(models: _Models, real: RealFeatures, world: World) -> Task:
         data_sha256=real.data_sha256,
         references=tuple(_reference(*each, settings) for each in zip(models.encoders, real.train, strict=True)),
         loss_weights={},
-        holdouts=tuple(HeldOut(*each) for each in zip(models.holdouts, real.held_out, training, strict=True)),
+        holdouts=tuple(HeldOut(*each) for each in zip(models.holdouts, held_out, training, strict=True)),
         real_count=len(real.train[0]),
         device=models.device,
         world=world,

@@ -21,6 +21,7 @@ from mmd_finetune.data import AS_THEY_ARE, DIGITS, DataOptions, load_real, parse
 from mmd_finetune.digits import load_digits_split
 from mmd_finetune.feature_cache import FeatureCache, feature_folder
 from mmd_finetune.features import Encoder, load_encoder, require_fit, require_names
+from mmd_finetune.metrics.real import Real
 from mmd_finetune.metrics.sampling import class_counts
 from mmd_finetune.metrics.suite import (
     METRICS,
@@ -209,9 +210,9 @@ class _Run:
             done += len(part)
             self.observe(f"{encoder.name}: features of real images", done, total)
         options = MetricOptions(scoring.neighbours, scoring.resamples)
-        training, held_out = encoded.get(id(images.training)), encoded.get(id(images.held_out))
         real = torch.cat([encoded[id(part)] for part in images.real])
-        return Features(encoder.name, real, samples.features, options, training, held_out)
+        split = (None if part is None else Real(encoded[id(part)]) for part in (images.training, images.held_out))
+        return Features(encoder.name, Real(real), samples.features, options, *split)
 
     def _measured(self, sets: Features) -> dict[str, dict[str, float | None]]:
         found: dict[str, dict[str, float | None]] = {}

@@ -16,8 +16,9 @@ from mmd_export.distribution import frechet_distance as of_arrays
 from mmd_finetune.kernels import Cubic, Gaussian
 from mmd_finetune.metrics import kernel_distance
 from mmd_finetune.metrics.bootstrap import Measured, centred_interval, multiplicities
-from mmd_finetune.metrics.frechet import expansion, frechet
+from mmd_finetune.metrics.frechet import decomposed, expansion, frechet
 from mmd_finetune.metrics.kernel_distance import CMMD_SCALE, cmmd, kid
+from mmd_finetune.metrics.real import Real
 from mmd_finetune.mmd import unbiased_mmd2
 
 
@@ -44,7 +45,7 @@ def test_kid_is_that_of_torchmetrics_on_one_subset_of_all() -> None:
     library.update(as_images(real), real=True)
     library.update(as_images(generated), real=False)
     expected, _ = library.compute()
-    assert kid(real, generated, 0, 0).value == pytest.approx(float(expected), rel=1e-6)
+    assert kid(Real(real), generated, 0, 0).value == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_the_mean_over_subsets_tends_to_kid() -> None:
@@ -57,7 +58,7 @@ def test_the_mean_over_subsets_tends_to_kid() -> None:
         for _ in range(2000)
     ]
     spread = float(torch.tensor(values).std()) / math.sqrt(len(values))
-    assert sum(values) / len(values) == pytest.approx(kid(real, generated, 0, 0).value, abs=4 * spread)
+    assert sum(values) / len(values) == pytest.approx(kid(Real(real), generated, 0, 0).value, abs=4 * spread)
 
 
 def test_frechet_is_that_of_torchmetrics() -> None:
@@ -66,7 +67,7 @@ def test_frechet_is_that_of_torchmetrics() -> None:
     library.set_dtype(torch.float64)
     library.update(as_images(real), real=True)
     library.update(as_images(generated), real=False)
-    assert frechet(real, generated, 0, 0).value == pytest.approx(float(library.compute()), rel=1e-6)
+    assert frechet(Real(real), generated, 0, 0).value == pytest.approx(float(library.compute()), rel=1e-6)
 
 
 def weighted(sides: list[NDArray[np.float64]], side: int, row: int, weight: float) -> float:
@@ -87,7 +88,7 @@ def weighted(sides: list[NDArray[np.float64]], side: int, row: int, weight: floa
 @pytest.mark.parametrize("side", [0, 1])
 def test_the_expansion_has_the_derivatives_by_the_weights_of_rows(side: int) -> None:
     sides = [points(30, 4, seed=14).numpy() * 1.4 + 0.2, points(25, 4, seed=15).numpy()]
-    value, *derivatives = expansion(sides[0], sides[1])
+    value, *derivatives = expansion(*(decomposed(torch.from_numpy(side)) for side in sides))
     assert value == pytest.approx(of_arrays(sides[0], sides[1]), rel=1e-12)
     assert derivatives[side].mean() == pytest.approx(0.0, abs=1e-12)
     for row in range(5):
@@ -96,11 +97,15 @@ def test_the_expansion_has_the_derivatives_by_the_weights_of_rows(side: int) -> 
 
 
 def test_the_expansion_of_fewer_rows_than_features() -> None:
+    def expanded(few: NDArray[np.float64], many: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        value, derivatives, _ = expansion(decomposed(torch.from_numpy(few)), decomposed(torch.from_numpy(many)))
+        return value, derivatives
+
     few, many = points(6, 9, seed=16).numpy() * 1.2 + 0.3, points(80, 9, seed=17).numpy()
-    value, derivatives, _ = expansion(few, many)
+    value, derivatives = expanded(few, many)
     # In the 5 dimensions that the few rows span nothing is singular; beyond them the others only add their variance.
     span = np.linalg.qr((few - few.mean(axis=0)).T)[0][:, :5]
-    inside, inside_derivatives, _ = expansion(few @ span, many @ span)
+    inside, inside_derivatives = expanded(few @ span, many @ span)
     rest = many - many @ span @ span.T
     shift = few.mean(axis=0) - many.mean(axis=0)
     beyond = shift @ shift - ((shift @ span) ** 2).sum() + rest.var(axis=0, ddof=1).sum()
@@ -118,10 +123,10 @@ def test_the_expansion_of_fewer_rows_than_features() -> None:
     ids=["few generated", "few real", "moved"],
 )
 def test_the_interval_of_frechet_is_that_of_the_expansion(sides: tuple[Tensor, Tensor]) -> None:
-    found = frechet(*sides, 4000, 0)
+    found = frechet(Real(sides[0]), sides[1], 4000, 0)
     assert found.low is not None
     assert found.high is not None
-    _, *derivatives = expansion(*(side.numpy() for side in sides))
+    _, *derivatives = expansion(*(decomposed(side) for side in sides))
     expected = 2 * 1.96 * math.sqrt(sum(float((each**2).mean()) / len(each) for each in derivatives))
     assert found.high - found.low == pytest.approx(expected, rel=0.1)
 
@@ -130,7 +135,7 @@ def test_the_interval_of_frechet_is_that_of_the_expansion(sides: tuple[Tensor, T
 def test_the_interval_of_frechet_is_as_wide_as_fresh_samples_differ(generated: int) -> None:
     widths, values = [], []
     for seed in range(100, 160, 2):
-        found = frechet(points(500, 32, seed), points(generated, 32, seed + 1) * 1.2 + 0.1, 100, 0)
+        found = frechet(Real(points(500, 32, seed)), points(generated, 32, seed + 1) * 1.2 + 0.1, 100, 0)
         assert found.low is not None
         assert found.high is not None
         widths.append(found.high - found.low)
@@ -140,7 +145,9 @@ def test_the_interval_of_frechet_is_as_wide_as_fresh_samples_differ(generated: i
 
 
 def test_draws_that_are_undefined_do_not_count() -> None:
-    found = kid(points(50, 4, seed=20), points(3, 4, seed=21), 200, 0)  # a draw of one row three times has no variance
+    found = kid(
+        Real(points(50, 4, seed=20)), points(3, 4, seed=21), 200, 0
+    )  # a draw of one row three times has no variance
     assert found.low is not None
     assert found.high is not None
     assert found.low < found.value < found.high
@@ -149,9 +156,9 @@ def test_draws_that_are_undefined_do_not_count() -> None:
 
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     real, generated = points(50, 4, seed=6), points(31, 4, seed=7)
-    whole = kid(real, generated, 5, 0)
+    whole = kid(Real(real), generated, 5, 0)
     monkeypatch.setattr(kernel_distance, "ROWS", 7)
-    parts = kid(real, generated, 5, 0)
+    parts = kid(Real(real), generated, 5, 0)
     assert parts.value == pytest.approx(whole.value, rel=1e-9)
     assert parts.low == pytest.approx(whole.low, rel=1e-9)
 
@@ -160,21 +167,21 @@ def test_cmmd_is_the_unbiased_estimate_on_unit_features() -> None:
     real, generated = points(30, 8, seed=8), 5.0 * points(25, 8, seed=9) + 1.0
     unit = [side / side.norm(dim=1, keepdim=True) for side in (generated, real)]
     expected = CMMD_SCALE * float(unbiased_mmd2(Gaussian((100.0,)), *unit))
-    assert cmmd(real, generated, 0, 0).value == pytest.approx(expected, rel=1e-9)
-    assert cmmd(real * 7.0, generated, 0, 0).value == pytest.approx(expected, rel=1e-9)
+    assert cmmd(Real(real), generated, 0, 0).value == pytest.approx(expected, rel=1e-9)
+    assert cmmd(Real(real * 7.0), generated, 0, 0).value == pytest.approx(expected, rel=1e-9)
 
 
 def test_cmmd_of_two_points_by_hand() -> None:
     # all real rows are e1, all generated ones e2: MMD^2 = 2 - 2 exp(-2 / 200)
     real, generated = torch.eye(2)[[0, 0]], torch.eye(2)[[1, 1]]
-    assert cmmd(real, generated, 0, 0).value == pytest.approx(1000.0 * (2.0 - 2.0 * math.exp(-0.01)), rel=1e-9)
+    assert cmmd(Real(real), generated, 0, 0).value == pytest.approx(1000.0 * (2.0 - 2.0 * math.exp(-0.01)), rel=1e-9)
 
 
 @pytest.mark.parametrize("metric", [kid, cmmd, frechet])
 def test_the_interval_holds_the_value_and_shrinks_with_more_rows(metric) -> None:  # type: ignore[no-untyped-def]
     widths = []
     for count in (50, 800):
-        found = metric(points(count, 4, seed=10), points(count, 4, seed=11) + 0.5, 60, 0)
+        found = metric(Real(points(count, 4, seed=10)), points(count, 4, seed=11) + 0.5, 60, 0)
         assert found.low < found.value < found.high
         widths.append(found.high - found.low)
     assert widths[1] < widths[0] / 2.0

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mmd_export.errors import UsageError
 from mmd_finetune.metrics import neighbours
-from mmd_finetune.metrics.neighbours import balls, radii
+from mmd_finetune.metrics.neighbours import balls, distance_blocks, radii
+from mmd_finetune.metrics.real import Real
 
 
 def points(count: int, dimensions: int, seed: int) -> Tensor:
@@ -18,7 +19,7 @@ def points(count: int, dimensions: int, seed: int) -> Tensor:
 
 
 def means(real: Tensor, generated: Tensor, k: int) -> tuple[float, float, float, float]:
-    found = balls(real, generated, k)
+    found = balls(Real(real), generated, k)
     precision, recall, density, coverage = (
         float(rows.mean()) for rows in (found.precision, found.recall, found.density, found.coverage)
     )
@@ -50,7 +51,7 @@ def test_one_collapsed_mode_keeps_precision_and_loses_recall() -> None:
 def test_by_hand_on_a_line() -> None:
     real, generated = torch.tensor([[0.0], [1.0], [10.0]]), torch.tensor([[0.5], [20.0], [21.0]])
     # k = 1: real radii 1, 1, 9; generated radii 19.5, 1, 1
-    found = balls(real, generated, 1)
+    found = balls(Real(real), generated, 1)
     assert found.precision.tolist() == [1.0, 0.0, 0.0]
     assert found.density.tolist() == [2.0, 0.0, 0.0]  # in the balls of 0 and 1; |0.5 - 10| = 9.5 is outside
     assert found.recall.tolist() == [1.0, 1.0, 1.0]  # all within 19.5 of 0.5
@@ -78,10 +79,18 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     real, generated = points(50, 3, seed=6), points(35, 3, seed=7)
     whole = means(real, generated, 4)
     monkeypatch.setattr(neighbours, "VALUES_AT_ONCE", 150)
+    monkeypatch.setattr(neighbours, "LEAST_ROWS", 1)
+    assert [len(rows) for rows, _ in distance_blocks(generated, real)] == [3] * 11 + [2]
     assert means(real, generated, 4) == whole
+
+
+def test_blocks_against_many_rows_are_not_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them copies the many rows."""
+    monkeypatch.setattr(neighbours, "VALUES_AT_ONCE", 1)
+    assert [len(rows) for rows, _ in distance_blocks(points(300, 2, seed=8), points(9, 2, seed=9))] == [256, 44]
 
 
 @pytest.mark.parametrize("k", [0, 10, 11])
 def test_k_out_of_range_is_refused_with_both_values(k: int) -> None:
     with pytest.raises(UsageError, match=rf"--neighbours is {k}, the real set has 10 images; give 1 to 9"):
-        balls(points(10, 2, seed=0), points(30, 2, seed=1), k)
+        balls(Real(points(10, 2, seed=0)), points(30, 2, seed=1), k)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from mmd_export.errors import UsageError
+from mmd_finetune.metrics import frechet, kernel_distance, memorisation, neighbours
+from mmd_finetune.metrics.real import Real
 from mmd_finetune.metrics.suite import METRICS, Features, MetricOptions, measure, parse_metrics, require_while_tuning
 
 OPTIONS = MetricOptions(neighbours=3, resamples=20)
@@ -19,7 +25,10 @@ def points(count: int, dimensions: int, seed: int) -> Tensor:
 def sets(**changes: Tensor | None) -> Features:
     given = {"real": points(600, 3, 0), "generated": points(600, 3, 1), "training": points(600, 3, 2),
              "held_out": points(500, 3, 3)}  # fmt: skip
-    return Features("toy", options=OPTIONS, **{**given, **changes})  # type: ignore[arg-type]
+    sides = {
+        name: side if name == "generated" or side is None else Real(side) for name, side in (given | changes).items()
+    }
+    return Features("toy", options=OPTIONS, **sides)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", sorted(METRICS))
@@ -39,6 +48,35 @@ def test_every_metric_sees_another_law(name: str) -> None:
     near, far = measure((name,), sets())[name].value, measure((name,), shifted)[name].value
     worse = {"0": abs(far) > abs(near) + 0.1, "1": far < near - 0.1, "1/2": True}[METRICS[name].best]
     assert worse
+
+
+ON_REAL_IMAGES = [
+    (frechet, "decomposed"), (kernel_distance, "_one_side"), (neighbours, "radii"), (memorisation, "_placed"),
+    (memorisation, "_clusters"),
+]  # fmt: skip
+
+
+def test_further_samples_cost_the_real_side_no_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, Tensor]] = []
+
+    def recorded(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def call(features: Tensor, *given: Any) -> Any:
+            seen.append((name, features))
+            return compute(features, *given)
+
+        return call
+
+    for module, name in ON_REAL_IMAGES:
+        monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
+    first = sets()
+    further = replace(first, generated=points(600, 3, 9))
+    measure(tuple(METRICS), first)
+    found, generated = measure(tuple(METRICS), further), further.generated
+    assert found == measure(tuple(METRICS), sets(generated=generated))
+    of_first = [real.features for real in (first.real, first.training, first.held_out) if real is not None]
+    on_real = [name for name, features in seen if any(features is each for each in of_first)]
+    # each once: _one_side for kid and for cmmd
+    assert sorted(on_real) == sorted([*(name for _, name in ON_REAL_IMAGES), "_one_side"])
 
 
 def test_names_are_checked() -> None:

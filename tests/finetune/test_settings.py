@@ -28,6 +28,14 @@ def test_every_published_config_is_valid(path: Path) -> None:
     make_settings({"out": "run"}, path)
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*-paper.toml")), ids=lambda path: path.name)
+def test_a_pair_of_configs_compares_with_the_same_images_few_of_a_large_data_set(path: Path) -> None:
+    ours = path.with_name(path.name.replace("-paper", ""))
+    fractions = {make_settings({"out": "run"}, each).holdout_fraction for each in (path, ours)}
+    expected = {"imagenet64": 0.01, "church256": 0.1, "celeba64": 0.1}
+    assert fractions == {expected.get(ours.stem, 0.0)}
+
+
 def test_the_command_line_wins(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text('steps = 4\nfeatures = ["pixels"]\nseed = 7\n')
     settings = make_settings(GIVEN | {"seed": None, "kernel": "cubic"}, tmp_path / "a.toml")

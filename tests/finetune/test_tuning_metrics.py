@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mmd_export.errors import UsageError
 from mmd_finetune import task
 from mmd_finetune.curve import draw_curve, scalars
 from mmd_finetune.loop import Report, tune
+from mmd_finetune.metrics import frechet
 from mmd_finetune.metrics.bootstrap import Measured
 from mmd_finetune.metrics.suite import Features, measure
 from mmd_finetune.settings import FinetuneSettings, make_settings
@@ -92,6 +94,22 @@ def test_the_distance_is_measured_once(tiny_settings: FinetuneSettings, monkeypa
     monkeypatch.setattr(task, "measure", counted)
     assert set(work.judge(torch.zeros(16, 1, 8, 8))["digits-mlp"]) == {"frechet", "recall"}
     assert asked == ["frechet", "recall"]
+
+
+def test_evaluations_share_what_depends_on_the_real_images_alone(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides: list[int] = []
+
+    def counted(features: Tensor) -> frechet.Side:
+        sides.append(len(features))
+        return decomposed(features)
+
+    decomposed = frechet.decomposed
+    monkeypatch.setattr(frechet, "decomposed", counted)
+    tune(changed(tiny_settings, iterations=1))
+    # the real images; the samples untuned, after the iteration, and of both for the result
+    assert sides == [1437, 16, 16, 16, 16]
 
 
 def test_images_without_finite_features_are_infinitely_far(

@@ -9,43 +9,63 @@ sum_{i != j} w_i w_j. A row drawn twice never meets itself, so the draws are as 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mmd_finetune.kernels import Cubic, Gaussian, Kernel
 from mmd_finetune.metrics.bootstrap import Measured, centred_interval, multiplicities
+from mmd_finetune.metrics.real import Real
 
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 ROWS = 2048
 
+Form = Callable[[Tensor], Tensor]
+"""Features in float64, in the form that the kernel takes."""
 
-def kid(real: Tensor, generated: Tensor, resamples: int, seed: int) -> Measured:
+
+def kid(real: Real, generated: Tensor, resamples: int, seed: int) -> Measured:
     """Kernel Inception Distance, k(x, y) = (<x, y> / d + 1)^3; Binkowski et al. 2018, section 4.
 
     Features (M, d) and (N, d). The paper averages MMD^2_u over random subsets; this is what that average tends to with
     the number of subsets, whatever their size.
     """
-    return _mmd2(Cubic(), real, generated, resamples, seed)
+    return _mmd2(Cubic(), _as_they_are, real, generated, resamples, seed)
 
 
-def cmmd(real: Tensor, generated: Tensor, resamples: int, seed: int) -> Measured:
+def cmmd(real: Real, generated: Tensor, resamples: int, seed: int) -> Measured:
     """1000 MMD^2_u with exp(-|x - y|^2 / (2 * 10^2)) on features of length 1; Jayasumana et al. 2024, section 4.
 
     Features (M, d) and (N, d). Meant for CLIP's. The released code takes the biased estimate, which is larger by
     about 1000 (1 - mean k) (1/N + 1/M).
     """
-    y, x = (F.normalize(features.double(), dim=1) for features in (real, generated))
-    found = _mmd2(Gaussian((CMMD_SIGMA**2,)), y, x, resamples, seed)
+    found = _mmd2(Gaussian((CMMD_SIGMA**2,)), _of_length_1, real, generated, resamples, seed)
     low, high = (None if bound is None else CMMD_SCALE * bound for bound in (found.low, found.high))
     return Measured(CMMD_SCALE * found.value, low, high)
 
 
-def _mmd2(kernel: Kernel, real: Tensor, generated: Tensor, resamples: int, seed: int) -> Measured:
-    x, y = generated.double(), real.double()
-    w_x, w_y = (multiplicities(len(rows), resamples, seed + i).to(x.device) for i, rows in enumerate((x, y)))
-    draws = _within(kernel, x, w_x) + _within(kernel, y, w_y) - 2.0 * _across(kernel, x, w_x, y, w_y)
+def _mmd2(kernel: Kernel, form: Form, real: Real, generated: Tensor, resamples: int, seed: int) -> Measured:
+    x, y = form(generated), form(real.features)
+    w_x, within_x = _one_side(generated, kernel, form, resamples, seed)
+    w_y, within_y = real.once(_one_side, kernel, form, resamples, seed + 1)
+    draws = within_x + within_y - 2.0 * _across(kernel, x, w_x, y, w_y)
     return centred_interval(float(draws[0]), draws[1:].cpu())
+
+
+def _as_they_are(features: Tensor) -> Tensor:
+    return features.double()
+
+
+def _of_length_1(features: Tensor) -> Tensor:
+    return F.normalize(features.double(), dim=1)
+
+
+def _one_side(features: Tensor, kernel: Kernel, form: Form, resamples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The multiplicities (1 + R, n) of all draws, and the mean of the kernel over pairs in each; (1 + R,)."""
+    weights = multiplicities(len(features), resamples, seed).to(features.device)
+    return weights, _within(kernel, form(features), weights)
 
 
 def _within(kernel: Kernel, x: Tensor, weights: Tensor) -> Tensor:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from mmd_export.errors import UsageError
 from mmd_finetune.metrics.bootstrap import Measured, centred_interval, mean_with_interval, resampled_rows
 from mmd_finetune.metrics.neighbours import distance_blocks
+from mmd_finetune.metrics.real import Real
+
+if TYPE_CHECKING:
+    from sklearn.cluster import KMeans
 
 CELLS = 10
 SMALLEST_CELL = 20
 
 
-def memorisation(training: Tensor, held_out: Tensor, generated: Tensor, resamples: int, seed: int) -> Measured:
+def memorisation(training: Real, held_out: Real, generated: Tensor, resamples: int, seed: int) -> Measured:
     """Chance that a generated image is nearer to the training set than to the held-out set; 1/2 if it knows neither.
 
     Features (T, d), (H, d), (N, d), H <= T. Of the larger training set a random subset of H rows is meant. With c of T
@@ -23,18 +29,17 @@ def memorisation(training: Tensor, held_out: Tensor, generated: Tensor, resample
 
     so the mean over subsets needs no drawing. The interval is that of the generated rows.
     """
-    if len(held_out) > len(training):
-        raise UsageError(
-            f"memorisation: {len(held_out)} held-out images, {len(training)} training images; hold out fewer"
-        )
+    total, held = len(training.features), len(held_out.features)
+    if held > total:
+        raise UsageError(f"memorisation: {held} held-out images, {total} training images; hold out fewer")
     nearer = torch.empty(len(generated), dtype=torch.float64)
-    limits = nearest(generated, held_out)
-    for rows, distances in distance_blocks(generated.double(), training.double()):
+    limits = nearest(generated, held_out.features)
+    for rows, distances in distance_blocks(generated.double(), training.features.double()):
         nearer[rows.cpu()] = (distances < limits[rows, None]).sum(1).double().cpu()
-    return mean_with_interval(1.0 - _none_drawn(nearer, len(training), len(held_out)), resamples, seed)
+    return mean_with_interval(1.0 - _none_drawn(nearer, total, held), resamples, seed)
 
 
-def copying(training: Tensor, held_out: Tensor, generated: Tensor, resamples: int, seed: int) -> Measured:
+def copying(training: Real, held_out: Real, generated: Tensor, resamples: int, seed: int) -> Measured:
     """C_T of the data-copying test: far below 0, say -3, where samples hug the training set; Meehan et al. 2020.
 
         C_T = sum_cells P(cell) Z(cell),   Z = (U - n m / 2) / sqrt(n m (n + m + 1) / 12)
@@ -44,13 +49,7 @@ def copying(training: Tensor, held_out: Tensor, generated: Tensor, resamples: in
     on the training features; those with fewer than 20 images of either kind are left out, so is their share.
     The interval resamples the held-out and the generated images.
     """
-    from sklearn.cluster import KMeans
-
-    clusters = KMeans(CELLS, n_init=1, random_state=seed).fit(training.cpu().numpy())
-    sides = []
-    for features in (held_out, generated):
-        labels = torch.from_numpy(clusters.predict(features.cpu().numpy())).long()
-        sides.append((labels, nearest(features, training).cpu()))
+    sides = held_out.once(_placed, training, seed), _placed(generated, training, seed)
     cells = _large_cells(*(labels for labels, _ in sides))
     draws = zip(*(resampled_rows(len(labels), resamples, seed + i) for i, (labels, _) in enumerate(sides)), strict=True)
     values = [
@@ -58,6 +57,18 @@ def copying(training: Tensor, held_out: Tensor, generated: Tensor, resamples: in
         for pair in draws
     ]
     return centred_interval(_over_cells(cells, *sides), torch.tensor(values, dtype=torch.float64))
+
+
+def _placed(features: Tensor, training: Real, seed: int) -> tuple[Tensor, Tensor]:
+    """The cell of each of ``features`` (N, d), and its distance to the nearest training image; (N,) and (N,)."""
+    labels = torch.from_numpy(training.once(_clusters, seed).predict(features.cpu().numpy())).long()
+    return labels, nearest(features, training.features).cpu()
+
+
+def _clusters(training: Tensor, seed: int) -> KMeans:
+    from sklearn.cluster import KMeans
+
+    return KMeans(CELLS, n_init=1, random_state=seed).fit(training.cpu().numpy())
 
 
 def nearest(x: Tensor, y: Tensor) -> Tensor:

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from mmd_export.errors import UsageError
+from mmd_finetune.metrics.real import Real
 
 VALUES_AT_ONCE = 1 << 24
+LEAST_ROWS = 256  # torch.cdist copies all of y for every block of x
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,13 @@ class Balls:
     coverage: Tensor
 
 
-def balls(real: Tensor, generated: Tensor, k: int) -> Balls:
+def balls(real: Real, generated: Tensor, k: int) -> Balls:
     """The row values of all four metrics for features (M, d) and (N, d); raises UsageError if k is out of range."""
-    real, generated = real.double(), generated.double()
-    real_radii, generated_radii = radii(real, k, "real"), radii(generated, k, "generated")
-    inside_real = torch.zeros(len(generated), dtype=torch.int64, device=real.device)
-    recall = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    real_radii, generated_radii = real.once(radii, k, "real"), radii(generated, k, "generated")
+    inside_real = torch.zeros(len(generated), dtype=torch.int64, device=generated.device)
+    recall = torch.zeros(len(real_radii), dtype=torch.bool, device=generated.device)
     coverage = torch.zeros_like(recall)
-    for rows, distances in distance_blocks(generated, real):
+    for rows, distances in distance_blocks(generated.double(), real.features.double()):
         in_real = distances <= real_radii
         inside_real[rows] = in_real.sum(1)
         coverage |= in_real.any(0)
@@ -57,7 +58,8 @@ def radii(features: Tensor, k: int, side: str) -> Tensor:
             "images"
         )
     found = torch.empty(len(features), dtype=torch.float64, device=features.device)
-    for rows, distances in distance_blocks(features.double(), features.double()):
+    features = features.double()
+    for rows, distances in distance_blocks(features, features):
         distances[torch.arange(len(rows), device=rows.device), rows] = torch.inf  # not its own neighbour
         found[rows] = distances.kthvalue(k, dim=1).values
     return found
@@ -65,6 +67,6 @@ def radii(features: Tensor, k: int, side: str) -> Tensor:
 
 def distance_blocks(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Row numbers of ``x`` (N, d) and their distances to all of ``y`` (M, d), some rows at a time."""
-    size = max(1, VALUES_AT_ONCE // len(y))
+    size = max(LEAST_ROWS, VALUES_AT_ONCE // len(y))
     for rows in torch.arange(len(x), device=x.device).split(size):
         yield rows, torch.cdist(x[rows], y)

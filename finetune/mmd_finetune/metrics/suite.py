@@ -15,6 +15,7 @@ from mmd_finetune.metrics.frechet import frechet
 from mmd_finetune.metrics.kernel_distance import cmmd, kid
 from mmd_finetune.metrics.memorisation import copying, memorisation
 from mmd_finetune.metrics.neighbours import Balls, balls
+from mmd_finetune.metrics.real import Real
 
 NEIGHBOUR_METRICS = ("precision", "recall", "density", "coverage")
 
@@ -32,22 +33,23 @@ class MetricOptions:
 class Features:
     """What is compared in one encoder: ``real`` (M, d) and ``generated`` (N, d).
 
-    ``training`` and ``held_out`` are the images the model was, and was not, trained on; memorisation needs both.
+    ``training`` and ``held_out`` are the images the model was, and was not, trained on; memorisation needs both. Other
+    samples that are compared with the same objects cost what depends on them alone no second time.
     """
 
     encoder: str
-    real: Tensor
+    real: Real
     generated: Tensor
     options: MetricOptions
-    training: Tensor | None = None
-    held_out: Tensor | None = None
+    training: Real | None = None
+    held_out: Real | None = None
 
     @cached_property
     def balls(self) -> Balls:
         """Computed once for the four metrics that share it."""
         return balls(self.real, self.generated, self.options.neighbours)
 
-    def split(self) -> tuple[Tensor, Tensor]:
+    def split(self) -> tuple[Real, Real]:
         """Training and held-out features; raises UsageError without them."""
         if self.training is None or self.held_out is None:
             raise UsageError("memorisation and copying compare with images held out of training; give --held-out-data")
@@ -63,7 +65,7 @@ class Metric:
     needs_split: bool = False
 
 
-def _distance(function: Callable[[Tensor, Tensor, int, int], Measured]) -> Callable[[Features], Measured]:
+def _distance(function: Callable[[Real, Tensor, int, int], Measured]) -> Callable[[Features], Measured]:
     return lambda sets: function(sets.real, sets.generated, sets.options.resamples, sets.options.seed)
 
 
@@ -71,7 +73,7 @@ def _share(name: str) -> Callable[[Features], Measured]:
     return lambda sets: mean_with_interval(getattr(sets.balls, name), sets.options.resamples, sets.options.seed)
 
 
-def _copies(function: Callable[[Tensor, Tensor, Tensor, int, int], Measured]) -> Callable[[Features], Measured]:
+def _copies(function: Callable[[Real, Real, Tensor, int, int], Measured]) -> Callable[[Features], Measured]:
     return lambda sets: function(*sets.split(), sets.generated, sets.options.resamples, sets.options.seed)
 
 
@@ -117,15 +119,15 @@ def measure(names: Sequence[str], sets: Features) -> dict[str, Measured]:
 
 
 def _require_comparable(sets: Features) -> None:
-    sides = {"real": sets.real, "generated": sets.generated, "training": sets.training, "held-out": sets.held_out}
+    kept = {"real": sets.real, "training": sets.training, "held-out": sets.held_out}
+    sides = {side: real.features for side, real in kept.items() if real is not None} | {"generated": sets.generated}
+    real = sets.real.features
     for side, features in sides.items():
-        if features is None:
-            continue
         where = f"encoder {sets.encoder}: {side} features are {tuple(features.shape)}"
         if features.dim() != 2 or len(features) < 2:
             raise UsageError(f"{where}; (N, d) with N >= 2 is expected")
-        if features.shape[1] != sets.real.shape[1]:
-            raise UsageError(f"{where}, the real ones {tuple(sets.real.shape)}; both need the same d")
+        if features.shape[1] != real.shape[1]:
+            raise UsageError(f"{where}, the real ones {tuple(real.shape)}; both need the same d")
         if bad := int((~torch.isfinite(features)).any(1).sum()):
             raise UsageError(
                 f"encoder {sets.encoder}: {bad} of {len(features)} {side} images give NaN or infinite features; "
