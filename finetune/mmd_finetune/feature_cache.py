@@ -15,6 +15,7 @@ from mmd_export.trt.cache import cache_folder, key_of
 from mmd_finetune.encoder import Encoder
 from mmd_finetune.files import write_atomically
 from mmd_finetune.reference import encode_in_batches
+from mmd_finetune.settings import ENCODED_AT_ONCE
 
 CPU = torch.device("cpu")
 LOG = logging.getLogger(__name__)
@@ -34,20 +35,24 @@ class FeatureCache:
     Args:
         folder: where the files lie; None computes always.
         device: where encoders are and features will be.
+        batch: images in an encoder at once. It changes rounding only, so a file serves every batch.
     """
 
-    def __init__(self, folder: Path | None, device: torch.device = CPU) -> None:
-        self.folder, self.device = folder, device
+    def __init__(self, folder: Path | None, device: torch.device = CPU, batch: int = ENCODED_AT_ONCE) -> None:
+        self.folder, self.device, self.batch = folder, device, batch
 
     def __call__(self, encoder: Encoder, images: Tensor) -> Tensor:
         if self.folder is None or not encoder.sha256:
-            return encode_in_batches(encoder, images, device=self.device)
+            return self._computed(encoder, images)
         path = self.folder / f"{_key(encoder, images, self.device)}.safetensors"
         features = _read(path, len(images)) if path.is_file() else None
         if features is None:
-            features = encode_in_batches(encoder, images, device=self.device)
+            features = self._computed(encoder, images)
             _write(path, features)
         return features.to(self.device)
+
+    def _computed(self, encoder: Encoder, images: Tensor) -> Tensor:
+        return encode_in_batches(encoder, images, self.batch, device=self.device)
 
 
 def _key(encoder: Encoder, images: Tensor, device: torch.device) -> str:

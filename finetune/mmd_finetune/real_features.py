@@ -93,7 +93,7 @@ def _encoded(
     require_images(images.train, settings.data, shape, settings.batch_size, mirrored=settings.flip)
     _require_measurable(settings, images)
     real, held_out = (torch.from_numpy(part) for part in (images.train, images.held_out))
-    cache = FeatureCache(feature_folder() if settings.feature_cache else None, device)
+    cache = FeatureCache(feature_folder() if settings.feature_cache else None, device, settings.encoded_at_once)
     compared = holdouts if needs_split(settings.metrics) else ()
     return RealFeatures(
         train=tuple(cache(encoder, real) for encoder in encoders),

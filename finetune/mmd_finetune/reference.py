@@ -12,6 +12,7 @@ from mmd_export.errors import UsageError
 from mmd_finetune.embedding import Embedding, embed_all, embed_landmarks, find_landmarks
 from mmd_finetune.features import Encoder
 from mmd_finetune.kernels import Kernel, evenly, make_kernel
+from mmd_finetune.settings import ENCODED_AT_ONCE
 from mmd_finetune.statistic import mmd2
 from mmd_finetune.world import World
 
@@ -79,7 +80,7 @@ def make_reference(
 
 
 def encode_in_batches(
-    encoder: Encoder, images: Tensor, batch: int = 512, *, device: torch.device | None = None
+    encoder: Encoder, images: Tensor, batch: int = ENCODED_AT_ONCE, *, device: torch.device | None = None
 ) -> Tensor:
     """Features (N, d) of ``images`` (N, C, H, W), bytes or floats in [-1, 1], without gradient.
 

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmd_export.checkpoint import PLAN_FILE, SAFETENSORS
-from mmd_export.errors import MmdExportError, UsageError, one_line
+from mmd_export.errors import UsageError, one_line
 from mmd_export.folders import read_object, require_writable, staged_file, sync
 from mmd_export.tuned_precision import QUANTISATION_FILE
 from mmd_finetune.card import model_card
@@ -142,7 +142,7 @@ class RunFolder:
         """Remove a folder that ``begin`` made if the block ends before a state was saved: nothing to resume."""
         try:
             yield
-        except (MmdExportError, KeyboardInterrupt):
+        except BaseException:
             if self._made and not self.state_file.is_file():
                 shutil.rmtree(self.place, ignore_errors=True)
             raise

@@ -18,6 +18,7 @@ from mmd_finetune.encoder_source import Source
 from mmd_finetune.setting_names import first_problem, flag_of
 
 PLAN_RATE = 2e-3
+ENCODED_AT_ONCE = 512
 SEED_LIMIT = 2**63  # the upper half of the generator's seeds is kept for measuring, see mmd_finetune.task
 
 
@@ -44,7 +45,8 @@ class FinetuneSettings(BaseModel):
         reference: the real side of the loss: all real images (bank), as many as the batch anew every iteration (batch),
             or ``landmarks`` that stand for all (nystrom); 1024 of them if not said.
         batch_size: images of one MMD estimate, over all processes.
-        micro_batch_size: images in memory at once, in one process; None is the whole batch. It changes rounding only.
+        micro_batch_size: images in memory at once, in one process, in the network and in encoders; None is the whole
+            batch, and 512 where encoders keep no gradient. It changes rounding only.
         learning_rate: of Adam; ``rate_decay`` cosine lets it fall to zero over the iterations.
         ema_decay: average <- ema_decay * average + (1 - ema_decay) * weights after every iteration.
         clip_gradient: largest norm of the gradient of the weights, and of that of the plan's numbers.
@@ -207,6 +209,11 @@ class FinetuneSettings(BaseModel):
         """Whether the encoders are weighed by the untuned model's MMD^2."""
         shipped = all(not Source.parse(spec).place for spec in self.features)
         return self.balance == "untuned" or (self.balance == "auto" and not shipped)
+
+    @property
+    def encoded_at_once(self) -> int:
+        """Images that an encoder takes at once where no gradient is kept."""
+        return min(ENCODED_AT_ONCE, self.micro_batch_size or ENCODED_AT_ONCE)
 
     def data_options(self) -> DataOptions:
         """The part that prepares the images."""

@@ -169,7 +169,7 @@ class Task:
         return {holdout.encoder.name: self._judged_by(holdout, images) for holdout in self.holdouts}
 
     def _judged_by(self, holdout: HeldOut, images: Tensor) -> dict[str, Measured]:
-        features = encode_in_batches(holdout.encoder, images)
+        features = encode_in_batches(holdout.encoder, images, self.settings.encoded_at_once)
         if not bool(torch.isfinite(features).all()):
             LOG.warning("%s gives an image no finite features; no metric is measured", holdout.encoder.name)
             return {"frechet": Measured(math.inf)}

@@ -31,11 +31,10 @@ from mmd_finetune.metrics.suite import (
     measure,
     parse_metrics,
 )
+from mmd_finetune.settings import ENCODED_AT_ONCE
 from mmd_finetune.world import World, is_first_process, open_world
 
 __all__ = ["Compared", "Observer", "Scoring", "evaluate", "is_first_process", "plot", "preparation", "rows"]
-
-ENCODED_AT_ONCE = 512
 
 Observer = Callable[[str, int, int], None]
 """Called with what is going on, how much of it is done, and how much there is."""

@@ -300,6 +300,36 @@ def test_memory_that_runs_out_loses_nothing_and_the_run_goes_on_with_less_at_onc
     assert all(torch.allclose(found[name], each, rtol=0, atol=1e-5) for name, each in whole.items())
 
 
+def test_encoders_take_no_more_at_once_than_the_micro_batch(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real images, evaluations and the result: memory that ran out there is cured by a smaller micro-batch."""
+    sizes: list[int] = []
+
+    def load(name: str) -> Encoder:
+        encoder = load_encoder(name)
+        encoder.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        return encoder
+
+    monkeypatch.setattr(features, "load_encoder", load)
+    tune(changed(tiny_settings, micro_batch_size=4, iterations=1, feature_cache=False))
+    assert max(sizes) == 4
+    assert (tiny_settings.encoded_at_once, changed(tiny_settings, micro_batch_size=600).encoded_at_once) == (512, 512)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), ValueError("a defect")])
+def test_an_error_before_the_first_state_leaves_no_folder(
+    error: Exception, tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Task, "judge", failing)
+    with pytest.raises(type(error), match=str(error)):
+        tune(tiny_settings)
+    assert not tiny_settings.out.exists()
+
+
 def test_any_other_error_saves_first_and_goes_on_as_it_is(
     tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
