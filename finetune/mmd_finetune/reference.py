@@ -75,7 +75,8 @@ def make_reference(
         return Reference(encoder, made, features, None, biased)
     if kind == "nystrom":
         centres = find_landmarks(features, landmarks, seed)
-        return Reference(encoder, made, evenly(features), embed_landmarks(made, features, centres), biased)
+        shown = evenly(features).clone()  # a view would keep all of them
+        return Reference(encoder, made, shown, embed_landmarks(made, features, centres), biased)
     return Reference(encoder, made, features, embed_all(made, features, biased=biased), biased)
 
 

@@ -14,7 +14,7 @@ from mmd_finetune.encoder_source import Source
 from mmd_finetune.encoders import digits as digits_family
 from mmd_finetune.encoders import families, random_conv
 from mmd_finetune.features import Encoder, encoder_forms, load_encoder, load_encoders, require_fit
-from mmd_finetune.kernels import KERNELS
+from mmd_finetune.kernels import KERNELS, SHOWN_ROWS
 from mmd_finetune.mmd import unbiased_mmd2
 from mmd_finetune.reference import encode_in_batches, make_reference
 from recipes import draw_random_conv
@@ -197,6 +197,14 @@ def test_reference_gives_the_mmd_of_its_encoder(kernel: str, real: torch.Tensor)
     expected = unbiased_mmd2(reference.kernel, encoder(generated).double(), encoder(real[:300]).double())
     assert reference.features.dtype == torch.float64
     torch.testing.assert_close(reference.mmd2(encoder(generated)), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_landmarks_keep_only_the_rows_that_stand_for_all() -> None:
+    features = torch.randn(SHOWN_ROWS + 1, 3, generator=torch.Generator().manual_seed(0))
+    reference = make_reference(load_encoder("pixels"), "linear", features, kind="nystrom", landmarks=4)
+    kept = reference.features
+    assert 0 < len(kept) < len(features)
+    assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
 
 
 def test_real_images_that_break_the_encoder_are_refused(real: torch.Tensor) -> None:
