@@ -56,7 +56,7 @@ def evaluate(
         ),
     ] = "frechet",
     count: Annotated[int, typer.Option(help="samples to draw")] = 1797,
-    seed: Annotated[int, typer.Option(help="of the noise")] = 1,
+    seed: Annotated[int, typer.Option(help="of the noise; another than that of finetune")] = 1,
     real_count: Annotated[
         int | None, typer.Option(help="real images to compare with; default: all", show_default=False)
     ] = None,
@@ -103,7 +103,7 @@ def evaluate(
         command.preparation(resize, crop, flip=flip, holdout_fraction=holdout_fraction), feature_cache is not False,
     )  # fmt: skip
     with _bar() as observe:
-        result = command.evaluate(options, scoring, observe)
+        result = command.evaluate(options, scoring, observe, say)
     if not command.is_first_process():
         return
     heads = ("encoder", "metric", "value", "95 % interval", "perfect")

@@ -35,6 +35,13 @@ def stated_lineage(folder: Path) -> dict[str, str]:
     return {"base model": f"`{base}`"} if isinstance(base, str) and _NAME.fullmatch(base) else {}
 
 
+def stated_seed(folder: Path) -> int | None:
+    """Of the noise that a run folder was tuned on; None for another folder."""
+    settings = _record(folder).get("settings")
+    seed = settings.get("seed") if isinstance(settings, Mapping) else None
+    return seed if isinstance(seed, int) else None
+
+
 def _with_hash(name: Any, digest: Any) -> str:
     """Empty for what is no name: a card shows no path and no text of others."""
     if not isinstance(name, str) or not (_NAME.fullmatch(name) or _HUB_DATA.fullmatch(name)):

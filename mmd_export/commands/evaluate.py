@@ -12,6 +12,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from mmd_export.checkpoints.folder_card import stated_seed
 from mmd_export.commands.sample import Drawing, SampleOptions, draw, is_bundle
 from mmd_export.errors import UsageError
 from mmd_export.torch_device import torch_device
@@ -21,6 +22,8 @@ from mmd_finetune.data import AS_THEY_ARE, DIGITS, DataOptions, load_real, parse
 from mmd_finetune.digits import load_digits_split
 from mmd_finetune.feature_cache import FeatureCache, feature_folder
 from mmd_finetune.features import Encoder, load_encoder, require_fit, require_names
+from mmd_finetune.metrics.bootstrap import UndefinedError
+from mmd_finetune.metrics.memorisation import require_split
 from mmd_finetune.metrics.real import Real
 from mmd_finetune.metrics.sampling import class_counts
 from mmd_finetune.metrics.suite import (
@@ -38,6 +41,8 @@ __all__ = ["Compared", "Observer", "Scoring", "evaluate", "is_first_process", "p
 
 Observer = Callable[[str, int, int], None]
 """Called with what is going on, how much of it is done, and how much there is."""
+Notify = Callable[[str], None]
+"""Called with a warning."""
 
 
 @dataclass(frozen=True)
@@ -79,22 +84,27 @@ class Compared:
 
 @full_float32()
 def evaluate(
-    options: SampleOptions, scoring: Scoring, observe: Observer = lambda _what, _done, _of: None
+    options: SampleOptions,
+    scoring: Scoring,
+    observe: Observer = lambda _what, _done, _of: None,
+    notify: Notify = lambda _: None,
 ) -> dict[str, Any]:
     """Every metric on every encoder with its interval, and the share of each class where the encoder tells classes.
 
     With ``data`` digits as it is the samples are compared with all 1,797 scans, and the built-in split serves
     memorisation. Of several processes (torchrun) each draws its share of the samples; the first one reads ``data``,
-    measures, and calls ``observe``; all return the same. Raises UsageError for what cannot be compared, before anything
-    is drawn where that is known by then.
+    measures, and calls ``observe`` and ``notify``; all return the same. A metric that the images leave undefined has
+    None for its value. Raises UsageError for what cannot be compared, before anything is drawn where that is known by
+    then.
     """
     with open_world(options.device or "auto") as world:
-        run = _Run(options, scoring, world, observe if world.is_first else lambda _what, _done, _of: None)
+        run = _Run(options, scoring, world, observe if world.is_first else lambda _what, _done, _of: None, notify)
         encoders, drawing = world.together(run.prepare)
         first = world.first_does(lambda: drawing.sha256)
         world.together(lambda: run.require_same(drawing.sha256, first))
         compared: list[Compared] = []  # in the process that read the images; the others need none
         world.first_does(lambda: compared.append(run.compared(drawing.shape())))
+        world.first_does(run.warn_of_seed)
         samples = world.together(lambda: run.drawn(drawing))
         encoded = [run.encoded(encoder, samples) for encoder in encoders]
         return world.first_does(lambda: run.result(drawing, encoded, compared[0]))
@@ -117,6 +127,7 @@ class _Run:
     scoring: Scoring
     world: World
     observe: Observer
+    notify: Notify = lambda _: None
 
     @property
     def device(self) -> torch.device:
@@ -155,8 +166,17 @@ class _Run:
     def compared(self, shape: tuple[int, int, int]) -> Compared:
         """The real images, enough of them."""
         images = _real_images(self.scoring, shape, self.options.source)
-        _require_enough(self.options.count, images.count, self.scoring)
+        _require_enough(self.options.count, images, self.scoring)
         return images
+
+    def warn_of_seed(self) -> None:
+        """Samples of the noise that a run was tuned on flatter it."""
+        options = self.options
+        if stated_seed(Path(options.source)) == options.seed:
+            self.notify(
+                f"warning: {options.source} was tuned on the noise of seed {options.seed}; give another --seed for "
+                "samples that it has not seen"
+            )
 
     def drawn(self, drawing: Drawing) -> Tensor:
         """This process's samples float32 (N, C, H, W) in [-1, 1], on the CPU."""
@@ -217,7 +237,11 @@ class _Run:
         found: dict[str, dict[str, float | None]] = {}
         for name in self.scoring.metrics:
             self.observe(f"{sets.encoder}: metrics", len(found), len(self.scoring.metrics))
-            found |= {key: value.to_dict() for key, value in measure((name,), sets).items()}
+            try:
+                found |= {key: value.to_dict() for key, value in measure((name,), sets).items()}
+            except UndefinedError as error:
+                self.notify(f"warning: {sets.encoder}: {error}")
+                found[name] = {"value": None, "low": None, "high": None}
         self.observe(f"{sets.encoder}: metrics", len(found), len(self.scoring.metrics))
         return found
 
@@ -245,7 +269,7 @@ def preparation(
 def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """A line for each encoder and metric: value, interval, what a perfect model scores."""
     return [
-        (encoder, name, f"{found['value']:.4g}", _interval(found), METRICS[name].best)
+        (encoder, name, _value(found), _interval(found), METRICS[name].best)
         for encoder, by_name in result["metrics"].items()
         for name, found in by_name.items()
     ]
@@ -256,6 +280,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from mmd_finetune.metrics.picture import draw_metrics
 
     draw_metrics(result, path)
+
+
+def _value(found: dict[str, float | None]) -> str:
+    return "undefined" if found["value"] is None else f"{found['value']:.4g}"
 
 
 def _interval(found: dict[str, float | None]) -> str:
@@ -313,8 +341,10 @@ def _tensor(images: Pixels) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).clone()
 
 
-def _require_enough(count: int, real: int, scoring: Scoring) -> None:
-    k = scoring.neighbours
+def _require_enough(count: int, images: Compared, scoring: Scoring) -> None:
+    real, k = images.count, scoring.neighbours
+    if "memorisation" in scoring.metrics and images.training is not None and images.held_out is not None:
+        require_split(len(images.training), len(images.held_out))
     if set(NEIGHBOUR_METRICS) & set(scoring.metrics) and not 1 <= k < min(count, real):
         raise UsageError(
             f"--neighbours is {k}, there are {count} samples and {real} real images; give 1 to {min(count, real) - 1}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mmd_export.checkpoint import BUILT_IN
 from mmd_export.commands import evaluate as commands
 from mmd_export.commands.evaluate import Scoring, evaluate
 from mmd_export.commands.sample import SampleOptions, draw
@@ -124,7 +126,6 @@ def test_training_images_are_encoded_once(grey: Path, real_count: int | None, en
         (("--count", 1), "1 samples and 1797 real images"),
         (("--metrics", "recall", "--neighbours", 16), "--neighbours is 16, there are 16 samples and 1797 real images"),
         (("--real-count", 1798), "--real-count is 1798, --data digits holds 1797 images"),
-        (("--metrics", "copying"), "16 generated images leave no cell"),
     ],
 )
 def test_refusals(command: Command, given: tuple[object, ...], told: str) -> None:
@@ -133,6 +134,29 @@ def test_refusals(command: Command, given: tuple[object, ...], told: str) -> Non
     )
     assert (code, out) == (2, "")
     assert told in err
+
+
+def test_a_metric_that_is_undefined_is_null_and_the_others_stay(command: Command, tmp_path: Path) -> None:
+    shared = ("evaluate", "digits", "--steps", 1, "--count", 16, "--features", "digits-mlp", "--bootstrap", 5)
+    measured = ("--metrics", "frechet,copying", "--plot", tmp_path / "values.png")
+    code, out, err = command(*shared, *measured, "--json", tmp_path / "values.json")
+    assert code == 0, err
+    assert "mmd-export: warning: digits-mlp: copying: 360 held-out and 16 generated images leave no cell of 10" in err
+    assert any(line.split() == ["digits-mlp", "copying", "undefined", "0"] for line in out.splitlines())
+    found = json.loads((tmp_path / "values.json").read_text())["metrics"]["digits-mlp"]
+    assert found["copying"] == {"value": None, "low": None, "high": None}
+    assert found["frechet"]["low"] < found["frechet"]["value"]
+    assert (tmp_path / "values.png").is_file()
+
+
+def test_samples_of_the_noise_of_the_run_are_warned_of(command: Command, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(BUILT_IN["digits"], run)
+    (run / "settings.json").write_text(json.dumps({"settings": {"seed": 1}}))
+    shared = ("evaluate", run, "--steps", 1, "--count", 4, "--features", "digits-mlp", "--bootstrap", 0)
+    told = f"warning: {run} was tuned on the noise of seed 1; give another --seed for samples that it has not seen"
+    assert told in command(*shared)[2]
+    assert "warning" not in command(*shared, "--seed", 2)[2]
 
 
 @pytest.fixture
@@ -169,6 +193,10 @@ def test_a_folder_is_prepared_and_split_as_finetune_does(command: Command, large
         (("--holdout-fraction", 0.5, "--held-out-data", "digits"), "both say which images are held out; give one"),
         (("--features", "digits-mlp", "--data", "large"), "images are (1, 10, 12), digits makes (1, 8, 8)"),
         (("--data", "large"), "pass --resize crop or stretch"),
+        (
+            ("--data", "large", "--resize", "crop", "--holdout-fraction", 0.7, "--metrics", "memorisation"),
+            "memorisation: 30 held-out images, 10 training images; hold out fewer",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_drawn(

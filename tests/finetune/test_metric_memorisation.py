@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmd_export.errors import UsageError
+from mmd_finetune.metrics.bootstrap import UndefinedError
 from mmd_finetune.metrics.memorisation import copying, memorisation, nearest, z_score
 from mmd_finetune.metrics.real import Real
 
@@ -78,8 +79,13 @@ def test_copying_is_near_zero_for_fresh_draws_and_far_below_for_copies() -> None
 
 
 def test_too_few_for_any_cell_is_refused() -> None:
-    with pytest.raises(UsageError, match="15 held-out and 30 generated images leave no cell"):
+    with pytest.raises(UndefinedError, match="15 held-out and 30 generated images leave no cell"):
         copying(Real(points(100, 2, 0)), Real(points(15, 2, 1)), points(30, 2, 2), 0, 0)
+
+
+def test_fewer_training_images_than_cells_are_refused() -> None:
+    with pytest.raises(UndefinedError, match="9 training images are too few for 10 cells"):
+        copying(Real(points(9, 2, 0)), Real(points(60, 2, 1)), points(60, 2, 2), 0, 0)
 
 
 def test_nearest() -> None:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from mmd_export.errors import UsageError
-from mmd_finetune.metrics.bootstrap import Measured, centred_interval, mean_with_interval, resampled_rows
+from mmd_finetune.metrics.bootstrap import (
+    Measured,
+    UndefinedError,
+    centred_interval,
+    mean_with_interval,
+    resampled_rows,
+)
 from mmd_finetune.metrics.neighbours import distance_blocks
 from mmd_finetune.metrics.real import Real
 
@@ -30,13 +36,18 @@ def memorisation(training: Real, held_out: Real, generated: Tensor, resamples: i
     so the mean over subsets needs no drawing. The interval is that of the generated rows.
     """
     total, held = len(training.features), len(held_out.features)
-    if held > total:
-        raise UsageError(f"memorisation: {held} held-out images, {total} training images; hold out fewer")
+    require_split(total, held)
     nearer = torch.empty(len(generated), dtype=torch.float64)
     limits = nearest(generated, held_out.features)
     for rows, distances in distance_blocks(generated.double(), training.features.double()):
         nearer[rows.cpu()] = (distances < limits[rows, None]).sum(1).double().cpu()
     return mean_with_interval(1.0 - _none_drawn(nearer, total, held), resamples, seed)
+
+
+def require_split(training: int, held_out: int) -> None:
+    """Raise UsageError unless ``memorisation`` can draw subsets of so many training images."""
+    if held_out > training:
+        raise UsageError(f"memorisation: {held_out} held-out images, {training} training images; hold out fewer")
 
 
 def copying(training: Real, held_out: Real, generated: Tensor, resamples: int, seed: int) -> Measured:
@@ -47,8 +58,10 @@ def copying(training: Real, held_out: Real, generated: Tensor, resamples: int, s
     U counts the pairs (held-out, generated) in which the generated image is farther from its nearest training image,
     ties by half; n and m are the sizes in the cell, P(cell) its share of the held-out images. Cells come from k-means
     on the training features; those with fewer than 20 images of either kind are left out, so is their share.
-    The interval resamples the held-out and the generated images.
+    The interval resamples the held-out and the generated images. Raises UndefinedError where no cell is left.
     """
+    if len(training.features) < CELLS:
+        raise UndefinedError(f"copying: {len(training.features)} training images are too few for {CELLS} cells")
     sides = held_out.once(_placed, training, seed), _placed(generated, training, seed)
     cells = _large_cells(*(labels for labels, _ in sides))
     draws = zip(*(resampled_rows(len(labels), resamples, seed + i) for i, (labels, _) in enumerate(sides)), strict=True)
@@ -89,11 +102,11 @@ def z_score(held_out: Tensor, generated: Tensor) -> float:
 
 
 def _large_cells(held_out: Tensor, generated: Tensor) -> list[int]:
-    """Cells with enough images of both kinds; labels (n,) and (m,). Raises UsageError if there is none."""
+    """Cells with enough images of both kinds; labels (n,) and (m,). Raises UndefinedError if there is none."""
     counts = [torch.bincount(labels, minlength=CELLS) for labels in (held_out, generated)]
     cells = [cell for cell in range(CELLS) if min(int(count[cell]) for count in counts) >= SMALLEST_CELL]
     if not cells:
-        raise UsageError(
+        raise UndefinedError(
             f"copying: {len(held_out)} held-out and {len(generated)} generated images leave no cell of {CELLS} "
             f"with {SMALLEST_CELL} of both; give more of them"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from mmd_export.errors import UsageError
 
 
 def draw_metrics(result: Mapping[str, Any], path: Path) -> None:
-    """Draw ``result["metrics"]`` (encoder -> metric -> value, low, high) into a PNG; matplotlib without a display."""
+    """Draw ``result["metrics"]`` (encoder -> metric -> value, low, high) into a PNG; matplotlib without a display.
+
+    A value that is None is not defined.
+    """
     from matplotlib.figure import Figure
 
     by_encoder = result["metrics"]
@@ -20,7 +24,9 @@ def draw_metrics(result: Mapping[str, Any], path: Path) -> None:
         for position, (encoder, found) in enumerate(by_encoder.items()):
             value, low, high = (found[name][key] for key in ("value", "low", "high"))
             reach = None if low is None else [[value - low], [high - value]]
-            axis.bar(position, value, yerr=reach, capsize=4, label=encoder)
+            axis.bar(position, math.nan if value is None else value, yerr=reach, capsize=4, label=encoder)
+            if value is None:
+                axis.text(position, 0.0, "undefined", rotation=90, ha="center", va="bottom")
         axis.axhline(0.0, color="black", linewidth=0.8)
         axis.set(title=name, xticks=[])
         axis.grid(alpha=0.3, axis="y")
