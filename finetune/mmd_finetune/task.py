@@ -255,7 +255,7 @@ def _task(models: _Models, real: RealFeatures, world: World) -> Task:
     if settings.learn == "plan":
         require_continuous_time(base, models.plan)
     held_out = [Real(features) for features in real.held_out]
-    training = [Real(features) for features in real.training] or [None] * len(held_out)
+    training = [Real(features) for features in real.training] or (None,) * len(held_out)
     task = Task(
         settings=settings,
         base=base,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ def draw_metrics(result: Mapping[str, Any], path: Path) -> None:
         for position, (encoder, found) in enumerate(by_encoder.items()):
             value, low, high = (found[name][key] for key in ("value", "low", "high"))
             reach = None if low is None else [[value - low], [high - value]]
-            axis.bar(position, math.nan if value is None else value, yerr=reach, capsize=4, label=encoder)
+            axis.bar(position, 0.0 if value is None else value, yerr=reach, capsize=4, label=encoder)
             if value is None:
-                axis.text(position, 0.0, "undefined", rotation=90, ha="center", va="bottom")
+                middle = {"ha": "center", "va": "center", "transform": axis.get_xaxis_transform()}
+                axis.text(position, 0.5, "undefined", rotation=90, **middle)
         axis.axhline(0.0, color="black", linewidth=0.8)
         axis.set(title=name, xticks=[])
         axis.grid(alpha=0.3, axis="y")
