@@ -21,19 +21,22 @@ from mmd_export.errors import UsageError
 from mmd_finetune.kernels import Kernel, evenly
 from mmd_finetune.mmd import mean_of_pairs, unbiased_mmd2
 from mmd_finetune.reference import Reference, encode_in_batches
+from mmd_finetune.settings import ENCODED_AT_ONCE
 
 BATCHES = 4  # of the untuned model, at most
 
 
-def balanced_weights(references: Sequence[Reference], images: Tensor, batch: int) -> dict[str, float]:
-    """w_e by encoder, from images (N, C, H, W) of the untuned model.
+def balanced_weights(
+    references: Sequence[Reference], images: Tensor, batch: int, at_once: int = ENCODED_AT_ONCE
+) -> dict[str, float]:
+    """w_e by encoder, from images (N, C, H, W) of the untuned model, of which encoders take ``at_once`` at once.
 
     Raises UsageError if the untuned model's MMD^2 is not finite.
     """
     levels = {}
     for reference in references:
         real = evenly(reference.features)
-        untuned = untuned_level(reference, real, images, batch)
+        untuned = untuned_level(reference, real, images, batch, at_once)
         if not math.isfinite(untuned):
             raise UsageError(
                 f"encoder {reference.encoder.name}: the MMD^2 of the untuned model is {untuned}; use another "
@@ -56,12 +59,12 @@ def equal_weights(references: Sequence[Reference]) -> dict[str, float]:
     return {reference.encoder.name: 1.0 / len(references) for reference in references}
 
 
-def untuned_level(reference: Reference, real: Tensor, images: Tensor, batch: int) -> float:
+def untuned_level(reference: Reference, real: Tensor, images: Tensor, batch: int, at_once: int) -> float:
     """The mean MMD^2 of the first few whole batches of ``images`` and the real features (m, d)."""
     parts = [part for part in images.split(min(batch, len(images))) if len(part) >= min(batch, len(images))][:BATCHES]
     kernel, mean = reference.kernel, mean_of_pairs(reference.kernel, real)
     with torch.no_grad():
-        features = (encode_in_batches(reference.encoder, part).double() for part in parts)
+        features = (encode_in_batches(reference.encoder, part, at_once).double() for part in parts)
         values = [unbiased_mmd2(kernel, each, real, mean) for each in features]
     return float(torch.stack(values).mean())
 

@@ -280,7 +280,7 @@ def _loss_weights(task: Task) -> dict[str, float]:
     count = min(settings.evaluate_count, BATCHES * settings.batch_size)
     alone = replace(task, world=World())  # every process draws all of them: none waits for one that failed
     images = alone.samples(alone.trainable(), SELECTION_SEED, count)
-    return balanced_weights(task.references, images, settings.batch_size)
+    return balanced_weights(task.references, images, settings.batch_size, settings.encoded_at_once)
 
 
 def _reference(encoder: Encoder, features: Tensor, settings: FinetuneSettings) -> Reference:

@@ -303,7 +303,7 @@ def test_memory_that_runs_out_loses_nothing_and_the_run_goes_on_with_less_at_onc
 def test_encoders_take_no_more_at_once_than_the_micro_batch(
     tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Real images, evaluations and the result: memory that ran out there is cured by a smaller micro-batch."""
+    """Real images, loss weights, evaluations and the result: a smaller micro-batch cures memory that ran out there."""
     sizes: list[int] = []
 
     def load(name: str) -> Encoder:
@@ -312,7 +312,7 @@ def test_encoders_take_no_more_at_once_than_the_micro_batch(
         return encoder
 
     monkeypatch.setattr(features, "load_encoder", load)
-    tune(changed(tiny_settings, micro_batch_size=4, iterations=1, feature_cache=False))
+    tune(changed(tiny_settings, micro_batch_size=4, iterations=1, feature_cache=False, balance="untuned"))
     assert max(sizes) == 4
     assert (tiny_settings.encoded_at_once, changed(tiny_settings, micro_batch_size=600).encoded_at_once) == (512, 512)
 
