@@ -139,12 +139,19 @@ def _root(squared: Tensor, zero: Tensor) -> Tensor:
 
 
 def evenly(features: Tensor) -> Tensor:
-    """At most ``SHOWN_ROWS`` rows of ``features`` (N, d), evenly spaced."""
-    return features[:: -(-len(features) // SHOWN_ROWS)]
+    """At most ``SHOWN_ROWS`` rows of ``features`` (N, d), each as likely as any other, in their order.
+
+    Drawn by a fixed seed, so always the same: rows at even distances would all be of one kind where data repeat in
+    turns, as classes do in a file that takes one of each after the other.
+    """
+    if len(features) <= SHOWN_ROWS:
+        return features
+    drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:SHOWN_ROWS]
+    return features[drawn.sort().values.to(features.device)]
 
 
 def median_squared_distance(features: Tensor) -> float:
-    """Median of |x_i - x_j|^2 over i < j; Gretton et al. 2012, section 8. Of many rows evenly spaced ones are used."""
+    """Median of |x_i - x_j|^2 over i < j; Gretton et al. 2012, section 8. Of many rows ``evenly`` draws some."""
     rows = evenly(features).double()
     above = torch.triu_indices(len(rows), len(rows), offset=1, device=rows.device)
     return float(squared_distances(rows, rows)[above[0], above[1]].median())

@@ -13,6 +13,7 @@ from mmd_finetune.kernels import (
     KERNELS,
     LAPLACE_FACTORS,
     MIXTURE_EXPONENTS,
+    SHOWN_ROWS,
     Cubic,
     Energy,
     Gaussian,
@@ -21,6 +22,7 @@ from mmd_finetune.kernels import (
     Polynomial,
     RationalQuadratic,
     distances,
+    evenly,
     make_kernel,
     median_squared_distance,
     squared_distances,
@@ -88,11 +90,33 @@ def test_median_of_four_points_on_a_line() -> None:
     assert median_squared_distance(torch.tensor([[0.0], [1.0], [2.0], [3.0]])) == 1.0
 
 
-def test_median_of_a_large_set_uses_evenly_spaced_rows() -> None:
+def test_median_of_a_large_set_is_that_of_some_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(5000, 8, generator=generator)
     # |x - y|^2 of unit normals is 2 chi^2 with 8 degrees of freedom: median 2 * 7.344.
     assert median_squared_distance(features) == pytest.approx(14.688, rel=0.02)
+
+
+@pytest.mark.parametrize("turns", [10, 25])
+def test_data_that_repeat_in_turns_have_the_median_of_their_mixture(turns: int) -> None:
+    """Classes one after the other, far apart: the median of all pairs is a distance between two of them."""
+    count = 50_000
+    features = 10.0 * torch.eye(turns)[torch.arange(count) % turns]
+    features += torch.randn(count, turns, generator=torch.Generator().manual_seed(0))
+    mixed = features[torch.randperm(count, generator=torch.Generator().manual_seed(1))]
+    assert median_squared_distance(features) == pytest.approx(median_squared_distance(mixed), rel=0.1)
+    shown = evenly(features)
+    assert shown.shape == (SHOWN_ROWS, turns)
+    assert shown.argmax(1).bincount(minlength=turns).tolist() == pytest.approx([SHOWN_ROWS / turns] * turns, rel=0.35)
+
+
+def test_rows_that_stand_for_all_are_the_same_every_time_and_all_of_a_few() -> None:
+    rows = torch.arange(2 * SHOWN_ROWS).double()[:, None]
+    shown = evenly(rows)
+    assert torch.equal(shown, evenly(rows))
+    assert bool((shown.diff(dim=0) > 0).all())
+    assert torch.equal(evenly(shown), shown)
+    assert torch.equal(evenly(rows[: SHOWN_ROWS - 1]), rows[: SHOWN_ROWS - 1])
 
 
 def test_gaussian_bandwidths_are_multiples_of_the_median() -> None:
