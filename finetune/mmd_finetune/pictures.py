@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 CROP = "crop"
 DECODED_AHEAD = 512
+DAMAGED_EXIF = (SyntaxError, KeyError, TypeError, ValueError, ZeroDivisionError, struct.error)  # by Pillow's reader
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,16 @@ def read_picture(path: Path, fit: Fit) -> NDArray[np.uint8]:
 
     try:
         with Image.open(path) as picture:
+            _turn_upright(picture)
             return fit.picture(picture, str(path))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UsageError(f"--data: picture {path} cannot be read: {error}; mend or remove it") from error
+
+
+def _turn_upright(picture: Image) -> None:
+    """As its EXIF says, and as ``datasets`` turns its images; with damaged EXIF it stays as it is stored."""
+    from PIL import ImageOps
+
+    picture.load()
+    with suppress(*DAMAGED_EXIF):
+        ImageOps.exif_transpose(picture, in_place=True)

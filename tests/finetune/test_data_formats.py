@@ -195,6 +195,33 @@ def test_a_configuration_is_chosen_by_name(tmp_path: Path) -> None:
         load_images(f"hf:{tmp_path}/saved?name=small")
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_a_picture_is_upright_in_a_folder_as_in_a_dataset(suffix: str, tmp_path: Path) -> None:
+    """Orientation 6, as a phone held upright writes it: the stored rows are the columns, from right to left."""
+    import datasets
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "pictures").mkdir()
+    path = tmp_path / f"pictures/0{suffix}"
+    Image.fromarray(np.rot90(COLOUR[0])).save(path, exif=exif, lossless=True)
+    images = load_images(str(tmp_path / "pictures"))
+    assert images.shape == (1, 3, 8, 6)
+    if suffix != ".jpg":
+        np.testing.assert_allclose(images, floats(COLOUR[:1]), atol=1e-6)
+    rows = {"image": [str(path)]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
+    other = load_images(str(tmp_path / "saved"))
+    assert np.array_equal(images, other)
+    assert np.array_equal(held_out_rows(images, 0.5), held_out_rows(other, 0.5))
+
+
+@pytest.mark.parametrize("exif", [b"II*\0\x08", b"XX*\0"])
+def test_a_picture_with_damaged_exif_is_read_as_it_is_stored(exif: bytes, tmp_path: Path) -> None:
+    Image.fromarray(COLOUR[0]).save(tmp_path / "0.png", exif=b"Exif\0\0" + exif)
+    np.testing.assert_allclose(load_images(str(tmp_path)), floats(COLOUR[:1]), atol=1e-6)
+
+
 def test_datasets_are_resized_too(tmp_path: Path) -> None:
     dataset(COLOUR).save_to_disk(tmp_path / "saved")
     assert load_images(f"hf:{tmp_path}/saved", DataOptions(resize="crop"), (3, 4, 4)).shape == (6, 3, 4, 4)
