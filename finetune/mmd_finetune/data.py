@@ -99,7 +99,7 @@ def load_images(
     Args:
         spec: ``digits``, the training split of the built-in scans; an .npz or .npy file (uint8, or floats in [-1, 1];
             NHW, NHWC or NCHW; an .npz holds the array as ``images`` or as its only one); an IDX file, gzip or not; a
-            folder of pictures, looked through to the bottom; a folder of Hugging Face datasets; or
+            folder of pictures, looked through to the bottom; a folder of Hugging Face datasets without pictures; or
             ``hf:ID_OR_FOLDER?split=NAME&column=NAME``. Only a hub id uses the network.
         options: ``resize`` and ``crop`` are followed here.
         shape: (C, H, W) of the model, which ``resize`` needs; grey pictures become colour where C is 3.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 
 from mmd_export.errors import NotAvailableError, UsageError, one_line
 from mmd_finetune.encoder_source import Source
-from mmd_finetune.pictures import Fit, stacked
+from mmd_finetune.pictures import SUFFIXES, Fit, files_under, stacked
 
+LOG = logging.getLogger(__name__)
 HUB = "hf:"
+PARQUET = ".parquet"
 SAVED = ("dataset_dict.json", "state.json")  # of save_to_disk, with several splits and with one
 LOADING = ("name", "revision")  # the words of datasets.load_dataset
 OPTIONS = ("split", "column", *LOADING)
@@ -21,8 +24,16 @@ USUAL_SPLIT = "train"
 
 
 def is_dataset_folder(folder: Path) -> bool:
-    """Written by ``save_to_disk``, or with parquet files."""
-    return any((folder / name).is_file() for name in SAVED) or next(folder.rglob("*.parquet"), None) is not None
+    """Written by ``save_to_disk``, or with parquet files and no picture; a warning tells of parquet beside pictures."""
+    if any((folder / name).is_file() for name in SAVED):
+        return True
+    suffixes = {path.suffix.lower() for path in files_under(folder)}
+    if PARQUET not in suffixes:
+        return False
+    pictures = not suffixes.isdisjoint(SUFFIXES)
+    if pictures:
+        LOG.warning("--data %s: its pictures are read; for its parquet files say --data %s%s", folder, HUB, folder)
+    return not pictures
 
 
 def read_dataset(spec: str, fit: Fit) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,10 +81,30 @@ class Fit:
         return picture.resize(size, Image.Resampling.BICUBIC)
 
 
+def files_under(folder: Path) -> Iterator[Path]:
+    """Paths relative to ``folder``, without hidden ones. Links to folders are followed, after the folders beside them.
+
+    A folder is entered once, whatever leads to it: links may go in circles.
+    """
+    entered: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(_shown(folders), key=lambda name: (Path(place, name).is_symlink(), name))
+        inside = Path(place).relative_to(folder)
+        yield from (inside / name for name in _shown(files))
+
+
+def _shown(names: Iterable[str]) -> Iterator[str]:
+    return (name for name in names if not name.startswith("."))
+
+
 def read_folder(folder: Path, fit: Fit) -> NDArray[np.uint8]:
     """All pictures under ``folder`` (N, H, W, C), in the order of their paths; hidden ones are left out."""
-    inside = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    paths = sorted(path for path in inside if not any(part.startswith(".") for part in path.parts))
+    paths = sorted(path for path in files_under(folder) if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise UsageError(f"--data {folder}: no picture lies there; {', '.join(SUFFIXES)} are read")
     return stacked(_decoded(folder, paths, fit), len(paths), str(folder))

@@ -16,6 +16,7 @@ from PIL import Image
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_finetune.data import DataOptions, held_out_rows, load_images, load_real
 from mmd_finetune.digits import load_digits_split
+from mmd_finetune.pictures import files_under
 
 BYTES = np.random.default_rng(0).integers(0, 256, size=(6, 8, 6), dtype=np.uint8)
 COLOUR = np.random.default_rng(1).integers(0, 256, size=(6, 8, 6, 3), dtype=np.uint8)
@@ -69,6 +70,19 @@ def write(folder: Path, pictures: dict[str, NDArray[np.uint8]]) -> None:
 def test_folders_in_folders_are_read_in_the_order_of_paths(tmp_path: Path) -> None:
     write(tmp_path, {"b/0.png": COLOUR[1], "a/1.png": COLOUR[0], "c.png": COLOUR[2], ".trash/9.png": COLOUR[3]})
     np.testing.assert_allclose(load_images(str(tmp_path)), floats(COLOUR[:3]), atol=1e-6)
+
+
+def test_links_to_folders_are_followed_and_no_folder_is_read_twice(tmp_path: Path) -> None:
+    """Classes that lie on another disk, a link to a folder beside it, and links that lead in circles."""
+    write(tmp_path / "elsewhere", {"cats/0.png": COLOUR[0], "cats/.hidden.png": COLOUR[5], "dogs/1.png": COLOUR[1]})
+    write(tmp_path / "data", {"z/2.png": COLOUR[2]})
+    (tmp_path / "elsewhere/dogs/again").symlink_to(tmp_path / "data", target_is_directory=True)
+    for name, goal in (("a", "../elsewhere/cats"), ("b", "../elsewhere/dogs"), ("c", "z"), ("z/up", "..")):
+        (tmp_path / "data" / name).symlink_to(goal, target_is_directory=True)
+    assert sorted(map(str, files_under(tmp_path / "data"))) == ["a/0.png", "b/1.png", "z/2.png"]
+    np.testing.assert_allclose(load_images(str(tmp_path / "data")), floats(COLOUR[:3]), atol=1e-6)
+    (tmp_path / "link").symlink_to("data", target_is_directory=True)
+    np.testing.assert_allclose(load_images(str(tmp_path / "link")), floats(COLOUR[:3]), atol=1e-6)
 
 
 def test_grey_pictures_among_coloured_ones(tmp_path: Path) -> None:
@@ -176,6 +190,26 @@ def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
     (tmp_path / "hub/data").mkdir(parents=True)
     dataset(BYTES, "img").to_parquet(tmp_path / "hub/data/train-00000-of-00001.parquet")
     np.testing.assert_allclose(load_images(str(tmp_path / "hub")), floats(BYTES), atol=1e-6)
+
+
+@pytest.mark.parametrize("place", ["features.parquet", "00000.parquet", "train/deep/rows.parquet"])
+def test_pictures_are_read_whatever_parquet_lies_beside_them(
+    place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = {"00000/0.png": COLOUR[0], "extra/1.png": COLOUR[1], "test/2.png": COLOUR[2], "train/3.png": COLOUR[3]}
+    write(tmp_path, pictures)
+    (tmp_path / place).parent.mkdir(exist_ok=True, parents=True)
+    dataset(COLOUR[4:]).to_parquet(tmp_path / place)
+    np.testing.assert_allclose(load_images(str(tmp_path)), floats(COLOUR[:4]), atol=1e-6)
+    assert f"its pictures are read; for its parquet files say --data hf:{tmp_path}" in caplog.text
+
+
+def test_the_parquet_of_a_folder_with_pictures_is_read_on_demand(tmp_path: Path) -> None:
+    write(tmp_path, {"assets/logo.png": COLOUR[0]})
+    (tmp_path / "data").mkdir()
+    dataset(COLOUR[1:]).to_parquet(tmp_path / "data/train.parquet")
+    np.testing.assert_allclose(load_images(str(tmp_path)), floats(COLOUR[:1]), atol=1e-6)
+    np.testing.assert_allclose(load_images(f"hf:{tmp_path}"), floats(COLOUR[1:]), atol=1e-6)
 
 
 def test_a_configuration_is_chosen_by_name(tmp_path: Path) -> None:
