@@ -22,10 +22,17 @@ RESAMPLE = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 OPTIONS = ("size", "resample", "mean", "std")
 # Steps of some processors that are not made here: a config that asks for one is refused. Those that only decide the
 # size do not matter once the user states one.
-_SIZING = ("do_pad", "do_thumbnail", "do_align_long_axis", "do_crop_margin", "do_image_splitting")
+_SIZING = ("do_pad", "do_thumbnail", "do_align_long_axis", "do_crop_margin", "do_image_splitting", "size_divisor")
 _FOREIGN = (*_SIZING, "do_flip_channel_order", "rescale_offset", "do_color_quantize")
 _OVERRULED = (*_SIZING, "do_resize", "do_center_crop", "crop_size", "crop_pct")
 _WARPED_FROM = 384  # ConvNeXT's processor: smaller sizes are cut out of an image resized to size / crop_pct
+_SQUARED = (
+    "Beit",
+    "DeiT",
+    "EfficientNet",
+    "Flava",
+    "OwlViT",
+)  # processors to which a bare number is a square even before a cut
 
 
 @dataclass(frozen=True)
@@ -129,13 +136,17 @@ def _followed(config: Mapping[str, Any], where: str) -> Recipe:
     crop: tuple[int, int] | None = None
     if config.get("do_center_crop"):
         crop = _pair(config.get("crop_size", config.get("size")), f"{where}: crop_size")
-    if "crop_pct" in config and config.get("do_resize", True) and isinstance(size, int):
+    if "crop_pct" in config and isinstance(size, int):
         size, crop = _convnext(size, config["crop_pct"] or 224 / 256)
+    if _is_of(config, "Levit") and isinstance(size, int):
+        size = int(256 / 224 * size)  # its processor states the edge of the cut
     scale = 255.0 * float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 255.0
     mean: tuple[float, ...] = (0.0,) * 3
     std: tuple[float, ...] = (1.0,) * 3
     if config.get("do_normalize", True):
         mean, std = (_statistic(config, key, where) for key in ("image_mean", "image_std"))
+    if config.get("include_top", _is_of(config, "EfficientNet")):  # divides by the deviation once more
+        std = tuple(a * b for a, b in zip(std, _statistic(config, "image_std", where), strict=True))
     resample = config.get("resample", 2)
     if resample not in RESAMPLE:
         raise UsageError(f"{where}: resample is {resample!r}, not of {sorted(RESAMPLE)}; state ?resample=bicubic")
@@ -145,11 +156,20 @@ def _followed(config: Mapping[str, Any], where: str) -> Recipe:
 def _size(config: Mapping[str, Any], where: str) -> int | tuple[int, int]:
     """The shorter edge, or height and width. A bare number is an edge where a cut follows, else a square."""
     size = config.get("size")
-    if isinstance(size, int) and config.get("do_center_crop"):
+    cut = config.get("do_center_crop") or "crop_pct" in config
+    if isinstance(size, int) and cut and not _is_of(config, *_SQUARED):
         return size
     if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
         return _whole(size["shortest_edge"], f"{where}: size")
     return _pair(size, f"{where}: size")
+
+
+def _is_of(config: Mapping[str, Any], *models: str) -> bool:
+    """Whether the config is of the processor of one of these models, under its name of today or the old one."""
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
+    return kind.startswith(
+        tuple(f"{model}{what}" for model in models for what in ("ImageProcessor", "FeatureExtractor"))
+    )
 
 
 def _convnext(size: int, crop_pct: float) -> tuple[int | tuple[int, int], tuple[int, int] | None]:

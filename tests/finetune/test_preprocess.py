@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,8 @@ def processor(kind: str) -> Any:
     import transformers.models.clip.image_processing_pil_clip as clip
     import transformers.models.convnext.image_processing_pil_convnext as convnext
     import transformers.models.dinov3_vit as dinov3
+    import transformers.models.efficientnet.image_processing_pil_efficientnet as efficientnet
+    import transformers.models.levit.image_processing_pil_levit as levit
     import transformers.models.siglip.image_processing_pil_siglip as siglip
 
     del dinov3
@@ -42,19 +45,58 @@ def processor(kind: str) -> Any:
         "siglip": siglip.SiglipImageProcessorPil,
         "convnext-224": lambda: convnext.ConvNextImageProcessorPil(size={"shortest_edge": 224}),
         "convnext-384": convnext.ConvNextImageProcessorPil,
+        "levit": levit.LevitImageProcessorPil,
+        "levit-192": lambda: levit.LevitImageProcessorPil(size={"shortest_edge": 192}, crop_size=192),
+        "efficientnet": efficientnet.EfficientNetImageProcessorPil,
+        "efficientnet-plain": lambda: efficientnet.EfficientNetImageProcessorPil(include_top=False, size=64),
+        "efficientnet-top": lambda: efficientnet.EfficientNetImageProcessorPil(do_normalize=False, size=64),
     }
     return made[kind]()
 
 
-@pytest.mark.parametrize("kind", ["clip", "dinov2", "siglip", "convnext-224", "convnext-384"])
-@pytest.mark.parametrize("size", [(64, 64), (300, 280)])
-def test_like_the_published_processor(kind: str, size: tuple[int, int]) -> None:
-    made, pixels = processor(kind), smooth(2, *size)
+def assert_like(made: Any, config: dict[str, Any], size: tuple[int, int]) -> None:
+    """The recipe of ``config`` gives what the processor gives."""
+    pixels = smooth(2, *size)
     expected = torch.tensor(np.stack(made(list(pixels))["pixel_values"]))
-    recipe = read_recipe(made.to_dict(), {}, kind)
+    recipe = read_recipe(config, {}, "encoder")
     ours = Preprocess(recipe)(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0)
     assert ours.shape == expected.shape
     assert float((ours - expected).abs().max()) < ROUNDING / min(recipe.std)
+
+
+PUBLISHED = ("clip", "dinov2", "siglip", "convnext-224", "convnext-384", "levit", "levit-192")
+EFFICIENT = ("efficientnet", "efficientnet-plain", "efficientnet-top")
+
+
+@pytest.mark.parametrize("kind", [*PUBLISHED, *EFFICIENT])
+@pytest.mark.parametrize("size", [(64, 64), (300, 280)])
+def test_like_the_published_processor(kind: str, size: tuple[int, int]) -> None:
+    made = processor(kind)
+    assert_like(made, made.to_dict(), size)
+
+
+def old(kind: str, **numbers: Any) -> dict[str, Any]:
+    """A config as the first releases wrote it: of a feature extractor, with bare numbers."""
+    plain = {"do_resize": True, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    return {"feature_extractor_type": f"{kind}FeatureExtractor", **plain, **numbers}
+
+
+OLD = (
+    old("ConvNext", size=224, crop_pct=0.875),
+    old("ConvNext", size=384, crop_pct=None),
+    old("Levit", size=224, do_center_crop=True),
+    old("DeiT", size=256, do_center_crop=True, crop_size=224),
+    old("CLIP", size=224, do_center_crop=True, crop_size=224),
+    old("Beit", size=224, do_center_crop=False, crop_size=224),
+)
+
+
+@pytest.mark.parametrize("config", OLD, ids=lambda config: f"{config['feature_extractor_type']}-{config['size']}")
+def test_like_the_processor_with_a_config_of_its_first_releases(config: dict[str, Any]) -> None:
+    kind = config["feature_extractor_type"].removesuffix("FeatureExtractor")
+    module = importlib.import_module(f"transformers.models.{kind.lower()}.image_processing_pil_{kind.lower()}")
+    made = getattr(module, f"{kind}ImageProcessorPil").from_dict(dict(config))
+    assert_like(made, config, (300, 280))
 
 
 def test_bytes_and_floats() -> None:
@@ -82,6 +124,7 @@ NORMAL = {"size": 32, "image_mean": 0.5, "image_std": 0.5}
         ({"do_pad": True}, {}, "do_pad is True, a step that is not supported"),
         ({"do_flip_channel_order": True}, {"size": "32"}, "do_flip_channel_order is True"),
         ({"size": {"longest_edge": 224}}, {}, r"size is \{'longest_edge': 224\}; a whole number"),
+        ({"size_divisor": 32}, {}, "size_divisor is 32, a step that is not supported"),
         ({"size": None}, {}, "size is None"),
         ({"size": 0}, {}, "size is 0"),
         ({"resample": 1}, {}, r"resample is 1, not of \[0, 2, 3\]; state \?resample=bicubic"),
