@@ -62,15 +62,15 @@ def require_fit(encoder: Encoder, shape: tuple[int, int, int], *, gradient: bool
 
 
 def _try_out(encoder: Encoder, shape: tuple[int, int, int], gradient: bool) -> None:
-    """Two images through the network and back, and one of them beside another."""
+    """Two images through the network and back, once more, and one of them beside another."""
     where = f"encoder {encoder.name}: on 2 images {shape}"
     network = encoder.network
     sample = next(itertools.chain(network.parameters(), network.buffers()), torch.zeros(()))
     images = torch.linspace(-1.0, 1.0, 2 * math.prod(shape), device=sample.device).reshape(2, *shape)
     try:
-        features, beside_another = _twice(encoder, images.requires_grad_(gradient))
+        features, again, beside_another = _three_times(encoder, images.requires_grad_(gradient))
         _require_features(features, where)
-        _require_apart(features[:1], beside_another[:1], where)
+        _require_steady(features, again, beside_another, where)
         if gradient and not features.requires_grad:
             raise UsageError(f"{where} no gradient comes back; an encoder of the loss must be differentiable")
         if gradient:
@@ -94,22 +94,30 @@ def _require_features(features: object, where: str) -> None:
         raise UsageError(f"{where} a feature is NaN or infinite; its weights or its preprocessing are wrong")
 
 
-def _twice(encoder: Encoder, images: Tensor) -> tuple[Any, Any]:
-    """The features of two images, and of the first beside another second; one that draws draws the same."""
+def _three_times(encoder: Encoder, images: Tensor) -> tuple[Any, Any, Any]:
+    """The features of two images, the same again, and of the first beside another second; the generator is put back."""
     with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
         torch.manual_seed(0)
         features = encoder(images)
-        torch.manual_seed(0)
         with torch.no_grad():
-            return features, encoder(torch.cat([images[:1], 0.5 * images[1:].flip(3)]))
+            return features, encoder(images), encoder(torch.cat([images[:1], 0.5 * images[1:].flip(3)]))
 
 
-def _require_apart(features: Tensor, beside_another: Tensor, where: str) -> None:
-    """Raise UsageError if the features of an image (1, d) depend on the other one; every estimator wants them apart."""
-    one, other = features.detach().double(), beside_another.double()
-    gap = float((one - other).norm() / one.norm().clamp_min(1e-12))
-    if gap > APART:
+def _require_steady(features: Tensor, again: Tensor, beside_another: Tensor, where: str) -> None:
+    """Raise UsageError unless the features of an image depend on that image alone, as every estimator takes it."""
+    if (gap := _gap(features, again)) > APART:
+        raise UsageError(
+            f"{where} the features change by {gap:.1%} from one call to the next; an encoder must draw nothing at "
+            "random: save it in eval mode"
+        )
+    if (gap := _gap(features[:1], beside_another[:1])) > APART:
         raise UsageError(
             f"{where} the features of the first change by {gap:.1%} with the second; an encoder must not mix the "
             "images of a batch: save it in eval mode"
         )
+
+
+def _gap(features: Tensor, others: Tensor) -> float:
+    """|f - g| / |f|."""
+    one, other = features.detach().double(), others.detach().double()  # a script may track gradients always
+    return float((one - other).norm() / one.norm().clamp_min(1e-12))

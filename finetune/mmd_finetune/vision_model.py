@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmd_export.checkpoints.weights import hash_weights, pickle_warning, read_json
@@ -19,6 +20,7 @@ from mmd_finetune.torchscript import require_finite
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 WHOLE_PROCESSOR, IMAGE_PART = "processor_config.json", "image_processor"  # all that transformers 5 saves of CLIP's
+MASKED = "vit_mae"
 SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _FETCHED = [CONFIG, PROCESSOR, WHOLE_PROCESSOR, *SAFE, "model-*.safetensors"]
@@ -79,10 +81,25 @@ def load_vision(source: Source, types: tuple[str, ...], usual: Usual | None, cla
     recipe = _recipe(source, folder, usual and usual(config))
     model, token, warnings = _load_model(transformers, folder, where, class_name)
     require_finite(model.state_dict(), where)
+    if config.get("model_type") == MASKED:
+        config = {**config, "mask_ratio": 0.0}
+        _unmask(model)
     network = frozen(VisionFeatures(Preprocess(recipe), model, token=token))
     facts = {"config": config, "preprocessing": asdict(recipe), "class": type(model).__name__, "token": token}
     sha256 = hash_weights(model.state_dict(), facts)
     return Encoder(source.name, network, channels=(1, 3), sha256=sha256, warnings=warnings)
+
+
+def _unmask(model: Any) -> None:
+    """Let ViT-MAE see all patches, in their order: as published it drops and shuffles them at random, at rest too."""
+    model.config.mask_ratio = 0.0
+    order = torch.arange(model.embeddings.patch_embeddings.num_patches)
+
+    def keep_order(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        pixels = given["pixel_values"]
+        return args, {**given, "noise": order.to(pixels.device).expand(len(pixels), -1)}
+
+    model.register_forward_pre_hook(keep_order, with_kwargs=True)
 
 
 def _import_transformers(source: Source) -> Any:

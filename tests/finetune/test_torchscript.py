@@ -156,9 +156,12 @@ def test_a_held_out_encoder_needs_no_gradient(tmp_path: Path) -> None:
     require_fit(load_encoder(saved(Detached(), tmp_path / "net.pt")), (3, 6, 6), gradient=False)
 
 
-def test_an_encoder_that_draws_is_taken_and_leaves_the_generator_alone(tmp_path: Path) -> None:
+def test_an_encoder_that_draws_is_refused_and_leaves_the_generator_alone(tmp_path: Path) -> None:
     before = torch.get_rng_state()
-    require_fit(load_encoder(saved(Noisy(), tmp_path / "net.pt")), (3, 6, 6))
+    with pytest.raises(
+        UsageError, match=r"features change by \d+\.\d% from one call to the next; an encoder must draw"
+    ):
+        require_fit(load_encoder(saved(Noisy(), tmp_path / "net.pt")), (3, 6, 6))
     assert torch.equal(torch.get_rng_state(), before)
 
 

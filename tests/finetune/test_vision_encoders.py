@@ -35,6 +35,14 @@ def clip_embedding(model: Any, pixels: Tensor) -> Tensor:
     return embedding
 
 
+def of_all_patches(model: Any, pixels: Tensor) -> Tensor:
+    """The mean over the tokens of ViT-MAE, which the order of the patches does not change."""
+    model.config.mask_ratio = 0.0
+    hidden: Tensor = model.vit(pixels, noise=torch.rand(len(pixels), 16)).last_hidden_state
+    assert hidden.shape[1] == 17
+    return hidden.mean(1)
+
+
 # What each family's features are, computed from the model itself.
 FEATURES: dict[tuple[str, str], Callable[[Any, Tensor], Tensor]] = {
     ("clip", "clip"): clip_embedding,
@@ -45,6 +53,7 @@ FEATURES: dict[tuple[str, str], Callable[[Any, Tensor], Tensor]] = {
     ("dino", "dinov3"): lambda model, pixels: model(pixels).last_hidden_state[:, 0],
     ("hf", "vit"): lambda model, pixels: model(pixels).pooler_output,
     ("hf", "vit_classifier"): lambda model, pixels: model.vit(pixels).last_hidden_state[:, 0],
+    ("hf", "vit_mae"): of_all_patches,
     ("hf", "resnet"): lambda model, pixels: model(pixels).last_hidden_state.mean((2, 3)),
     ("hf", "siglip"): lambda model, pixels: model.vision_model(pixels).pooler_output,
     ("hf", "clip"): lambda model, pixels: model.vision_model(pixels).pooler_output,
@@ -62,6 +71,16 @@ def test_features_are_those_of_the_model(family: str, kind: str, tmp_path: Path)
     assert not any(parameter.requires_grad for parameter in encoder.network.parameters())
     require_fit(encoder, (3, 24, 24))
     require_fit(encoder, (1, 8, 8))
+
+
+def test_no_encoder_draws(tmp_path: Path) -> None:
+    """ViT-MAE hides three quarters of the patches from itself, other ones each time, unless it is told not to."""
+    model = save_vision_model("vit_mae", tmp_path)
+    assert not torch.equal(*(model.vit(prepared(images())).last_hidden_state for _ in range(2)))
+    encoder, before = load_encoder(f"hf:{tmp_path}"), torch.get_rng_state()
+    assert torch.equal(encoder(images()), encoder(images()))
+    torch.testing.assert_close(encoder(images())[:1], encoder(images()[:1]))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_gradient_reaches_the_images_through_the_preprocessing(tmp_path: Path) -> None:

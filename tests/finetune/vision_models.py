@@ -44,6 +44,9 @@ def vision_model(kind: str) -> Any:
         "dinov3": lambda: t.DINOv3ViTModel(t.DINOv3ViTConfig(**wide, num_register_tokens=2)),
         "vit": lambda: t.ViTModel(t.ViTConfig(**wide)),
         "vit_classifier": lambda: t.ViTForImageClassification(t.ViTConfig(**wide)),  # published without a pooler
+        "vit_mae": lambda: t.ViTMAEForPreTraining(
+            t.ViTMAEConfig(**wide, decoder_hidden_size=8, decoder_num_attention_heads=2, decoder_num_hidden_layers=1)
+        ),
         "resnet": lambda: t.ResNetModel(
             t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
         ),
