@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmd_finetune.loop import Report
+from mmd_finetune.run_folder import form_of
 from mmd_finetune.world import is_first_process
 
-BAR = (10, 40)  # columns, at least and at most
-NUMBERS = 68  # columns that all but the bar takes
+BAR = (8, 40)  # columns, at least and at most
+NUMBERS = 72  # columns that all but the bar takes
 LINE_INTERVAL = 30.0  # seconds between lines where there is no bar
 PACE_OVER = 600.0  # seconds; rich's 30 hold few iterations, of which one with an evaluation takes many times as long
 
@@ -45,7 +46,8 @@ class ProgressBar:
 
     def __call__(self, report: Report) -> None:
         """Show one iteration."""
-        measured = f"held-out {report.held_out:.2f}, best {report.best:.2f}"
+        held_out, best = (f"{distance:{form_of(distance)}}" for distance in (report.held_out, report.best))
+        measured = f"held-out {held_out}, best {best}"
         if report.loss is not None:
             measured = f"MMD² {report.loss:.4f}, {measured}"
         self._bar.start()

@@ -40,6 +40,11 @@ GIVEN = "resume.json"  # the settings with the paths of this machine, while a ru
 CHANGE_ROUNDING = ("micro_batch_size",)  # settings that a run may go on with other values of
 
 
+def form_of(distance: float) -> str:
+    """How a distance is shown: with two decimals, below 0.1 with three digits; the scale is that of an encoder."""
+    return "#.3g" if 0.0 < abs(distance) < 0.1 else ".2f"
+
+
 @dataclass(frozen=True)
 class RunResult:
     """What a run reached: held-out Frechet distances on noise that was used for neither tuning nor choosing.
@@ -68,7 +73,8 @@ class RunResult:
         for name, values in self.held_out.items():
             intervals = self.held_out_intervals.get(name, (unknown, unknown))
             before, after = (
-                Measured(value, low, high).told(".2f") for value, (low, high) in zip(values, intervals, strict=True)
+                Measured(value, low, high).told(form_of(value))
+                for value, (low, high) in zip(values, intervals, strict=True)
             )
             told[name] = before, after
         return told

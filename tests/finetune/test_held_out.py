@@ -17,6 +17,7 @@ from mmd_finetune.digits import load_digits_split
 from mmd_finetune.loop import tune
 from mmd_finetune.metrics import frechet_distance
 from mmd_finetune.reference import encode_in_batches
+from mmd_finetune.run_folder import RunResult
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.task import prepare
 from tests.finetune.runs import changed, distance_of, log_of
@@ -50,6 +51,31 @@ def test_the_first_held_out_encoder_decides_and_all_are_reported(
                 assert low < value < high
                 assert told == f"{value:.2f} ({low:.2f} to {high:.2f})"
             assert f"| `{name}` | {' | '.join(result.told[name])} |" in card
+
+
+@pytest.mark.parametrize(
+    ("scale", "told"),
+    [
+        (1.0, ("2.55 (1.66 to 3.51)", "0.54 (0.19 to 0.85)")),
+        (0.1, ("0.26 (0.17 to 0.35)", "0.0544 (0.0191 to 0.0853)")),
+        (1e-3, ("0.00255 (0.00166 to 0.00351)", "0.000544 (0.000191 to 0.000853)")),
+        (0.0, ("0.00 (0.00 to 0.00)", "0.00 (0.00 to 0.00)")),
+    ],
+)
+def test_a_small_scale_of_an_encoder_hides_no_result(scale: float, told: tuple[str, str], tmp_path: Path) -> None:
+    before, after = (2.551, 1.661, 3.511), (0.5441, 0.1911, 0.8531)
+    (first, low, high), (last, least, most) = ([scale * each for each in side] for side in (before, after))
+    result = RunResult(
+        folder=tmp_path,
+        iterations=1,
+        best_iteration=1,
+        held_out_before=first,
+        held_out_after=last,
+        held_out={"pixels": (first, last)},
+        seconds=1.0,
+        held_out_intervals={"pixels": ((low, high), (least, most))},
+    )
+    assert result.told == {"pixels": told}
 
 
 def test_a_finished_run_gives_the_same_result(tiny_settings: FinetuneSettings) -> None:

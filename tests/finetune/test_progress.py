@@ -13,16 +13,22 @@ from mmd_finetune.progress import ProgressBar
 
 
 @pytest.mark.parametrize("width", [80, 200])
-def test_no_number_of_the_bar_is_cut_off(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("held_out", "best", "shown_as"),
+    [(102.6, 100.59, ("102.60", "100.59")), (0.0004567, 0.0001234, ("0.000457", "0.000123"))],
+)
+def test_no_number_of_the_bar_is_cut_off(
+    held_out: float, best: float, shown_as: tuple[str, str], width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mmd_finetune.progress.LINE_INTERVAL", 0.0)
     console = Console(file=io.StringIO(), width=width, force_terminal=True)
     with ProgressBar(console) as bar:
-        bar(Report(iteration=1200, iterations=1200, loss=-0.0001, held_out=102.6, best=100.59, seconds=4000.0))
+        bar(Report(iteration=1200, iterations=1200, loss=-0.0001, held_out=held_out, best=best, seconds=4000.0))
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
     assert "…" not in shown
     assert "iteration 1200" not in shown
-    for number in ("1200/1200", "MMD² -0.0001", "held-out 102.60", "best 100.59", "left"):
+    for number in ("1200/1200", "MMD² -0.0001", f"held-out {shown_as[0]}", f"best {shown_as[1]}", "left"):
         assert number in shown
 
 
