@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _TEMPLATE = """\
 ---
 library_name: diffusers
-{licence_line}tags: [diffusion, few-step, mmd]
+{licence_line}{base_line}tags: [diffusion, few-step, mmd]
 ---
 # {name} tuned for {plan}
 
@@ -47,10 +47,12 @@ distance in `{holdout}` on other noise; the numbers above are on noise that was 
 def model_card(record: Mapping[str, Any], base: Checkpoint, plan: StepPlan, result: RunResult) -> str:
     """Markdown from the run's record (``Task.record``) and its result; no path of the machine."""
     settings = record["settings"]
+    name = settings["model"]
     return _TEMPLATE.format(
         licence_line=f"license: {base.licence.lower()}\n" if base.licence else "",
+        base_line=f"base_model: {name}\n" if "/" in name else "",
         licence=base.licence or "that of the base model, which does not state one in its folder",
-        name=settings["model"],
+        name=name,
         plan=describe(plan),
         learned=f", learned from it: SHA-256 `{plan.digest()}`" if is_learned(plan) else "",
         steps=plan.step_count,

@@ -220,11 +220,17 @@ class FinetuneSettings(BaseModel):
         return DataOptions(**{entry.name: getattr(self, entry.name) for entry in fields(DataOptions)})
 
     def public(self) -> dict[str, Any]:
-        """JSON-ready, without the places of this machine: ``out`` and caches are left out, paths become names."""
+        """JSON-ready, without the places of this machine: ``out`` and caches are left out, paths become names.
+
+        Hub ids stay whole, so ``model`` has a slash only if it is one.
+        """
         values = self.model_dump(mode="json", exclude={"out", "feature_cache"})
         encoders = {key: [Source.parse(spec).name for spec in values[key]] for key in ("features", "holdout")}
-        data = values["data"]
-        named = {"model": Path(values["model"]).name, "data": data if Source.parse(data).is_hub_id else Path(data).name}
+        model, data = Source(kind="", place=self.model), Source.parse(self.data)
+        named = {
+            "model": self.model if model.is_hub_id else Path(self.model).name,
+            "data": self.data if data.is_hub_id else Path(self.data).name,
+        }
         return values | encoders | named
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from safetensors.torch import load_file, save_file
 
+from mmd_export.checkpoints.folder_card import stated_lineage
 from mmd_export.errors import UsageError
 from mmd_finetune.data import DataOptions, load_real
 from mmd_finetune.digits import load_digits_split
@@ -51,6 +53,7 @@ def test_the_first_held_out_encoder_decides_and_all_are_reported(
                 assert low < value < high
                 assert told == f"{value:.2f} ({low:.2f} to {high:.2f})"
             assert f"| `{name}` | {' | '.join(result.told[name])} |" in card
+        assert "base_model:" not in card  # that of a folder is none for the hub
 
 
 @pytest.mark.parametrize(
@@ -120,6 +123,17 @@ def test_files_as_encoders_in_a_whole_run(tiny_settings: FinetuneSettings, tmp_p
     assert set(result.held_out) == {"dino:dino", "digits-mlp"}
     for name in ("README.md", "settings.json", "result.json", "log.jsonl"):
         assert str(tmp_path) not in (result.folder / name).read_text()
+
+
+def test_the_card_of_a_tuned_hub_model_names_its_base(
+    tiny_settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_settings.model
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: folder)
+    run = tune(changed(tiny_settings, model="somebody/tiny", iterations=1)).folder
+    assert (metadata_load(run / "README.md") or {})["base_model"] == "somebody/tiny"
+    assert "base model: `somebody/tiny`, SHA-256" in (run / "README.md").read_text()
+    assert stated_lineage(run)["base model"].startswith("`somebody/tiny`, SHA-256 ")
 
 
 def test_a_resume_with_other_weights_in_the_encoder_file_is_refused(
