@@ -69,9 +69,9 @@ def _read(
 
         return read_python(source.place, **source.require(options, "sample_size"))
     source.require(options)
+    local, built_in = Path(source.place), source.place in BUILT_IN
     folder = _locate(source.place)
-    built_in = source.place in BUILT_IN
-    name = source.place if built_in else folder.resolve().name
+    name = local.resolve().name if local.is_dir() and not built_in else local.name  # of a hub id too
     return read_folder(folder, name, "Apache-2.0" if built_in else None, network)
 
 

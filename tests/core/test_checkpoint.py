@@ -323,9 +323,13 @@ def test_a_hub_id_without_a_network(error: Exception, words: str, monkeypatch: p
     assert asked == [("google/ddpm-cifar10-32", ["*.json", "README.md", f"*{SAFETENSORS}"])]  # never a pickle
 
 
-def test_a_hub_id_that_is_there(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tiny))
-    assert load_checkpoint("owner/tiny").sha256 == load_checkpoint(tiny).sha256
+def test_a_hub_id_that_is_there(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / ("ab" * 20)
+    snapshot.symlink_to(tiny, target_is_directory=True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    checkpoint = load_checkpoint("owner/nice-model")
+    assert checkpoint.sha256 == load_checkpoint(tiny).sha256
+    assert checkpoint.name == "nice-model"
 
 
 # --- folders that are something else
