@@ -65,6 +65,7 @@ class Baseline(_Facts):
     model: Model
     machine: dict[str, Any]
     threads: int
+    cuda_graph: bool = False  # of files written before it was noted, whose reference was never recorded
     ratio: Interval
     environment: dict[str, Any]
 
@@ -88,6 +89,10 @@ class Baseline(_Facts):
         """What the measured ratio may be."""
         return Limit(candidate, against, 1.0 + max_regression, BlockRatio(**self.ratio.model_dump()))
 
+    @property
+    def _run(self) -> Mapping[str, Any]:
+        return {"threads": self.threads, "cuda_graph": self.cuda_graph}
+
     def require_same(self, now: Baseline, path: Path) -> None:
         """Raise UsageError with both values if ``now`` is of another model, machine or reference. Versions may differ.
 
@@ -97,7 +102,7 @@ class Baseline(_Facts):
             ("model", self.model.model_dump(), now.model.model_dump()),
             ("machine", self.machine, now.machine),
             ("reference", self.reference.model_dump(), now.reference.model_dump()),
-            ("run", {"threads": self.threads}, {"threads": now.threads}),
+            ("run", self._run, now._run),
         )
         for part, saved, found in parts:
             for name in {**saved, **found}:
@@ -109,7 +114,14 @@ class Baseline(_Facts):
 
 
 def baseline_of(
-    bundle: Bundle, runs_in: str, reference: Reference, batch: int, threads: int, environment: Mapping[str, Any]
+    bundle: Bundle,
+    runs_in: str,
+    reference: Reference,
+    batch: int,
+    environment: Mapping[str, Any],
+    *,
+    threads: int,
+    cuda_graph: bool,
 ) -> Baseline:
     """What this run would save, its ratio still 1: enough for ``require_same`` before anything is measured."""
     return Baseline(
@@ -119,6 +131,7 @@ def baseline_of(
         model=Model.of(bundle, batch),
         machine=machine(dict(environment)),
         threads=threads,
+        cuda_graph=cuda_graph,
         ratio=Interval(median=1.0, low=1.0, high=1.0, blocks=1, rounds=1),
         environment=dict(environment),
     )

@@ -189,6 +189,18 @@ class ProviderRuntime(Protocol):
         ...
 
 
+@runtime_checkable
+class GraphRuntime(Protocol):
+    """A runtime that knows whether it takes ``RunOptions.cuda_graph`` or refuses it."""
+
+    records_graphs: bool
+
+
+def records_graphs(runtime: Runtime) -> bool:
+    """Whether its runs can be recorded as CUDA graphs."""
+    return isinstance(runtime, GraphRuntime) and runtime.records_graphs
+
+
 def placement_of(session: Session) -> Placement | None:
     """Where the nodes run, of a session that can tell."""
     return session.placement if isinstance(session, PlacedSession) else None

@@ -105,8 +105,8 @@ def settled_gates(
     """The limits on the first bundle; raises UsageError if the file is of another machine, model or reference."""
     candidate, others = found[0], found[1:]
     if (rows := gates.rows) is not None:
-        limits = tuple(Limit(candidate.name, _named(name, others, gates), most) for name, most in rows)
-        return SettledGates(limits)
+        held = [(_named(name, others, gates), most) for name, most in rows]
+        return SettledGates(tuple(_direct(candidate, reference, most) for reference, most in held))
     reference = found[bundles] if len(found) > bundles else None
     saved = gates.baseline
     if saved is not None:
@@ -114,13 +114,29 @@ def settled_gates(
     if reference is None or candidate.bundle is None:
         raise MmdExportError("a gate has no reference; pass --against")
     described = Reference(against=reference.against, runs_in=reference.runs_in, sha256=_sha256(reference))
-    now = baseline_of(candidate.bundle, candidate.runs_in, described, batch, options.threads, describe_environment())
-    if saved is not None and gates.file is not None:
-        saved.require_same(now, gates.file)
-        limits = (saved.limit(candidate.name, reference.name, gates.max_regression),)
-    else:
-        limits = (Limit(candidate.name, reference.name, 1.0 + gates.max_regression),)
-    return SettledGates(() if gates.save else limits, now, reference.name, gates.save)
+    now = baseline_of(
+        candidate.bundle, candidate.runs_in, described, batch, describe_environment(),
+        threads=options.threads, cuda_graph=options.cuda_graph,
+    )  # fmt: skip
+    if gates.save is not None:
+        return SettledGates((), now, reference.name, gates.save)
+    if saved is None or gates.file is None:
+        return SettledGates((_direct(candidate, reference, 1.0 + gates.max_regression),))
+    saved.require_same(now, gates.file)
+    return SettledGates((saved.limit(candidate.name, reference.name, gates.max_regression),))
+
+
+def _direct(candidate: Candidate, reference: Candidate, most: float) -> Limit:
+    """Without a baseline, which would tell the runtime of its reference.
+
+    Raises UsageError for a bundle in another runtime that nobody named: the limit would judge the runtimes.
+    """
+    if reference.bundle is not None and reference.runtime != candidate.runtime and not reference.named:
+        raise UsageError(
+            f"the gate is on two bundles, {candidate.name} runs in {candidate.runtime} and {reference.name} in "
+            f"{reference.runtime}; if that is meant, pass --against {reference.bundle.folder}@{reference.runtime}"
+        )
+    return Limit(candidate.name, reference.name, most)
 
 
 def _sha256(candidate: Candidate) -> str | None:
@@ -139,10 +155,10 @@ def _reference(saved: Baseline, others: Sequence[Candidate], gates: Gates) -> Ca
     )
 
 
-def _named(name: str, others: Sequence[Candidate], gates: Gates) -> str:
+def _named(name: str, others: Sequence[Candidate], gates: Gates) -> Candidate:
     for each in others:
         if name in (each.name, each.against):
-            return each.name
+            return each
     known = ", ".join(each.name for each in others)
     raise UsageError(f"--gate {gates.file} names {name!r}; measured are {known}; add --against {name}")
 

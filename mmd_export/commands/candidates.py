@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmd_export.bundle import Bundle, batch_axis
-from mmd_export.commands.verify import BUILT_IN, usable_runtime
+from mmd_export.commands.verify import BUILT_IN, opens, usable_runtime
 from mmd_export.errors import NotAvailableError, UsageError
-from mmd_export.runtime import BindingSession, Placement, RunOptions, placement_of
-from mmd_runtime.registry import runtime_names
+from mmd_export.runtime import BindingSession, Placement, RunOptions, placement_of, records_graphs
+from mmd_runtime.registry import get_runtime, runtime_names
 
 if TYPE_CHECKING:
     from mmd_export.checkpoint import Checkpoint
@@ -57,7 +57,7 @@ class Candidate:
     """``open`` opens a session anew, where there is one, and returns one inference as a call.
 
     ``runs_in``: runtime and version. ``sha256``: of a bundle's artefact. ``bundle`` and ``runtime``: of one that can be
-    started in a fresh process.
+    started in a fresh process. ``named``: ``--against`` names that runtime.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Candidate:
     open: Callable[[], Call]
     bundle: Bundle | None = None
     runtime: str = ""
+    named: bool = False
     placements: list[Placement] = field(default_factory=list)
 
     @property
@@ -143,7 +144,7 @@ def _of_bundle(
             raise NotAvailableError(f"runtime {runtime.name} keeps no inputs on the device; leave out --bound")
         return session.bind(inputs)
 
-    return Candidate(name, against, detail, opened, bundle, runtime.name, placements)
+    return Candidate(name, against, detail, opened, bundle, runtime.name, placements=placements)
 
 
 def _of_name(
@@ -154,12 +155,23 @@ def _of_name(
     if name in TORCH_BASELINES:
         return _of_torch(name, free, first, batch, plain, checkpoints)
     if name.partition(":")[0] in runtime_names():
-        return _of_bundle(first, free, name, batch, replace(plain, runtime=name), checkpoints)
+        found = _of_bundle(first, free, name, batch, replace(plain, runtime=name), checkpoints)
+        return replace(found, named=True)
     place, _, runtime = name.partition("@") if not Path(name).is_dir() else (name, "", "")
     if not Path(place).is_dir():
         raise UsageError(f"--against {name!r} is none of {', '.join(BASELINES)}, nor a runtime, nor a bundle")
     other = Bundle.open(place)
-    return _of_bundle(other, free, other.name, batch, replace(plain, runtime=runtime or None), checkpoints)
+    found = _of_bundle(other, free, other.name, batch, _run_alike(other, runtime, options), checkpoints)
+    return replace(found, named=bool(runtime))
+
+
+def _run_alike(other: Bundle, runtime: str, options: BenchOptions) -> BenchOptions:
+    """``other`` as the bundles are run, in ``runtime`` if one is named; a CUDA graph where its runtime records any."""
+    if not runtime and options.runtime and opens(get_runtime(options.runtime), other.manifest.format):
+        runtime = options.runtime
+    chosen = usable_runtime(other, runtime or None)
+    graph = options.cuda_graph and records_graphs(chosen)
+    return replace(options, bound=False, cuda_graph=graph, runtime=chosen.name)
 
 
 def _of_torch(

@@ -35,7 +35,7 @@ def usable_runtime(bundle: Bundle, name: str | None) -> Runtime:
     """The runtime of that name, or the first that fits the bundle's format; it must work here and fit."""
     artefact_format = bundle.manifest.format
     runtime = get_runtime(name) if name else runtime_for(artefact_format)
-    if runtime.formats and artefact_format not in runtime.formats:
+    if not opens(runtime, artefact_format):
         formats = ", ".join(runtime.formats)
         able = ", ".join(each for each in runtime_names() if artefact_format in get_runtime(each).formats)
         raise UsageError(
@@ -45,6 +45,11 @@ def usable_runtime(bundle: Bundle, name: str | None) -> Runtime:
     if not (found := runtime.availability()).available:
         raise NotAvailableError(f"runtime {runtime.name} does not work here: {found.detail}; {found.install}")
     return runtime
+
+
+def opens(runtime: Runtime, artefact_format: str) -> bool:
+    """Whether it runs artefacts of that format; the torch reference reads none, and so fits all."""
+    return not runtime.formats or artefact_format in runtime.formats
 
 
 def verify(

@@ -19,8 +19,9 @@ from mmd_export.bundle import Bundle
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.ci_files import Case, bench_cases, junit_xml, verify_cases
 from mmd_export.commands.bench import bench
-from mmd_export.commands.bench_gate import Gates
-from mmd_export.commands.candidates import BenchOptions, Checkpoints, candidates_of, inputs_of
+from mmd_export.commands.bench_gate import Gates, settled_gates
+from mmd_export.commands.candidates import BenchOptions, Candidate, Checkpoints, candidates_of, inputs_of
+from mmd_export.errors import UsageError
 from mmd_export.manifest import DeferredInfo
 from mmd_export.plan import StepPlan
 from mmd_export.torch_baselines import baseline
@@ -196,6 +197,28 @@ def test_a_gate_against_a_bundle_measured_now(
     assert json.loads((tmp_path / "gate.json").read_text())["gates"][0]["verdict"] == "fail"
 
 
+def test_a_gate_between_two_runtimes_is_for_those_who_name_them(
+    digits_bundle: Path, longer_bundle: Path, tmp_path: Path
+) -> None:
+    options = BenchOptions((digits_bundle,), runtime="onnxruntime:cpu", threads=1)
+
+    def held_against(name: str) -> tuple[Candidate, ...]:
+        return candidates_of([Bundle.open(digits_bundle)], (name,), 1, options, Checkpoints())
+
+    found = held_against(str(longer_bundle))
+    (limit,) = settled_gates(Gates(), found, 1, 1, options).limits
+    assert (limit.candidate, limit.against, limit.most) == ("digits-2", "digits-6", 1.05)
+    found[1].runtime = "openvino"  # as of a bundle that the runtime asked for does not open
+    limits = tmp_path / "limits.json"
+    limits.write_text(json.dumps({"gates": [{"against": "digits-6", "max_ratio": 1}]}))
+    for gates in (Gates(), Gates.of(limits, None, None)):
+        assert gates is not None
+        with pytest.raises(UsageError, match="runs in onnxruntime:cpu and digits-6 in openvino; if that is meant"):
+            settled_gates(gates, found, 1, 1, options)
+    for name in (f"{longer_bundle}@onnxruntime", "onnxruntime"):
+        assert settled_gates(Gates(), held_against(name), 1, 1, options).limits
+
+
 def test_a_gate_on_a_baseline(command: Command, digits_bundle: Path, longer_bundle: Path, saved: Path) -> None:
     gate = ("--against", longer_bundle, "--gate", saved, "--rounds", 12, *QUICK)
     code, out, err = command("bench", digits_bundle, *gate, "--max-regression", "90%")
@@ -204,6 +227,7 @@ def test_a_gate_on_a_baseline(command: Command, digits_bundle: Path, longer_bund
     faster = json.loads(saved.read_text())
     for key in ("median", "low", "high"):
         faster["ratio"][key] /= 3
+    assert faster.pop("cuda_graph") is False  # a file from before it was noted is read as that
     other = saved.with_name("faster.json")
     other.write_text(json.dumps(faster))
     code, _, err = command("bench", digits_bundle, "--against", longer_bundle, "--gate", other, "--rounds", 12, *QUICK)
@@ -232,6 +256,7 @@ def changed(key: str, value: object) -> Callable[[dict[str, Any]], object]:
         ("reference.sha256", "ab" * 32, "of another reference: sha256 is abababababababab there and"),
         ("reference.runs_in", "onnxruntime: 0.1", "of another reference: runs_in is onnxruntime: 0.1 there and"),
         ("threads", 7, "of another run: threads is 7 there and 1 now"),
+        ("cuda_graph", True, "of another run: cuda_graph is True there and False now"),
         ("schema_version", 99, "has schema 99, this version reads schema 1"),
         ("ratio.median", -1.0, "ratio.median: Input should be greater than 0"),
     ],

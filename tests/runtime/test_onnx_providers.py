@@ -17,11 +17,11 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from mmd_export.bundle import BatchSpec, Bundle
 from mmd_export.commands.bench import bench
 from mmd_export.commands.bench_gate import Gates
-from mmd_export.commands.candidates import BenchOptions
+from mmd_export.commands.candidates import BenchOptions, Checkpoints, candidates_of
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.numbers import latency_markdown
 from mmd_export.parity import check_artefact
-from mmd_export.runtime import BindingSession, Placement, ProviderRuntime, RunOptions, placement_of
+from mmd_export.runtime import Availability, BindingSession, Placement, ProviderRuntime, RunOptions, placement_of
 from mmd_runtime import registry
 from mmd_runtime.onnx_providers import (
     CPU,
@@ -211,6 +211,26 @@ def test_parity_and_latency_tell_it(bundle: Bundle) -> None:
     assert report.baselines == ("onnxruntime",)
     assert {name: place.taken for name, place in report.placements.items()} == {"chain-2": NODES}
     assert report.to_dict()["placements"]["chain-2"]["provider"] == "CPUExecutionProvider"
+
+
+def test_another_bundle_is_run_as_the_first_is(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the runtime that was asked for and recorded where it can be, unless ``@`` names another."""
+    opened: list[tuple[str, bool]] = []
+
+    def stand_in(runtime: OnnxRuntime, other: Bundle, options: RunOptions) -> object:
+        opened.append((runtime.name, options.cuda_graph))
+        return _inference_session(other, other.artefact_path, OPTIONS, CPU)
+
+    monkeypatch.setattr(OnnxRuntime, "availability", lambda _: Availability(True, "a stand-in"))
+    monkeypatch.setattr(OnnxRuntime, "open", stand_in)
+    against = (str(bundle.folder), f"{bundle.folder}@onnxruntime:tensorrt", f"{bundle.folder}@onnxruntime")
+    options = BenchOptions((bundle.folder,), against, "onnxruntime:cuda", cuda_graph=True)
+    found = candidates_of([bundle], against, 2, options, Checkpoints())
+    for each in found:
+        each.open()
+    graphs = {"onnxruntime:cuda": True, "onnxruntime:tensorrt": True, "onnxruntime": False}
+    assert opened == [("onnxruntime:cuda", True), *graphs.items()]
+    assert [each.named for each in found] == [False, False, True, True]
 
 
 # --- inputs and outputs on the device

@@ -46,6 +46,7 @@ class OnnxRuntime:
     def __init__(self, provider: Provider | None = None) -> None:
         self.provider = provider
         self.name = "onnxruntime" if provider is None else f"onnxruntime:{provider.name}"
+        self.records_graphs = bool((provider or CPU).graph_option)
 
     def on(self, provider: str) -> OnnxRuntime:
         """The runtime with that provider; its sessions tell where their nodes run."""
