@@ -170,16 +170,16 @@ class Composer:
         return self.op("Clip", [last, *limits], "sample")
 
     def _uint8(self, image: ir.Value) -> ir.Value:
-        """round((x / 2 + 0.5) * 255), channels last."""
+        """round((x / 2 + 0.5) * 255), channels last; the cast is the last node: TensorRT has UINT8 at the edge only."""
         unit = self.op(
             "Add", [self.op("Mul", [image, self.scalar(0.5)], "sample/half"), self.scalar(0.5)], "sample/unit"
         )
         rounded = self.op("Round", [self.op("Mul", [unit, self.scalar(255.0)], "sample/255")], "sample/rounded")
-        bytes_ = self.op("Cast", [rounded], "sample/uint8", to=ir.AttrInt64("to", ir.DataType.UINT8))
-        bytes_.type = ir.TensorType(ir.DataType.UINT8)
-        result = self.op("Transpose", [bytes_], "sample", perm=ir.AttrInt64s("perm", [0, 2, 3, 1]))
         batch, channels, height, width = self.image
-        result.type, result.shape = bytes_.type, ir.Shape((batch, height, width, channels))
+        last = self.op("Transpose", [rounded], "sample/channels_last", perm=ir.AttrInt64s("perm", [0, 2, 3, 1]))
+        result = self.op("Cast", [last], "sample", to=ir.AttrInt64("to", ir.DataType.UINT8))
+        result.type = ir.TensorType(ir.DataType.UINT8)
+        last.shape = result.shape = ir.Shape((batch, height, width, channels))
         return result
 
 

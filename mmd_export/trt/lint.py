@@ -5,6 +5,7 @@ onnx_ir, no torch.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,13 +43,21 @@ def engine_faults(model: ir.Model) -> list[str]:
 
     opset = model.graph.opset_imports.get("", 0)
     found = [f"opset {opset}, at most {NEWEST_OPSET} is known to build"] if opset > NEWEST_OPSET else []
+    edge = set(model.graph.outputs)
     for node in model.graph.all_nodes():
         if node.op_type in _CRASHES | RANDOM:
             found.append(f"node {node.name!r} ({node.op_type})")
-        found += [f"float64 value {value.name!r}" for value in node.outputs if _is_float64(value)]
+        found += [f"{name} value {value.name!r}" for value in node.outputs if (name := _unwanted(value, edge))]
     return found
 
 
-def _is_float64(value: ir.Value) -> bool:
-    """Its parser takes float64 too, which no tolerance of ours is about."""
-    return value.dtype is not None and value.dtype.name == "DOUBLE"
+def _unwanted(value: ir.Value, edge: Collection[ir.Value]) -> str:
+    """The type if a value should not have it, "" if it may.
+
+    Their parsers take float64 too, which no tolerance of ours is about. They do not take uint8 inside a network, only
+    as its input or output: "TensorRT does not support UINT8 types for intermediate tensors".
+    """
+    kind = "" if value.dtype is None else value.dtype.name
+    if kind == "UINT8":
+        return "" if value in edge else "inner uint8"
+    return "float64" if kind == "DOUBLE" else ""

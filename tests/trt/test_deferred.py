@@ -112,6 +112,14 @@ def digits() -> SamplerProgram:
 
 
 @pytest.mark.usefixtures("_rtx")
+def test_levels_are_cast_where_the_network_ends(attention: SamplerProgram, tmp_path: Path) -> None:
+    """Its parser takes UINT8 there alone."""
+    wanted = CompileOptions("fp32", "uint8", target=TargetOptions(compute_capability="8.9"))
+    get_target(RTX.name).compile(attention, tmp_path, wanted)
+    assert (tmp_path / "model.plan").stat().st_size > 0
+
+
+@pytest.mark.usefixtures("_rtx")
 @pytest.mark.parametrize(
     ("model", "precision"),
     [*(("attention", name) for name in get_target(RTX.name).precisions),

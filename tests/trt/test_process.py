@@ -51,6 +51,11 @@ def test_the_lint_keeps_such_a_graph_away_from_it(one_node: OneNode) -> None:
     double = ir.load(one_node("Relu", (1, 2)))
     double.graph.node(0).outputs[0].dtype = ir.DataType.DOUBLE
     assert engine_faults(double) == ["float64 value 'sample'"]
+    levels = ir.load(one_node("Identity", (1, 2)))
+    levels.graph.node(0).outputs[0].dtype = ir.DataType.UINT8
+    assert engine_faults(levels) == []
+    levels.graph.outputs.clear()
+    assert engine_faults(levels) == ["inner uint8 value 'sample'"]
     fine = one_node("Relu", (1, 2))
     assert require_buildable(fine, "TensorRT-RTX") == 1
     fine.write_bytes(fine.read_bytes()[:-9])
