@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def build(trt: Any, job: Job, tell: Tell) -> dict[str, Any]:
         )
     Path(job.engine).write_bytes(memoryview(plan))
     if cache is not None and job.timing_cache is not None:
-        _save(Path(job.timing_cache), bytes(memoryview(config.get_timing_cache().serialize())))
+        _keep(Path(job.timing_cache), bytes(memoryview(config.get_timing_cache().serialize())))
     return {"version": trt.__version__, "capabilities": capabilities}
 
 
@@ -168,17 +169,31 @@ def _timing_cache(config: Any, file: str | None) -> Any:
     """The timings of earlier builds, so that the next one measures less and chooses the same."""
     if file is None or not hasattr(config, "create_timing_cache"):
         return None
-    cache = config.create_timing_cache(Path(file).read_bytes() if Path(file).exists() else b"")
+    cache = config.create_timing_cache(_kept(Path(file)))
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         cache = config.create_timing_cache(b"")  # of another GPU or release: start again
         config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
 
 
-def _save(path: Path, data: bytes) -> None:
+def _kept(path: Path) -> bytes:
+    """What is in the file; nothing where it is missing or cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """A folder that is full or read-only costs the next build its timings, not this one its engine."""
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_bytes(data)
-    partial.replace(path)
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        sys.stderr.write(f"[W] the timings are not kept in {path}: {error.strerror or error}\n")
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _strongly_typed(trt: Any) -> int:

@@ -89,6 +89,14 @@ def test_timings_are_kept_and_read_again(one_node: OneNode, tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["Relu.onnx", "Relu.plan", "timings.bin"]
 
 
+def test_timings_that_cannot_be_kept_cost_no_engine(one_node: OneNode, tmp_path: Path) -> None:
+    (timings := tmp_path / "timings.bin").mkdir()  # neither read nor replaced, whoever runs this
+    asked, log = job(one_node("Relu", (1, 2)), capabilities=("8.9",), timing_cache=str(timings)), tmp_path / "log"
+    assert run_job(asked, "TensorRT-RTX", None, lambda _: None, log)["capabilities"] == ["8.9"]
+    assert f"[W] the timings are not kept in {timings}: " in log.read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Relu.onnx", "Relu.plan", "log", "timings.bin"]
+
+
 def test_options_reach_the_library(one_node: OneNode, tmp_path: Path) -> None:
     relu = one_node("Relu", (1, 2))
     run_job(job(relu, hardware_compat="ampere+", workspace=64), "TensorRT-RTX", None, lambda _: None)
