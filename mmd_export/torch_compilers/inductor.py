@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from mmd_export.errors import NotAvailableError, one_line
 from mmd_export.folders import scratch_folder
+from mmd_export.torch_device import BASELINES, PLAIN, cpu_vectors
 from mmd_export.unrolled_program import quiet_copies
 
 FOLDER = "model/data/aotinductor/model"
@@ -73,10 +74,18 @@ def settings(folder: Path, device: str) -> dict[str, Any]:
         "aot_inductor.compile_wrapper_opt_level": "O0",
         "aot_inductor.enable_line_tables": False,
         "aot_inductor.precompile_headers": False,  # read once: precompiling them only adds to a build
-        "cpp.march": _MARCH.get(torch.backends.cpu.get_cpu_capability()) if device == "cpu" else None,
+        "cpp.march": _march() if device == "cpu" else None,
     }
     known = torch._inductor.config.get_config_copy()
     return {name: value for name, value in options.items() if name in known and value is not None}
+
+
+def _march() -> str | None:
+    """For Linux, where torch would take ``native``, of which the manifest cannot tell; None for other machines.
+
+    Behind it Inductor adds one of its own for SVE.
+    """
+    return _MARCH.get(cpu_vectors()) or BASELINES.get(platform.machine())
 
 
 def private_folders(scratch: str) -> tuple[str, ...]:
@@ -129,4 +138,5 @@ def hardware(device: str) -> dict[str, str]:
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         return {**host, "gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
-    return {**host, "vectors": torch.backends.cpu.get_cpu_capability()}
+    vectors = cpu_vectors()
+    return {**host, "vectors": BASELINES.get(platform.machine(), vectors) if vectors in PLAIN else vectors}

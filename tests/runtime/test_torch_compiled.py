@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
@@ -20,7 +21,8 @@ from mmd_export.errors import BundleError, NotAvailableError
 from mmd_export.runtime import RunOptions
 from mmd_export.target_options import TargetOptions
 from mmd_export.targets import get_target
-from mmd_export.torch_compilers.inductor import private_folders, without_paths
+from mmd_export.torch_compilers.inductor import hardware, private_folders, settings, without_paths
+from mmd_runtime.aotinductor import _usable_device
 from mmd_runtime.registry import runtime_for
 
 STEPS = 3
@@ -163,6 +165,7 @@ def test_why_torch_finds_no_gpu() -> None:
     ("changes", "says"),
     [
         ({"vectors": "SVE256"}, "is code for vectors SVE256, this machine has"),
+        ({"vectors": "DEFAULT"}, "is code for vectors DEFAULT, this machine has"),  # of before it had a baseline
         ({"machine": "riscv64"}, "is code for machine riscv64, this machine has"),
         ({"system": "Plan9"}, "is code for system Plan9, this machine has"),
         ({"device": "cuda", "compute_capability": "3.5"}, "CUDA|compute_capability 3.5"),
@@ -174,6 +177,52 @@ def test_code_of_another_machine_is_not_loaded(changes: dict[str, str], says: st
     other = bundle.manifest.model_copy(update={"hardware": {**bundle.manifest.hardware, **changes}})
     with pytest.raises(NotAvailableError, match=says):
         runtime_for("pt2").open(Bundle(bundle.folder, other), OPTIONS)
+
+
+SVE = {"bf16": True, "sve": True, "sve_max_length": 256}
+
+
+@pytest.mark.parametrize(
+    ("machine", "word", "flags", "march", "vectors"),
+    [
+        ("x86_64", "AVX512", {}, "x86-64-v4", "AVX512"),
+        ("x86_64", "AVX2", {}, "x86-64-v3", "AVX2"),
+        ("x86_64", "NO AVX", {}, "x86-64", "x86-64"),
+        ("aarch64", "DEFAULT", {"bf16": True, "neon": True}, "armv8-a", "armv8-a"),
+        ("aarch64", "DEFAULT", {**SVE, "bf16": False}, "armv8-a", "armv8-a"),
+        ("aarch64", "SVE256", SVE, "armv8-a", "SVE256"),
+        ("aarch64", "DEFAULT", {**SVE, "sve2": True, "sve_max_length": 128}, "armv8-a", "SVE2-128"),
+        ("arm64", "DEFAULT", {}, None, "DEFAULT"),
+        ("ppc64le", "VSX", {}, None, "VSX"),
+    ],
+)
+def test_code_is_for_what_the_manifest_says(
+    machine: str, word: str, flags: dict[str, Any], march: str | None, vectors: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never for ``native``, which torch adds on Linux where nothing is chosen."""
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: word)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
+    chosen = settings(Path("folder"), "cpu")
+    assert chosen.get("cpp.march") == march
+    assert hardware("cpu")["vectors"] == vectors
+    if machine == "aarch64" and sys.platform == "linux":  # what Inductor adds by itself
+        (added,) = valid_vec_isa_list.__wrapped__()
+        assert ("sve" in added.build_arch_flags()) == vectors.startswith("SVE")
+        assert ("sve2" in added.build_arch_flags()) == vectors.startswith("SVE2-")
+
+
+def test_code_that_needs_no_vectors_runs_where_there_are_some(
+    built: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = bundle_of(built, "torch")
+    assert bundle.manifest.hardware is not None
+    changes = {"machine": "x86_64", "vectors": "x86-64"}
+    plain = bundle.manifest.model_copy(update={"hardware": {**bundle.manifest.hardware, **changes}})
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for word in ("NO AVX", "AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda known=word: known)
+        assert _usable_device(Bundle(bundle.folder, plain)) == "cpu"
 
 
 def test_paths_are_blanked_in_text_alone() -> None:

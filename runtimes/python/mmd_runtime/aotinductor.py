@@ -73,6 +73,8 @@ def _usable_device(bundle: Bundle) -> str:
     """The device of the package, if this machine can run its code; raises NotAvailableError with both values."""
     import torch
 
+    from mmd_export.torch_device import BASELINES, cpu_vectors
+
     wants = bundle.manifest.hardware or {}
     has = {"system": platform.system(), "machine": platform.machine()}
     if wants.get("device") == "cuda":
@@ -81,12 +83,13 @@ def _usable_device(bundle: Bundle) -> str:
             raise NotAvailableError(f"bundle {bundle.name} runs on CUDA: {why}, or rebuild with --device cpu")
         has["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
     else:
-        has["vectors"] = torch.backends.cpu.get_cpu_capability()
+        has["vectors"] = cpu_vectors()
     for name, value in has.items():
-        wider = name == "vectors" and (wants.get(name), value) == ("AVX2", "AVX512")
-        if wants.get(name) != value and not wider:
+        wanted = wants.get(name)
+        wider = name == "vectors" and (wanted in BASELINES.values() or (wanted, value) == ("AVX2", "AVX512"))
+        if wanted != value and not wider:
             raise NotAvailableError(
-                f"bundle {bundle.name} is code for {name} {wants.get(name)}, this machine has {value}; rebuild it here"
+                f"bundle {bundle.name} is code for {name} {wanted}, this machine has {value}; rebuild it here"
             )
     return wants.get("device", "cpu")
 
