@@ -57,7 +57,13 @@ def bench(
             help="percentiles that must be had, as in 50,90,99; too few rounds are refused", show_default=False
         ),
     ] = None,
-    cold: Annotated[int, typer.Option(help="fresh processes of each bundle for cold load and memory")] = 1,
+    cold: Annotated[
+        int | None,
+        typer.Option(
+            help="fresh processes of each bundle for cold load and memory; default 1, with a gate none",
+            show_default=False,
+        ),
+    ] = None,
     bound: Annotated[
         bool, typer.Option("--bound", help="keep inputs and outputs on the device, where the runtime can")
     ] = False,
@@ -106,11 +112,13 @@ def bench(
     from mmd_export.commands.cards import write_latency
 
     _require_counts(rounds, seconds, threads, cold)
+    gates = Gates.of(gate, max_regression, save_baseline)
+    fresh = (1 if gates is None else 0) if cold is None else cold
     options = BenchOptions(
         tuple(bundles), tuple(against or ()), runtime, checkpoint, rounds, seconds, threads, bound,
-        _sizes(batches), _percentiles(percentiles), cold, cuda_graph,
+        _sizes(batches), _percentiles(percentiles), fresh, cuda_graph,
     )  # fmt: skip
-    report = command.bench(options, say, Gates.of(gate, max_regression, save_baseline))
+    report = command.bench(options, say, gates)
     numbers = report.to_dict()
     _show_bench(numbers, json)
     for name, placement in report.placements.items():
@@ -167,13 +175,13 @@ def report(
     show(f"{out}: {out.stat().st_size / 1e3:.0f} kB, {len(bundles)} bundles")
 
 
-def _require_counts(rounds: int | None, seconds: float | None, threads: int, cold: int) -> None:
+def _require_counts(rounds: int | None, seconds: float | None, threads: int, cold: int | None) -> None:
     """Raise UsageError for what is no number of rounds, seconds, threads or processes."""
     positive("--rounds", rounds)
     if seconds is not None and not 0 < seconds < math.inf:
         raise UsageError(f"--seconds is {seconds:g}; it must be above 0, or leave it out")
     at_least("--threads", threads, 0)
-    at_least("--cold", cold, 0)
+    at_least("--cold", cold or 0, 0)
     cores = os.cpu_count() or 1
     if threads > (most := cores * _MOST_THREADS_A_CORE):
         raise UsageError(f"--threads is {threads}, this machine has {cores} cores; give at most {most}")

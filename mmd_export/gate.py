@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from mmd_export.environment import describe_environment, load
 from mmd_export.errors import UsageError
 from mmd_export.intervals import CONFIDENCE, mean_interval
-from mmd_export.latency import Clock, LatencyReport, Warmup, timed, warm_up
+from mmd_export.latency import Clock, LatencyReport, Warmup, timed, warmed_up
 
 LEAST_BLOCKS = 6
 LOOKS = 10  # before the end, at most so many, each at 99.5 %: by Bonferroni together under 5 %
@@ -221,12 +221,12 @@ def measure_blocks(
     """
     start, environment = clock(), describe_environment()
     calls, opening = _opened(openers, clock)
-    warm = {name: warm_up(call, 50, clock, plan.seconds / 10 / len(calls)) for name, call in calls.items()}
+    warm = warmed_up(calls, 50, clock, plan.seconds)
     order, looks = np.random.default_rng(seed), 0
     layout = plan.layout(plan.seconds - (clock() - start), opening)
     measured: list[Mapping[str, tuple[float, ...]]] = []
     while True:
-        measured.append(_one_block(calls, layout, order, clock))
+        measured.append(_one_block(calls, _next(layout, plan, measured), order, clock))
         elapsed, blocks = clock() - start, Blocks(tuple(measured), layout.reopen, warm, environment)
         due = min(LOOKS, int(elapsed * (LOOKS + 1) / plan.seconds))
         decided = due > looks and plan.rounds is None and _decided(limits, blocks)
@@ -246,6 +246,18 @@ def _opened(openers: Mapping[str, Opener], clock: Clock) -> tuple[dict[str, Call
         call()
         call()
     return calls, clock() - start
+
+
+def _next(layout: Layout, plan: BlockPlan, measured: Sequence[Mapping[str, tuple[float, ...]]]) -> Layout:
+    """The layout of the next block: the last one takes what is left of the plan's rounds."""
+    if plan.rounds is None or layout.rounds is None:
+        return layout
+    left = plan.rounds - _rounds(measured)
+    return layout if left >= 2 * layout.rounds else replace(layout, rounds=left)
+
+
+def _rounds(measured: Sequence[Mapping[str, tuple[float, ...]]]) -> int:
+    return sum(len(next(iter(block.values()))) for block in measured)
 
 
 def _one_block(
@@ -270,7 +282,6 @@ def _spent(plan: BlockPlan, blocks: Blocks, elapsed: float) -> bool:
     """Whether another block would be too much; fewer than 6 blocks are made only if 60 s do not hold them."""
     done = len(blocks.seconds)
     if plan.rounds is not None:
-        rounds = [len(next(iter(block.values()))) for block in blocks.seconds]
-        return sum(rounds) + rounds[0] > plan.rounds
+        return _rounds(blocks.seconds) == plan.rounds
     after = elapsed * (done + 1) / done
     return after > (plan.seconds if done >= LEAST_BLOCKS else LONGEST_SECONDS)

@@ -189,6 +189,7 @@ def measure(
     seed: int = 0,
     clock: Clock = time.perf_counter,
     rest: float = 0.0,
+    seconds: float = math.inf,
 ) -> LatencyReport:
     """Run every candidate once a round, in an order drawn anew each round.
 
@@ -200,19 +201,28 @@ def measure(
         clock: seconds, rising.
         rest: seconds asleep before each run. Without it the idle threads of torch and of each session, which spin for
             a while, take the processor from the run that follows.
+        seconds: the time there is, of which ``warmed_up`` takes its share.
     """
     if not candidates or rounds < 1 or warmup < 0:
         raise UsageError(f"{len(candidates)} candidates, {rounds} rounds, {warmup} warm-up runs; give at least 1, 1, 0")
     environment = describe_environment()
-    warm = {name: warm_up(run, warmup, clock) for name, run in candidates.items()}
+    warm = warmed_up(candidates, warmup, clock, seconds)
     names, order = list(candidates), np.random.default_rng(seed)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    taken: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for place in order.permutation(len(names)):
             time.sleep(rest)
-            seconds[names[place]].append(timed(names[place], candidates[names[place]], clock))
+            taken[names[place]].append(timed(names[place], candidates[names[place]], clock))
     environment["load_after"] = load()
-    return LatencyReport({name: tuple(values) for name, values in seconds.items()}, warm, environment)
+    return LatencyReport({name: tuple(values) for name, values in taken.items()}, warm, environment)
+
+
+def warmed_up(
+    candidates: Mapping[str, Callable[[], object]], most: int, clock: Clock, seconds: float
+) -> dict[str, Warmup]:
+    """Every candidate after ``warm_up``, all of them together for a tenth of ``seconds`` and the last run of each."""
+    share = seconds / 10 / len(candidates)
+    return {name: warm_up(run, most, clock, share) for name, run in candidates.items()}
 
 
 def warm_up(

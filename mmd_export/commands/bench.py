@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,7 @@ def bench(
         notify(left_out)
     found: tuple[Candidate, ...] = ()
     seconds = SECONDS if options.seconds is None else options.seconds
+    untimed = options.rounds is not None and options.seconds is None
     latencies: dict[int, LatencyReport] = {}
     devices: dict[str, tuple[float, ...]] = {}
     for batch in batches:
@@ -116,7 +118,7 @@ def bench(
         rounds = options.rounds or affordable_rounds(calls, seconds / len(batches))
         require_rounds(rounds, options.percentiles)
         notify(f"measuring {len(calls)} candidates, {rounds} interleaved rounds")
-        latencies[batch] = measure(calls, rounds, rest=REST)
+        latencies[batch] = measure(calls, rounds, rest=REST, seconds=math.inf if untimed else seconds / len(batches))
         if batch == batches[0]:
             devices = _device_seconds(calls, rounds)
     cold = _cold(found, batches[0], options, notify)
@@ -151,6 +153,10 @@ def _gated(
         raise UsageError("--gate compares like with like; with --bound the bundles alone copy nothing; leave one out")
     if len(batches) > 1:
         raise UsageError(f"a gate is on one batch size, --batches names {len(batches)}; name one")
+    if options.cold:
+        raise UsageError(f"a gate starts no fresh processes, --cold is {options.cold}; leave it out, or the gate")
+    if options.percentiles and options.rounds is None:
+        raise UsageError("a gate makes as many rounds as it needs, which may be few; give --percentiles --rounds too")
     plan = gate_plan(options)
     found = candidates_of(bundles, gates.against(options), batches[0], options, Checkpoints(options.checkpoint))
     settled = settled_gates(gates, found, len(bundles), batches[0], options)

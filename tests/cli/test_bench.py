@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import xml.etree.ElementTree as ET
@@ -22,6 +23,7 @@ from mmd_export.commands.bench import bench
 from mmd_export.commands.bench_gate import Gates, settled_gates
 from mmd_export.commands.candidates import BenchOptions, Candidate, Checkpoints, candidates_of, inputs_of
 from mmd_export.errors import UsageError
+from mmd_export.latency import LatencyReport, measure
 from mmd_export.manifest import DeferredInfo
 from mmd_export.plan import StepPlan
 from mmd_export.torch_baselines import baseline
@@ -118,6 +120,18 @@ def test_the_checkpoint_is_read_once(longer_bundle: Path, monkeypatch: pytest.Mo
         (("--max-regression", "5%", "--against", "onnxruntime", "--rounds", 5), "at least 6 rounds, this run has 5"),
         (("--max-regression", "5%", "--against", "onnxruntime", "--seconds", 90), "at most 60 s, --seconds is 90"),
         (("--max-regression", "5%", "--against", "onnxruntime", "--batches", "1,3"), "--batches names 2; name one"),
+        (
+            ("--max-regression", "5%", "--against", "onnxruntime", "--percentiles", "50"),
+            "a gate makes as many rounds as it needs, which may be few; give --percentiles --rounds too",
+        ),
+        (
+            ("--max-regression", "5%", "--against", "onnxruntime", "--rounds", 50, "--percentiles", "99"),
+            "p99 takes at least 100 rounds, this run has 50",
+        ),
+        (
+            ("--max-regression", "5%", "--against", "onnxruntime", "--cold", 1),
+            "a gate starts no fresh processes, --cold is 1; leave it out, or the gate",
+        ),
         (("--against", "nothing"), "--against 'nothing' is none of torch, diffusers, per-step, torch-compile"),
     ],
 )
@@ -169,6 +183,20 @@ def test_bench_says_what_is_left_out_and_what_ran(
     assert "left out: the checkpoint" not in err
     assert "preparing digits-2, onnxruntime:cpu, batch 1\n" in err
     assert "onnxruntime:cpu runs in onnxruntime:cpu: " in err
+
+
+def test_the_time_asked_for_bounds_the_warm_up(digits_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def at_once(calls: Any, rounds: int, *, rest: float, seconds: float) -> LatencyReport:
+        given.append(seconds)
+        return measure(calls, 1, warmup=0)
+
+    monkeypatch.setattr("mmd_export.commands.bench.measure", at_once)
+    options = BenchOptions((digits_bundle,), ("onnxruntime",), threads=1)
+    for changes in ({"seconds": 2.0}, {}, {"rounds": 2, "seconds": 4.0}, {"rounds": 2}):
+        bench(replace(options, **changes))
+    assert given == [2.0, 30.0, 4.0, math.inf]  # with --rounds alone there is no time to keep to
 
 
 def test_a_deferred_bundle_is_told_from_its_engine(digits_bundle: Path) -> None:

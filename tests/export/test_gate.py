@@ -94,6 +94,11 @@ def test_given_rounds_are_kept_and_too_few_are_refused() -> None:
     openers = {"new": machine.opener(0.01), "old": machine.opener(0.01)}
     blocks = measure_blocks(openers, BlockPlan(rounds=8), (LIMIT,), clock=machine.clock)
     assert blocks.latency().rounds == 8
+    for opening in (0.1, 0.15, 0.2, 30.0):  # which makes more or fewer blocks of it
+        machine = Machine(0, 0.1, 0.0, opening)
+        openers = {"new": machine.opener(0.01), "old": machine.opener(0.01)}
+        plan = BlockPlan(rounds=100)
+        assert measure_blocks(openers, plan, (LIMIT,), clock=machine.clock).latency().rounds == 100
     with pytest.raises(UsageError, match="a gate takes at least 6 rounds, this run has 5"):
         BlockPlan(rounds=5)
     with pytest.raises(UsageError, match="a gate takes at most 60 s, --seconds is 61"):

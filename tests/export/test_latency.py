@@ -119,6 +119,19 @@ def test_warming_up_gives_up_and_says_so() -> None:
     assert any("not yet stable within 10 % after 12 warm-up runs" in note for note in found.notes)
 
 
+def test_warming_up_takes_a_tenth_of_the_time_at_most() -> None:
+    """And the run that it ends with."""
+    machine = Machine()
+
+    def slow() -> None:
+        machine.now += 2.0
+
+    found = measure({"a": slow, "b": slow}, rounds=1, clock=machine.clock, seconds=100.0)
+    assert found.warmup == {"a": Warmup(3, False), "b": Warmup(3, False)}
+    found = measure({"a": slow}, rounds=1, clock=machine.clock, seconds=1.0)
+    assert found.warmup == {"a": Warmup(1, False)}
+
+
 @pytest.mark.parametrize(
     ("rounds", "p90", "p99"), [(9, False, False), (10, True, False), (99, True, False), (100, True, True)]
 )
