@@ -69,6 +69,20 @@ std::string name_of(const Shape &shape) {
   return "(" + joined(shape, [](int64_t size) { return size < 0 ? std::string("batch") : std::to_string(size); }) + ")";
 }
 
+// UTF-8 as a std::string; from C++20 on a path gives it in char8_t.
+template <class Letters>
+std::string utf8(const Letters &letters) {
+  return {letters.begin(), letters.end()};
+}
+
+fs::path path_of(const std::string &name) {
+#ifdef __cpp_lib_char8_t
+  return fs::path(std::u8string(name.begin(), name.end()));
+#else
+  return fs::u8path(name);
+#endif
+}
+
 // The number of values; nothing that a file claims may overflow.
 std::optional<size_t> count_of(const Shape &shape) {
   size_t count = 1;
@@ -554,7 +568,7 @@ void check_files(const fs::path &folder, const Manifest &manifest) {
   std::set<std::string> known = {"manifest.json"}, present;
   for (const FileEntry &entry : manifest.files) known.insert(entry.path);
   for (const fs::directory_entry &entry : fs::recursive_directory_iterator(folder)) {
-    const std::string path = entry.path().lexically_relative(folder).generic_u8string();
+    const std::string path = utf8(entry.path().lexically_relative(folder).generic_u8string());
     const fs::file_status status = entry.symlink_status();
     if (fs::is_symlink(status)) damaged(manifest.name, "'", path, "' is a symbolic link");
     if (fs::is_directory(status)) continue;
@@ -564,12 +578,12 @@ void check_files(const fs::path &folder, const Manifest &manifest) {
   }
   for (const FileEntry &entry : manifest.files) {
     if (!present.count(entry.path)) damaged(manifest.name, "'", entry.path, "' is missing");
-    const std::string size = std::to_string(fs::file_size(folder / fs::u8path(entry.path)));
+    const std::string size = std::to_string(fs::file_size(folder / path_of(entry.path)));
     if (size != entry.size)
       damaged(manifest.name, "'", entry.path, "' has ", size, " bytes, the manifest says ", entry.size);
   }
   for (const FileEntry &entry : manifest.files) {
-    const std::string found = sha256_of(folder / fs::u8path(entry.path));
+    const std::string found = sha256_of(folder / path_of(entry.path));
     if (found != entry.sha256)
       damaged(manifest.name, "'", entry.path, "' has SHA-256 ", found, ", the manifest says ", entry.sha256);
   }
@@ -701,24 +715,25 @@ const TensorSpec *Manifest::find(const std::string &wanted) const {
 
 std::string sha256_of(const fs::path &path) {
   std::ifstream file(path, std::ios::binary);
-  if (!file) throw Error(MMD_ERROR, text(path.u8string(), " cannot be opened; free the cause and run again"));
+  if (!file) throw Error(MMD_ERROR, text(utf8(path.u8string()), " cannot be opened; free the cause and run again"));
   Sha256 hash;
   std::vector<char> part(size_t{1} << 20);
   while (file.read(part.data(), static_cast<std::streamsize>(part.size())) || file.gcount() > 0)
     hash.add(reinterpret_cast<const uint8_t *>(part.data()), static_cast<size_t>(file.gcount()));
-  if (file.bad()) throw Error(MMD_ERROR, text(path.u8string(), " cannot be read; free the cause and run again"));
+  if (file.bad()) throw Error(MMD_ERROR, text(utf8(path.u8string()), " cannot be read; free the cause and run again"));
   return hash.finish();
 }
 
 Bundle Bundle::open(const fs::path &given) {
   const fs::path folder = fs::absolute(given).lexically_normal();
   const fs::path last = folder.has_filename() ? folder.filename() : folder.parent_path().filename();
-  const std::string name = last.u8string();
+  const std::string name = utf8(last.u8string());
   std::error_code ignored;
   const fs::path path = folder / "manifest.json";
   const fs::file_status status = fs::symlink_status(path, ignored);
   if (!fs::exists(status))
-    throw Error(MMD_USAGE, text(given.u8string(), " is not a bundle: it has no manifest.json; name another folder"));
+    throw Error(MMD_USAGE,
+                text(utf8(given.u8string()), " is not a bundle: it has no manifest.json; name another folder"));
   if (!fs::is_regular_file(status) || fs::file_size(path) > largest_manifest)
     damaged(name, "manifest.json is no plain file of at most 64 MiB");
   try {
@@ -778,14 +793,27 @@ namespace {
 template <class T>
 using Handle = std::unique_ptr<T, void (*)(T *)>;
 
-[[maybe_unused]] [[noreturn]] void failed(const Bundle &bundle, const std::string &reason) {
-  std::string line = reason.substr(0, 300);
-  std::replace(line.begin(), line.end(), '\n', ' ');
-  damaged(bundle.manifest.name, bundle.manifest.artefact, " cannot be loaded or run: ", line);
+// What a library refused, in its own words on one line; whoever asked it says what that means for the bundle.
+struct Refusal : std::runtime_error {
+  Refusal(std::string of, std::string reason) : std::runtime_error(line(std::move(reason))), library(std::move(of)) {}
+  const std::string library;
+
+ private:
+  static std::string line(std::string reason) {
+    reason.resize(std::min<size_t>(reason.size(), 300));
+    std::replace(reason.begin(), reason.end(), '\n', ' ');
+    return reason;
+  }
+};
+
+// An artefact that is not what the manifest says.
+template <class... Parts>
+[[noreturn]] void other_artefact(const Bundle &bundle, const Parts &...parts) {
+  damaged(bundle.manifest.name, bundle.manifest.artefact, " ", parts...);
 }
 
 [[maybe_unused]] fs::path artefact_of(const Bundle &bundle) {
-  return bundle.folder / fs::u8path(bundle.manifest.artefact);
+  return bundle.folder / path_of(bundle.manifest.artefact);
 }
 
 #ifdef MMD_WITH_ONNXRUNTIME
@@ -796,8 +824,9 @@ class OnnxRuntime final : public Backend {
       throw Error(MMD_NOT_AVAILABLE,
                   text("onnxruntime ", OrtGetApiBase()->GetVersionString(), " is older than its header, ",
                        "which has API ", ORT_API_VERSION, "; update the library"));
+    // What fails comes back as a status; nothing is printed beside it.
     env_ = make<OrtEnv>(api_->ReleaseEnv,
-                        [&](OrtEnv **env) { return api_->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "mmd", env); });
+                        [&](OrtEnv **env) { return api_->CreateEnv(ORT_LOGGING_LEVEL_FATAL, "mmd", env); });
     auto options = make<OrtSessionOptions>(api_->ReleaseSessionOptions, api_->CreateSessionOptions);
     check(api_->SetIntraOpNumThreads(options.get(), threads));
     check(api_->SetInterOpNumThreads(options.get(), 1));
@@ -841,7 +870,7 @@ class OnnxRuntime final : public Backend {
   void check(OrtStatus *status) const {
     if (!status) return;
     const Handle<OrtStatus> owned(status, api_->ReleaseStatus);
-    failed(bundle_, text("onnxruntime: ", api_->GetErrorMessage(status)));
+    throw Refusal("onnxruntime", api_->GetErrorMessage(status));
   }
 
   static ONNXTensorElementDataType type_of(DType dtype) {
@@ -863,7 +892,7 @@ class OnnxRuntime final : public Backend {
     size_t count = 0;
     check(api_->SessionGetInputCount(session_.get(), &count));
     if (count != bundle_.manifest.inputs.size())
-      failed(bundle_, text("it takes ", count, " inputs, the manifest says ", bundle_.manifest.inputs.size()));
+      other_artefact(bundle_, "takes ", count, " inputs, the manifest says ", bundle_.manifest.inputs.size());
     for (size_t i = 0; i < count; ++i) {
       char *raw = nullptr;
       check(api_->SessionGetInputName(session_.get(), i, allocator, &raw));
@@ -878,7 +907,7 @@ class OnnxRuntime final : public Backend {
       if (tensor) check(api_->GetTensorElementType(tensor, &type));
       const TensorSpec *spec = bundle_.manifest.find(name);
       if (!spec || type_of(spec->dtype) != type)
-        failed(bundle_, text("its input '", name, "' is not as the manifest says"));
+        other_artefact(bundle_, "has an input '", name, "' that is not as the manifest says");
     }
   }
 
@@ -895,8 +924,8 @@ class OpenVino final : public Backend {
  public:
   OpenVino(const Bundle &bundle, int threads) : bundle_(bundle) {
     core_ = make<ov_core_t>(ov_core_free, ov_core_create);
-    const std::string xml = artefact_of(bundle).u8string(),
-                      bin = artefact_of(bundle).replace_extension(".bin").u8string();
+    const std::string xml = utf8(artefact_of(bundle).u8string()),
+                      bin = utf8(artefact_of(bundle).replace_extension(".bin").u8string());
     const auto model = make<ov_model_t>(ov_model_free, [&](ov_model_t **made) {
       return ov_core_read_model(core_.get(), xml.c_str(), bin.c_str(), made);
     });
@@ -938,7 +967,7 @@ class OpenVino final : public Backend {
     check(ov_tensor_get_byte_size(result.get(), &bytes));
     check(ov_tensor_data(result.get(), &data));
     if (bytes != output.data.size())
-      failed(bundle_, text("it gave ", bytes, " bytes, the manifest says ", output.data.size()));
+      other_artefact(bundle_, "gave ", bytes, " bytes, the manifest says ", output.data.size());
     std::memcpy(output.data.data(), data, bytes);
   }
 
@@ -952,8 +981,8 @@ class OpenVino final : public Backend {
 
   void check(ov_status_e status) const {
     if (status != ov_status_e::OK)
-      failed(bundle_,
-             text("openvino: ", ov_get_error_info(status), ": ", ov_get_last_err_msg() ? ov_get_last_err_msg() : ""));
+      throw Refusal("openvino", text(ov_get_error_info(status), ": ",
+                                     ov_get_last_err_msg() ? ov_get_last_err_msg() : ""));
   }
 
   Handle<ov_tensor_t> tensor_of(std::byte *data, const Tensor &tensor) const {
@@ -990,8 +1019,8 @@ class ExecuTorch final : public Backend {
     const auto meta = module_.method_meta("forward");
     check(meta.error());
     if (meta->num_inputs() != bundle.manifest.inputs.size())
-      failed(bundle,
-             text("it takes ", meta->num_inputs(), " inputs, the manifest says ", bundle.manifest.inputs.size()));
+      other_artefact(bundle, "takes ", meta->num_inputs(), " inputs, the manifest says ",
+                     bundle.manifest.inputs.size());
   }
 
   std::string name() const override { return "executorch"; }
@@ -1010,14 +1039,14 @@ class ExecuTorch final : public Backend {
     check(results.error());
     const auto &sample = results->at(0).toTensor();
     if (sample.nbytes() != output.data.size() || sample.scalar_type() != type_of(output.dtype))
-      failed(bundle_, text("it gave ", sample.nbytes(), " bytes, the manifest says ", output.data.size()));
+      other_artefact(bundle_, "gave ", sample.nbytes(), " bytes, the manifest says ", output.data.size());
     std::memcpy(output.data.data(), sample.const_data_ptr(), output.data.size());
   }
 
  private:
   void check(executorch::runtime::Error error) const {
     if (error != executorch::runtime::Error::Ok)
-      failed(bundle_, text("executorch: ", executorch::runtime::to_string(error)));
+      throw Refusal("executorch", executorch::runtime::to_string(error));
   }
 
   static executorch::aten::ScalarType type_of(DType dtype) {
@@ -1039,9 +1068,11 @@ class TensorRt final : public Backend, private nvinfer1::ILogger {
     require_fitting();
     const std::string engine = read_file(artefact_of(bundle));
     runtime_.reset(nvinfer1::createInferRuntime(*this));
+    // A version-compatible engine carries the part of its library that runs it.
+    if (runtime_ && fact("version_compat") == "yes") runtime_->setEngineHostCodeAllowed(true);
     if (runtime_) engine_.reset(runtime_->deserializeCudaEngine(engine.data(), engine.size()));
     if (engine_) context_.reset(engine_->createExecutionContext());
-    if (!context_) failed(bundle, text("TensorRT: ", last_.data()));
+    require(context_ != nullptr);
   }
 
   ~TensorRt() override {
@@ -1052,10 +1083,11 @@ class TensorRt final : public Backend, private nvinfer1::ILogger {
   std::string name() const override { return text("tensorrt ", NV_TENSORRT_MAJOR, ".", NV_TENSORRT_MINOR); }
 
   void run(const Tensors &inputs, Tensor &output) override {
+    if (engine_->getNbOptimizationProfiles() > 1) select_profile(output.shape[0]);
     for (const auto &[name, tensor] : inputs) {
       if (tensor.shape.size() > nvinfer1::Dims::MAX_DIMS)
-        failed(bundle_, text("input '", name, "' has ", tensor.shape.size(), " dimensions, TensorRT takes ",
-                             nvinfer1::Dims::MAX_DIMS));
+        throw Refusal("TensorRT", text("input '", name, "' has ", tensor.shape.size(), " dimensions, it takes ",
+                                       nvinfer1::Dims::MAX_DIMS));
       nvinfer1::Dims dims{};
       dims.nbDims = static_cast<int32_t>(tensor.shape.size());
       for (size_t i = 0; i < tensor.shape.size(); ++i) dims.d[i] = static_cast<int32_t>(tensor.shape[i]);
@@ -1080,7 +1112,14 @@ class TensorRt final : public Backend, private nvinfer1::ILogger {
   }
 
   void require(bool done) const {
-    if (!done) failed(bundle_, text("TensorRT: ", last_.data()));
+    if (!done) throw Refusal("TensorRT", last_.data());
+  }
+
+  // A list of batch sizes has a profile for each of them, in order.
+  void select_profile(int64_t count) {
+    const std::vector<int64_t> &sizes = bundle_.manifest.batch.sizes;
+    const auto place = static_cast<int32_t>(std::find(sizes.begin(), sizes.end(), count) - sizes.begin());
+    require(context_->getOptimizationProfile() == place || context_->setOptimizationProfileAsync(place, stream_));
   }
 
   // An engine runs on what it was compiled for only: manifest.hardware says what that is.
@@ -1133,7 +1172,7 @@ class TensorRt final : public Backend, private nvinfer1::ILogger {
 };
 #endif
 
-std::unique_ptr<Backend> load(const Bundle &bundle, [[maybe_unused]] int threads) {
+std::unique_ptr<Backend> backend_of(const Bundle &bundle, [[maybe_unused]] int threads) {
   const std::string &format = bundle.manifest.format;
   std::string known;
 #ifdef MMD_WITH_ONNXRUNTIME
@@ -1154,6 +1193,23 @@ std::unique_ptr<Backend> load(const Bundle &bundle, [[maybe_unused]] int threads
 #endif
   throw Error(MMD_NOT_AVAILABLE, text("bundle ", bundle.manifest.name, " holds format ", format, ", this program runs",
                                       known, "; configure it again with the library of that format"));
+}
+
+std::unique_ptr<Backend> load(const Bundle &bundle, int threads) {
+  try {
+    return backend_of(bundle, threads);
+  } catch (const Refusal &refusal) {
+    other_artefact(bundle, "cannot be loaded: ", refusal.library, ": ", refusal.what());
+  }
+}
+
+void run_batch(Backend &backend, const Bundle &bundle, const Tensors &inputs, Tensor &output) {
+  try {
+    backend.run(inputs, output);
+  } catch (const Refusal &refusal) {
+    throw Error(MMD_ERROR, text("bundle ", bundle.manifest.name, ": ", refusal.library, " failed while running it: ",
+                                refusal.what()));
+  }
 }
 
 // The rows first ... first + count - 1 along an axis; behind the end the last one again.
@@ -1263,7 +1319,7 @@ Tensor Sampler::run(const Tensors &inputs) {
     for (const auto &[name, tensor] : inputs) part.emplace(name, rows(tensor, batch_axis(name), start, size));
     shape[0] = size;
     Tensor output(images.dtype, shape);
-    backend_->run(part, output);
+    run_batch(*backend_, bundle_, part, output);
     std::memcpy(images.data.data() + static_cast<size_t>(start) * row, output.data.data(),
                 static_cast<size_t>(kept) * row);
     start += size;
@@ -1287,7 +1343,7 @@ SelfTest Sampler::self_test(int rounds) {
   std::vector<double> times;
   for (int round = 0; round < std::max(rounds, 1); ++round) {
     const auto start = std::chrono::steady_clock::now();
-    backend_->run(first, output);
+    run_batch(*backend_, bundle_, first, output);
     times.push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
   }
   std::sort(times.begin(), times.end());
@@ -1365,7 +1421,7 @@ int mmd_open(const char *folder, int threads, mmd_sampler **sampler) {
   return guarded([&] {
     need(folder && sampler, "folder or sampler");
     *sampler = nullptr;
-    *sampler = new mmd_sampler{mmd::Sampler(mmd::Bundle::open(fs::u8path(folder)), threads)};
+    *sampler = new mmd_sampler{mmd::Sampler(mmd::Bundle::open(mmd::path_of(folder)), threads)};
     return MMD_OK;
   });
 }

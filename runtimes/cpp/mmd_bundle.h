@@ -106,7 +106,7 @@ struct Tensor {
   std::vector<std::byte> data;
 
   Tensor() = default;
-  Tensor(DType type, Shape sizes);
+  MMD_API Tensor(DType type, Shape sizes);
   template <class T>
   T *as() {
     return reinterpret_cast<T *>(data.data());
@@ -134,7 +134,7 @@ struct Batch {
   int64_t smallest() const { return sizes.empty() ? lowest : sizes.front(); }
   bool is_static() const { return sizes.empty() ? lowest == highest : sizes.size() == 1; }
   /* The size to run next with so many images left: the largest that they fill, else the smallest. */
-  int64_t next(int64_t remaining) const;
+  MMD_API int64_t next(int64_t remaining) const;
 };
 
 struct FileEntry {
@@ -157,7 +157,7 @@ struct Manifest {
   std::vector<FileEntry> files;
   std::string sha256;
 
-  const TensorSpec *find(const std::string &wanted) const;
+  MMD_API const TensorSpec *find(const std::string &wanted) const;
   const TensorSpec &sample() const { return *find("sample"); }
 };
 

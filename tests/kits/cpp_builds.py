@@ -1,4 +1,7 @@
-"""The C++ kit, configured and compiled as its README says, with the libraries of the Python packages."""
+"""The C++ kit, configured and compiled as its README says, with the libraries of the Python packages.
+
+TensorRT and CUDA are stand-ins in ``tensorrt/``: what the kit asks of them is compiled and run, NVIDIA's code is not.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from tests.contract.required import skip
 from tests.project.checks import ROOT
 
 HEADERS = ROOT / ".cache/onnxruntime"  # .ci/kits puts them there
+TENSORRT = Path(__file__).parent / "tensorrt"
 SANITIZERS = {
     "TBB_ENABLE_SANITIZERS": "1",
     "LSAN_OPTIONS": f"print_suppressions=0:suppressions={Path(__file__).parent / 'known_leaks.txt'}",
@@ -51,7 +55,7 @@ def configure_and_build(sources: Path, into: Path, *options: str) -> Build:
     command = ["cmake", "-S", sources, "-B", into, "-DMMD_WERROR=ON", *libraries(), *options]
     done = call(command)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "will run: onnx;openvino;pte" in done.stdout, done.stdout
+    assert "will run: onnx;openvino;pte;tensorrt" in done.stdout, done.stdout
     done = call(["cmake", "--build", into, "--parallel", "2"])
     assert done.returncode == 0, done.stdout + done.stderr
     return Build(into)
@@ -59,7 +63,7 @@ def configure_and_build(sources: Path, into: Path, *options: str) -> Build:
 
 @cache
 def libraries() -> tuple[str, ...]:
-    """The options that name ONNX Runtime, OpenVINO and ExecuTorch as their Python packages have them."""
+    """The options that name ONNX Runtime, OpenVINO and ExecuTorch as their Python packages have them, and stand-ins."""
     missing = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
     missing += [name for name in ("onnxruntime", "openvino", "executorch") if importlib.util.find_spec(name) is None]
     if not list(HEADERS.rglob("onnxruntime_c_api.h")):
@@ -72,6 +76,9 @@ def libraries() -> tuple[str, ...]:
         f"-DONNXRUNTIME_LIBRARY={runtime}",
         f"-DOpenVINO_DIR={package('openvino') / 'cmake'}",
         f"-DCMAKE_PREFIX_PATH={package('executorch')}",
+        f"-DTENSORRT_ROOT={TENSORRT}",
+        "-Dtensorrt_library:STRING=m",  # one that is there; the stand-ins are headers alone
+        f"-DCMAKE_MODULE_PATH={TENSORRT}",
     )
 
 

@@ -19,6 +19,7 @@ from mmd_export.pictures import grid
 from mmd_runtime.app import open_bundle
 from tests.attacks import ATTACKS, Attack
 from tests.kits.cpp_builds import Build, call, configure_and_build, libraries
+from tests.kits.engines import engine_bundle
 from tests.kits.wrong import with_other_artefact, with_other_sample
 from tests.models import LABELS, TWO_LEVELS, save_model
 from tests.project.checks import ROOT
@@ -36,7 +37,8 @@ def project(digits_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def plain(project: Path) -> Build:
-    return configure_and_build(project, project / "build", "-DBUILD_SHARED_LIBS=ON")
+    """As C++20 and a shared library; the other build is C++17 and static."""
+    return configure_and_build(project, project / "build", "-DBUILD_SHARED_LIBS=ON", "-DCMAKE_CXX_STANDARD=20")
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,41 @@ def test_executorch_runs_its_bundles(plain: Build, tiny_pte: Path) -> None:
     assert "ExecuTorch chooses its threads itself" in done.stderr
 
 
+def test_an_engine_runs_each_batch_in_its_profile(sanitized: Build, tmp_path: Path) -> None:
+    """In a stand-in of TensorRT: three golden images are a run of two and a run of one."""
+    done = sanitized.run("--bundle", engine_bundle(tmp_path / "engine", "1 2", 1, 2), "--self-test")
+    assert done.returncode == 0, done.stderr
+    assert "passed: digits-2 in tensorrt 10.13, 3 images" in done.stdout
+
+
+@pytest.mark.parametrize(("version_compat", "code"), [(True, 0), (False, 5)])
+def test_code_in_an_engine_runs_where_the_lock_says_that_it_is_there(
+    version_compat: bool, code: int, plain: Build, tmp_path: Path
+) -> None:
+    engine = engine_bundle(tmp_path / "engine", "1 lean", 1, version_compat=version_compat)
+    done = plain.run("--bundle", engine, "--self-test")
+    assert done.returncode == code, done.stderr
+    assert ("model.plan cannot be loaded: TensorRT: the engine holds host code" in done.stderr) == (code == 5)
+
+
+def test_a_run_that_fails_is_no_damaged_bundle(plain: Build, everything: Path, tmp_path: Path) -> None:
+    refused = plain.run("--bundle", everything, "--class-label", 999, "--out", tmp_path / "none.png")
+    engine = plain.run("--bundle", engine_bundle(tmp_path / "engine", "3", 1), "--self-test")
+    for done, library in ((refused, "onnxruntime"), (engine, "TensorRT")):
+        assert done.returncode == 1, done.stderr
+        assert f": {library} failed while running it: " in done.stderr
+        assert "rebuild" not in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_library_shows_what_the_header_marks_and_no_more(plain: Build) -> None:
+    """Hidden by default, as on Windows: a program finds what it links, and nothing of the inside."""
+    shown = call(["nm", "-DC", "--defined-only", plain.library]).stdout
+    for name in ("Tensor::Tensor(mmd::DType,", "Batch::next(long) const", "Manifest::find(", "Sampler::run("):
+        assert f" mmd::{name}" in shown
+    assert "mmd::Backend" not in shown
+
+
 def test_classes_bytes_noisy_steps_and_batches(plain: Build, kit: ctypes.CDLL, everything: Path) -> None:
     done = plain.run("--bundle", everything, "--self-test")
     assert done.returncode == 0, done.stderr
@@ -227,7 +264,7 @@ def test_a_wrong_image_fails_the_self_test(plain: Build, digits_onnx: Path, tmp_
 def test_an_artefact_that_does_not_load_is_one_line(sanitized: Build, digits_onnx: Path, tmp_path: Path) -> None:
     done = sanitized.run("--bundle", with_other_artefact(digits_onnx, tmp_path / "broken", b"onnx?"), "--self-test")
     assert done.returncode == 5
-    assert "model.onnx cannot be loaded or run: onnxruntime: " in done.stderr
+    assert "model.onnx cannot be loaded: onnxruntime: " in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
