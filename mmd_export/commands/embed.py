@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmd_export import __version__
-from mmd_export.bundle import Bundle
+from mmd_export.bundle import Bundle, Manifest
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.folders import require_absent, staged_folder
 from mmd_export.kit_project import Kit, licence_files, licence_notes
@@ -66,6 +66,17 @@ def _require_fitting(kit: Kit, bundle: Bundle) -> None:
             f"bundle {bundle.name} holds format {manifest.format}, kit {kit.name} takes {' or '.join(kit.formats)}; "
             f"build for a target of such a format{instead}"
         )
+    if _lacks_weights(manifest):
+        raise NotAvailableError(
+            f"bundle {bundle.name} holds an engine without its weights, which kit {kit.name} does not put back; "
+            "build it without --strip-weights"
+        )
+
+
+def _lacks_weights(manifest: Manifest) -> bool:
+    """Whether the engine of a kit takes its weights from a graph beside it; ``mmd_runtime`` alone can do that."""
+    beside = (entry.path for entry in manifest.files if entry.path != manifest.artefact)
+    return manifest.format == "tensorrt" and any(path.endswith(".onnx") for path in beside)
 
 
 def _require_free(out: Path, bundle: Path, overwrite: bool) -> None:
