@@ -24,6 +24,10 @@ MADE_THERE = frozenset({
     "node_modules",
 })  # fmt: skip
 
+# What the commands of the kits can draw: other inputs are for programs, as are samples of other channels, like latents.
+MADE_OF_A_SEED = frozenset({"noise", "step_noise"})
+PICTURES = (1, 3)
+
 _HERE = Path(__file__).parent
 
 
@@ -74,9 +78,9 @@ class SourceKit:
     parts: tuple[tuple[str, str], ...] = ()
 
     def lines(self, manifest: Manifest) -> tuple[str, ...]:
-        """Those for the format, then those for all; what draws from a seed draws class 0 where there are classes."""
+        """Those for the format, then those for all that the bundle can do."""
         lines = (*self.before.get(manifest.format, ()), *self.run)
-        return tuple(_with_class(line) for line in lines) if _has_classes(manifest) else lines
+        return tuple(fitted for line in lines if (fitted := _fitted(line, manifest)) is not None)
 
     def write(self, bundle: Bundle, folder: Path) -> None:
         """Sources, then the bundle, then what the README says of this bundle."""
@@ -86,19 +90,21 @@ class SourceKit:
         copy_bundle(bundle, folder / self.bundle_at)
         readme = folder / README_NAME
         text = readme.read_text(encoding="utf-8").rstrip("\n")
-        if _has_classes(bundle.manifest):
-            text = "\n".join(_with_class(line) if line in self.run else line for line in text.splitlines())
+        fitted = (_fitted(line, bundle.manifest) if line in self.run else line for line in text.splitlines())
+        text = "\n".join(line for line in fitted if line is not None)
         about = about_bundle(bundle, self.bundle_at)
         readme.write_text(f"{text}\n\n{about}", encoding="utf-8", newline="\n")
 
 
-def _has_classes(manifest: Manifest) -> bool:
-    return any(spec.name == "class_labels" for spec in manifest.inputs)
-
-
-def _with_class(line: str) -> str:
-    """A line that draws from a seed, with class 0."""
-    return f"{line} --class-label 0" if " --seed " in line else line
+def _fitted(line: str, manifest: Manifest) -> str | None:
+    """A line that draws from a seed, with class 0 where there are classes; None where that gives no picture."""
+    if " --seed " not in line:
+        return line
+    sample, inputs = manifest.spec("sample"), {spec.name for spec in manifest.inputs}
+    channels = sample.shape[-1] if sample.dtype == "uint8" else sample.shape[1]
+    if inputs - MADE_OF_A_SEED - {"class_labels"} or channels not in PICTURES:
+        return None
+    return f"{line} --class-label 0" if "class_labels" in inputs else line
 
 
 def source_folder(name: str) -> Path:

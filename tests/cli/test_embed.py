@@ -17,6 +17,7 @@ from mmd_export.kit_project import MADE_THERE, Kit, SourceKit, source_files, sou
 from mmd_export.kits import get_kit, kit_names
 from tests.cli.conftest import Command
 from tests.export.bundles import contents, draft, golden, left_beside, make
+from tests.kits.engines import engine_bundle
 from tests.project.checks import ROOT
 
 ONNX_KITS = [name for name in kit_names() if "onnx" in get_kit(name).formats]
@@ -94,6 +95,26 @@ def test_a_project_of_a_model_with_classes_draws_one(name: str, tmp_path: Path, 
     assert drawing or name == "web"
 
 
+@pytest.mark.parametrize("name", ONNX_KITS)
+@pytest.mark.parametrize("what", ["states of a text", "a latent"])
+def test_what_a_command_cannot_draw_is_not_in_its_lines(
+    what: str, name: str, tmp_path: Path, out: Path, command: Command
+) -> None:
+    few, changes = golden(), {}
+    if what == "a latent":
+        few = {key: np.repeat(value, 4, axis=1) for key, value in few.items()}
+        specs = [TensorSpec(name=key, dtype="float32", shape=(1, 4, 2, 2)) for key in ("noise", "sample")]
+        changes = {"inputs": (specs[0],), "outputs": (specs[1],)}
+    else:
+        states = TensorSpec(name="encoder_hidden_states", dtype="float32", shape=(1, 2, 8))
+        few["encoder_hidden_states"] = np.zeros((len(few["noise"]), 2, 8), np.float32)
+        changes = {"inputs": (*draft().inputs, states)}
+    bundle = make(tmp_path / "undrawn", draft=draft(**changes), golden=few).folder
+    code, shown, error = command("embed", bundle, "--kit", name, "--out", out)
+    assert code == 0, error
+    assert " --seed " not in shown + (out / "README.md").read_text()
+
+
 def test_the_same_bundle_gives_the_same_project(bundle: Path, out: Path, command: Command) -> None:
     again = out.with_name("again")
     for place in (out, again):
@@ -108,6 +129,33 @@ def test_a_wrong_format_is_refused_with_both_values(name: str, tmp_path: Path, o
     assert code == 3
     assert f"holds format foreign, kit {name} takes {' or '.join(get_kit(name).formats)}; build for" in error
     assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("name", [name for name in kit_names() if "tensorrt" in get_kit(name).formats])
+def test_an_engine_without_its_weights_is_refused(name: str, tmp_path: Path, out: Path, command: Command) -> None:
+    stripped = engine_bundle(tmp_path / "stripped", "1", 1, graph=True)
+    code, _, error = command("embed", stripped, "--kit", name, "--out", out)
+    assert code == 3
+    assert f"without its weights, which kit {name} does not put back; build it without --strip-weights" in error
+    assert not out.parent.exists()
+    whole = engine_bundle(tmp_path / "whole", "1", 1)
+    assert command("embed", whole, "--kit", name, "--out", out)[0] == 0
+
+
+def test_a_server_is_told_of_code_in_an_engine(tmp_path: Path, out: Path, command: Command) -> None:
+    for version_compat in (False, True):
+        engine = engine_bundle(tmp_path / f"engine-{version_compat}", "1", 1, version_compat=version_compat)
+        place = out.with_name(str(version_compat))
+        code, shown, error = command("embed", engine, "--kit", "triton", "--out", place)
+        assert code == 0, error
+        (server,) = (line.strip() for line in shown.splitlines() if "docker run" in line)
+        assert server.endswith(" --backend-config=tensorrt,version-compatible=true") == version_compat
+        assert server in (place / "README.md").read_text().splitlines()
+
+
+def test_float32_stays_float32_on_the_gpu_of_a_server(bundle: Path, out: Path, command: Command) -> None:
+    _, shown, _ = command("embed", bundle, "--kit", "triton", "--out", out)
+    assert "docker run --rm --gpus all -e NVIDIA_TF32_OVERRIDE=0 " in shown
 
 
 def test_a_deferred_bundle_is_refused(tmp_path: Path, out: Path, command: Command) -> None:
