@@ -32,8 +32,8 @@ class TritonKit(SourceKit):
 
 
 def _server(options: str = "") -> str:
-    ports = "-p 8000:8000 -p 8001:8001 -p 8002:8002"
-    return f'docker run --rm --gpus all {options}{ports} -v "$PWD/models:/models" {IMAGE} tritonserver --model-repository=/models'
+    container = f'docker run --rm --gpus all {options}-p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD/models:/models"'
+    return f"{container} {IMAGE} tritonserver --model-repository=/models"
 
 
 KIT = TritonKit(
