@@ -6,7 +6,7 @@ from mmd_export.kit_project import Library, SourceKit
 
 KIT = SourceKit(
     name="swift",
-    summary="a Swift package for iOS 16 and macOS 13 on, not compiled yet: no Swift compiler was at hand",
+    summary="a Swift package, by default for iOS 17 and macOS 14 on; not compiled yet: no Swift compiler was at hand",
     formats=("mlpackage",),
     libraries=(Library("Core ML, CryptoKit and SwiftUI", "Apple's own", "the system"),),
     run=("swift build", "swift test"),

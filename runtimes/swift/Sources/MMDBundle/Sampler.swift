@@ -21,7 +21,7 @@ public final class Sampler {
     private let model: MLModel
     private let batch: Int
 
-    /// Loads `model.mlpackage`, which is compiled first, or a `model.mlmodelc` that lies beside it in its place.
+    /// Loads `model.mlpackage`, which is compiled once on a device, or a `model.mlmodelc` that lies beside it in its place.
     /// `units`: by default what the bundle was built for.
     public init(_ bundle: SamplerBundle, units: MLComputeUnits? = nil) async throws {
         let manifest = bundle.manifest
@@ -30,13 +30,57 @@ public final class Sampler {
                 description: "bundle \(manifest.name) holds \(manifest.format) with output \(manifest.outputs[0].dtype), "
                     + "this package runs mlpackage with float32; build for target coreml with --output float32")
         }
+        try Self.requireSystem(manifest)
         self.bundle = bundle
         batch = manifest.inputs.first { $0.name == "noise" }!.shape[0]
         let settings = MLModelConfiguration()
         settings.computeUnits = units ?? Self.units(manifest.hardware?["compute_units"])
         let artefact = bundle.folder.appendingPathComponent(manifest.artefact)
-        let compiled = artefact.pathExtension == "mlmodelc" ? artefact : try await MLModel.compileModel(at: artefact)
-        model = try await MLModel.load(contentsOf: compiled, configuration: settings)
+        if artefact.pathExtension == "mlmodelc" {
+            model = try await MLModel.load(contentsOf: artefact, configuration: settings)
+        } else {
+            model = try await Self.load(artefact, manifest.manifest_sha256, settings)
+        }
+    }
+
+    /// The model of a package, compiled once: it is kept in Caches under the hash of the bundle's manifest.
+    static func load(_ package: URL, _ name: String, _ settings: MLModelConfiguration) async throws -> MLModel {
+        let files = FileManager.default
+        let caches = try files.url(for: .cachesDirectory, in: .userDomainMask, appropriateFor: nil, create: true)
+        let kept = caches.appendingPathComponent("\(name).mlmodelc")
+        if files.fileExists(atPath: kept.path) {
+            if let model = try? await MLModel.load(contentsOf: kept, configuration: settings) { return model }
+            try? files.removeItem(at: kept)  // damaged, or of another system
+        }
+        let compiled = try await MLModel.compileModel(at: package)
+        let moved = (try? files.moveItem(at: compiled, to: kept)) != nil
+        guard moved || files.fileExists(atPath: kept.path) else {  // no room there
+            return try await MLModel.load(contentsOf: compiled, configuration: settings)
+        }
+        if !moved { try? files.removeItem(at: compiled) }  // another process was quicker
+        return try await MLModel.load(contentsOf: kept, configuration: settings)
+    }
+
+    /// iOS and macOS of one year, which load the same packages.
+    static let years = [(iOS: 16, macOS: 13), (iOS: 17, macOS: 14), (iOS: 18, macOS: 15), (iOS: 26, macOS: 26)]
+
+    /// Refuses a system older than the deployment target, such as iOS17 or macOS14; Core ML judges unknown ones.
+    static func requireSystem(_ manifest: Manifest) throws {
+        let target = manifest.hardware?["deployment_target"] ?? ""
+        guard let year = years.first(where: { target == "iOS\($0.iOS)" || target == "macOS\($0.macOS)" }) else { return }
+        #if os(macOS) || targetEnvironment(macCatalyst)
+        let (system, oldest) = ("macOS", year.macOS)
+        #else
+        let (system, oldest) = ("iOS", year.iOS)
+        #endif
+        let version = OperatingSystemVersion(majorVersion: oldest, minorVersion: 0, patchVersion: 0)
+        guard ProcessInfo.processInfo.isOperatingSystemAtLeast(version) else {
+            let here = ProcessInfo.processInfo.operatingSystemVersion
+            throw SamplerError(
+                description: "bundle \(manifest.name): built for \(target), which is \(system) \(oldest) or newer, "
+                    + "here is \(system) \(here.majorVersion).\(here.minorVersion); "
+                    + "build it again with an older --deployment-target")
+        }
     }
 
     static func units(_ name: String?) -> MLComputeUnits {
@@ -52,21 +96,60 @@ public final class Sampler {
     public var imageShape: [Int] { Array(bundle.manifest.outputs[0].shape.dropFirst()) }
 
     /// Images `first` ... of a seed, each C * H * W values in [-1, 1]. `classLabels`: one an image, if the model has classes.
-    public func sample(seed: UInt64, count: Int, first: Int = 0, classLabels: [Int32] = []) throws -> [[Float]] {
+    /// `conditions`: what else the graph takes besides noise, `count` rows each, by name.
+    public func sample(
+        seed: UInt64, count: Int, first: Int = 0, classLabels: [Int32] = [], conditions: [String: MLMultiArray] = [:]
+    ) throws -> [[Float]] {
+        var given = conditions
+        if !classLabels.isEmpty {
+            given["class_labels"] = MLMultiArray(MLShapedArray(scalars: classLabels, shape: [classLabels.count]))
+        }
+        try check(count, first, given)
         var images: [[Float]] = []
         for start in stride(from: 0, to: count, by: batch) {
             let chosen = (start..<start + batch).map { min($0, count - 1) }
             var inputs: [String: MLMultiArray] = [:]
             for spec in bundle.manifest.inputs {
-                inputs[spec.name] = try input(spec, seed, chosen.map { UInt32(first + $0) }, chosen, classLabels)
+                inputs[spec.name] = try input(spec, seed, chosen.map { UInt32(first + $0) }, chosen, given)
             }
             images += try run(inputs).prefix(count - start)
         }
         return images
     }
 
+    /// Labels of class 0 for `count` images, if the model has classes: for who has a seed alone.
+    func classZero(_ count: Int) -> [Int32] {
+        bundle.manifest.inputs.contains(where: { $0.name == "class_labels" }) ? Array(repeating: 0, count: count) : []
+    }
+
+    /// What the graph takes besides noise.
+    var conditionSpecs: [Manifest.Spec] {
+        bundle.manifest.inputs.filter { $0.name != "noise" && $0.name != "step_noise" }
+    }
+
+    /// Refuses arguments that the graph does not take.
+    private func check(_ count: Int, _ first: Int, _ given: [String: MLMultiArray]) throws {
+        func wrong(_ reason: String) -> SamplerError {
+            SamplerError(description: "bundle \(bundle.manifest.name): \(reason)")
+        }
+        guard count >= 1, first >= 0, first <= Int(UInt32.max) - (count - 1) else {
+            throw wrong("\(count) images from \(first) on; ask for one or more below 2^32")
+        }
+        for spec in conditionSpecs {
+            guard let array = given[spec.name] else { throw wrong("input '\(spec.name)' is missing; give it") }
+            let (found, says) = (array.shape.map(\.intValue), [count] + Array(spec.shape.dropFirst()))
+            guard found == says else {
+                throw wrong("input '\(spec.name)' is \(found), the manifest says \(says) for \(count) images")
+            }
+        }
+        let known = Set(conditionSpecs.map(\.name))
+        if let name = given.keys.sorted().first(where: { !known.contains($0) }) {
+            throw wrong("input '\(name)' is unknown; leave it out")
+        }
+    }
+
     private func input(
-        _ spec: Manifest.Spec, _ seed: UInt64, _ indices: [UInt32], _ chosen: [Int], _ labels: [Int32]
+        _ spec: Manifest.Spec, _ seed: UInt64, _ indices: [UInt32], _ chosen: [Int], _ given: [String: MLMultiArray]
     ) throws -> MLMultiArray {
         let size = spec.shape.reduce(1, *) / batch
         switch spec.name {
@@ -80,11 +163,20 @@ public final class Sampler {
                 }
             }
             return MLMultiArray(MLShapedArray(scalars: values, shape: spec.shape))
-        case "class_labels" where chosen.allSatisfy(labels.indices.contains):
-            return MLMultiArray(MLShapedArray(scalars: chosen.map { labels[$0] }, shape: spec.shape))
         default:
-            throw SamplerError(description: "bundle \(bundle.manifest.name): input '\(spec.name)' is missing; give it")
+            let array = given[spec.name]!  // check requires it
+            if spec.dtype == "float32" { return rows(MLShapedArray<Float>(converting: array), chosen, spec.shape) }
+            return rows(MLShapedArray<Int32>(converting: array), chosen, spec.shape)
         }
+    }
+
+    private func rows<Scalar: MLShapedArrayScalar>(
+        _ array: MLShapedArray<Scalar>, _ chosen: [Int], _ shape: [Int]
+    ) -> MLMultiArray {
+        let scalars = array.scalars
+        let row = scalars.count / array.shape[0]
+        let values: [Scalar] = chosen.flatMap { scalars[$0 * row..<($0 + 1) * row] }
+        return MLMultiArray(MLShapedArray(scalars: values, shape: shape))
     }
 
     /// One batch through the graph.

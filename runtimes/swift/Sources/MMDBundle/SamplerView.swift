@@ -41,7 +41,7 @@ public struct SamplerView: View {
         guard let sampler else { return }
         do {
             let start = Date()
-            let images = try sampler.sample(seed: UInt64(seed), count: count)
+            let images = try sampler.sample(seed: UInt64(seed), count: count, classLabels: sampler.classZero(count))
             message = String(format: "%d images in %.0f ms", count, Date().timeIntervalSince(start) * 1e3)
             pictures = images.compactMap { Self.picture($0, sampler.imageShape) }
         } catch { message = "\(error)" }
