@@ -8,12 +8,22 @@ import { readSafetensors } from "./safetensors.js";
 import type { Tensor, Tensors } from "./tensors.js";
 import { batchAxis } from "./tensors.js";
 
+/** What is known of a file that is too large to hold. */
+export interface LargeFile {
+  readonly size: number;
+  readonly sha256: string;
+}
+
+export type Contents = Uint8Array<ArrayBuffer> | LargeFile;
+
 /** Where the files of a bundle come from. */
 export interface Source {
   /** The last part of the folder's path, for messages. */
   readonly name: string;
   /** The bytes of a file; null if there is none of that relative POSIX path. */
-  read(path: string): Promise<Uint8Array<ArrayBuffer> | null>;
+  read(path: string): Promise<Contents | null>;
+  /** Where a file lies, for a library that reads it by itself; absent where it cannot, as on a web server. */
+  place?(path: string): string;
   /** All files; absent where a folder cannot be listed, as on a web server. */
   list?(): Promise<readonly { readonly path: string; readonly kind: "file" | "link" | "other" }[]>;
 }
@@ -29,8 +39,10 @@ export interface Golden {
 export interface Bundle {
   readonly manifest: Manifest;
   readonly golden: Golden;
-  /** The bytes of the files of the artefact by path: the artefact itself and its weights, if they lie beside it. */
-  readonly files: ReadonlyMap<string, Uint8Array<ArrayBuffer>>;
+  /** The files of the artefact by path: the artefact itself and its weights, if they lie beside it. */
+  readonly files: ReadonlyMap<string, Contents>;
+  /** As that of its source. */
+  readonly place?: (path: string) => string;
 }
 
 /** Check manifest, files, hashes and golden tensors; UsageError if it is no bundle, else BundleError. */
@@ -40,14 +52,20 @@ export async function openBundle(source: Source): Promise<Bundle> {
   if (bytes === null) {
     throw new UsageError(`${source.name} is not a bundle: it has no ${MANIFEST}; make one with mmd-export build --out`);
   }
-  const manifest = await parseManifest(bytes, source.name);
+  const manifest = await parseManifest(whole(bytes, `bundle ${source.name}: ${MANIFEST}`), source.name);
   if (listed) checkListing(manifest, listed);
   const contents = await Promise.all(manifest.files.map((entry) => readChecked(source, manifest, entry)));
   const files = new Map(manifest.files.map((entry, i) => [entry.path, contents[i]]));
-  const golden = readGolden(manifest, files.get(GOLDEN) as Uint8Array);
+  const golden = readGolden(manifest, whole(files.get(GOLDEN) as Contents, `bundle ${manifest.name}: ${GOLDEN}`));
   const stem = manifest.artefact.split(".")[0];
   const artefact = [...files].filter(([path]) => path.split("/")[0].split(".")[0] === stem);
-  return { manifest, golden, files: new Map(artefact) };
+  return { manifest, golden, files: new Map(artefact), place: source.place?.bind(source) };
+}
+
+/** The bytes of a file that is never large in a bundle that is whole. */
+export function whole(contents: Contents, where: string): Uint8Array<ArrayBuffer> {
+  if (contents instanceof Uint8Array) return contents;
+  throw new BundleError(`${where} has ${contents.size} bytes, more than can be held; ${AGAIN}`);
 }
 
 function checkListing(manifest: Manifest, listed: readonly { path: string; kind: string }[]): void {
@@ -59,18 +77,19 @@ function checkListing(manifest: Manifest, listed: readonly { path: string; kind:
   }
 }
 
-async function readChecked(source: Source, manifest: Manifest, entry: FileEntry): Promise<Uint8Array<ArrayBuffer>> {
+async function readChecked(source: Source, manifest: Manifest, entry: FileEntry): Promise<Contents> {
   const where = `bundle ${manifest.name}: '${entry.path}'`;
-  const bytes = await source.read(entry.path);
-  if (bytes === null) throw new BundleError(`${where} is missing; ${AGAIN}`);
-  if (bytes.length !== entry.size) {
-    throw new BundleError(`${where} has ${bytes.length} bytes, the manifest says ${entry.size}; ${AGAIN}`);
+  const contents = await source.read(entry.path);
+  if (contents === null) throw new BundleError(`${where} is missing; ${AGAIN}`);
+  const size = contents instanceof Uint8Array ? contents.length : contents.size;
+  if (size !== entry.size) {
+    throw new BundleError(`${where} has ${size} bytes, the manifest says ${entry.size}; ${AGAIN}`);
   }
-  const digest = await sha256(bytes);
+  const digest = contents instanceof Uint8Array ? await sha256(contents) : contents.sha256;
   if (digest !== entry.sha256) {
     throw new BundleError(`${where} has SHA-256 ${digest}, the manifest says ${entry.sha256}; ${AGAIN}`);
   }
-  return bytes;
+  return contents;
 }
 
 function readGolden(manifest: Manifest, bytes: Uint8Array): Golden {

@@ -2,8 +2,9 @@
 
 import type { InferenceSession, Tensor as OrtTensor } from "onnxruntime-common";
 
-import type { Bundle } from "./bundle.js";
-import { BundleError, KitError, oneLine } from "./errors.js";
+import type { Bundle, Contents } from "./bundle.js";
+import { whole } from "./bundle.js";
+import { BundleError, KitError, NotAvailableError, oneLine } from "./errors.js";
 import { withOutputs } from "./states.js";
 import type { Dtype, Tensor, Tensors, Values } from "./tensors.js";
 
@@ -11,6 +12,7 @@ import type { Dtype, Tensor, Tensors, Values } from "./tensors.js";
 export interface OnnxRuntime {
   readonly InferenceSession: {
     create(model: Uint8Array, options?: InferenceSession.SessionOptions): Promise<InferenceSession>;
+    create(path: string, options?: InferenceSession.SessionOptions): Promise<InferenceSession>;
   };
   readonly Tensor: new (dtype: Dtype, values: Values, shape: readonly number[]) => OrtTensor;
 }
@@ -33,23 +35,35 @@ export function onnxEngine(ort: OnnxRuntime, runtime: string, options: Inference
   return {
     runtime,
     async open(bundle, further = []) {
-      const { manifest, files } = bundle;
-      const model = files.get(manifest.artefact) as Uint8Array<ArrayBuffer>;
-      const beside = [...files].filter(([path]) => path !== manifest.artefact);
-      const externalData = beside.map(([path, data]) => ({ path, data }));
-      const whole = further.length ? withOutputs(model, further) : model;
+      const { manifest } = bundle;
       try {
-        const session = await ort.InferenceSession.create(
-          whole, externalData.length ? { ...options, externalData } : options,
-        );
-        return new OnnxSession(ort, bundle, session);
+        return new OnnxSession(ort, bundle, await create(ort, bundle, further, options));
       } catch (error) {
+        if (error instanceof KitError) throw error;
         throw new BundleError(
           `bundle ${manifest.name}: ${manifest.artefact} cannot be loaded in ${runtime}: ${oneLine(error)}`,
         );
       }
     },
   };
+}
+
+/** The session of a graph: from memory, or, where its weights are too large for that, from where it lies. */
+function create(
+  ort: OnnxRuntime, { manifest, files, place }: Bundle, further: readonly string[],
+  options: InferenceSession.SessionOptions,
+): Promise<InferenceSession> {
+  const where = `bundle ${manifest.name}: ${manifest.artefact}`;
+  const externalData: { path: string; data: Uint8Array<ArrayBuffer> }[] = [];
+  for (const [path, data] of files) {
+    if (path === manifest.artefact) continue;
+    if (data instanceof Uint8Array) externalData.push({ path, data });
+    else if (place && !further.length) return ort.InferenceSession.create(place(manifest.artefact), options);
+    else throw new NotAvailableError(`${where} shows no states: '${path}' has ${data.size} bytes, too many to hold`);
+  }
+  const model = whole(files.get(manifest.artefact) as Contents, where);
+  const shown = further.length ? withOutputs(model, further) : model;
+  return ort.InferenceSession.create(shown, externalData.length ? { ...options, externalData } : options);
 }
 
 class OnnxSession implements Session {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import pytest
 from PIL import Image
 
 from mmd_export.build import BuildOptions, build
+from mmd_export.bundle import Bundle
 from mmd_export.commands.sample import SampleOptions, sample
 from mmd_export.noise import normal
 from mmd_export.pictures import grid
 from mmd_export.targets import get_target
-from tests.kits.npm import built_project, npm, require_node, summary
+from tests.kits.npm import OLDEST_NODE, built_project, npm, require_node, summary
 from tests.kits.wrong import with_other_artefact, with_other_sample
 from tests.models import tiny_labels
+from tests.project.checks import ROOT
 
 __all__ = ["tiny_labels"]
 VALUES = 1_000_000
@@ -46,6 +49,16 @@ def test_its_own_tests_pass(project: Path, attacks: Path) -> None:
     counts = summary(npm(project, "test", environment={"MMD_ATTACKS": str(attacks)}))
     assert counts["pass"] > 60, "the damaged bundles were not tried"
     assert counts["fail"] == counts["skipped"] == counts["cancelled"] == 0
+
+
+@pytest.mark.parametrize("kit", ["node", "web"])
+def test_a_package_names_the_oldest_node_that_its_sources_run_in(kit: str) -> None:
+    oldest = ".".join(map(str, OLDEST_NODE))
+    for name in ("package.json", "package-lock.json"):
+        package = json.loads((ROOT / "runtimes" / kit / name).read_text(encoding="utf-8"))
+        assert package.get("packages", {"": package})[""]["engines"] == {"node": f">={oldest}"}
+    if kit == "node":
+        assert f"Needs Node {oldest} or newer" in (ROOT / "runtimes/node/README.md").read_text(encoding="utf-8")
 
 
 def test_the_lines_of_the_readme_run(project: Path) -> None:
@@ -96,11 +109,19 @@ def looked_at(project: Path, bundle: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def weights_beside(tiny_labels: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A class-conditional model with its weights in a file of their own."""
+    out = tmp_path_factory.mktemp("bundles") / "labels"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get_target("onnx"), "largest_file", 10_000)
+        return build(BuildOptions(str(tiny_labels), "onnx", out, steps=2, batch="1..3"))
+
+
 def test_labels_step_noise_and_weights_in_a_file_of_their_own(
-    project: Path, tiny_labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, weights_beside: Bundle, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(get_target("onnx"), "largest_file", 10_000)
-    bundle = build(BuildOptions(str(tiny_labels), "onnx", tmp_path / "labels", steps=2, batch="1..3"))
+    bundle = weights_beside
     assert (bundle.folder / "model.onnx_data").is_file()
     found = looked_at(project, bundle.folder)
     assert found["test"]["passed"], found
@@ -113,6 +134,29 @@ def test_labels_step_noise_and_weights_in_a_file_of_their_own(
     options = SampleOptions(str(bundle.folder), seed=0, count=4, class_label=3)
     difference = np.asarray(Image.open(tmp_path / "three.png")).astype(int) - grid(sample(options))[:, :, 0]
     assert np.abs(difference).max() <= 1
+
+
+def test_weights_too_large_to_hold_are_read_by_onnx_runtime(
+    project: Path, weights_beside: Bundle, tmp_path: Path
+) -> None:
+    """As above 2 GiB, where readFile stops; here the bound is just below the size of the weights."""
+    folder = shutil.copytree(weights_beside.folder, tmp_path / "copy")
+    weights = folder / "model.onnx_data"
+    size = weights.stat().st_size
+    assert all(path.stat().st_size < size for path in folder.iterdir() if path != weights)
+    code = (
+        f"const source = kit.folderSource({json.dumps(str(folder))}, {size - 1});"
+        "const said = async (work) => { try { return await work() } catch (error) { return error.message } };"
+        "const opened = await said(() => kit.Sampler.open(source, kit.cpuEngine({ threads: 1 })));"
+        "const found = typeof opened === 'string' ? opened"
+        " : { test: await opened.selfTest(1), states: await said(() => opened.stateErrors()) };"
+        "process.stdout.write(JSON.stringify(found));"
+    )
+    found = json.loads(evaluate(project, code))
+    assert found["test"]["passed"], found
+    assert f"shows no states: 'model.onnx_data' has {size} bytes" in found["states"]
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert "'model.onnx_data' has SHA-256 " in json.loads(evaluate(project, code))
 
 
 def test_a_loop_and_pixels_of_bytes(project: Path, tiny_labels: Path, tmp_path: Path) -> None:
