@@ -6,10 +6,11 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from mmd_export.bundle import Bundle, TensorSpec
 from mmd_export.cli_embed import embed
@@ -100,7 +101,8 @@ def test_a_project_of_a_model_with_classes_draws_one(name: str, tmp_path: Path, 
 def test_what_a_command_cannot_draw_is_not_in_its_lines(
     what: str, name: str, tmp_path: Path, out: Path, command: Command
 ) -> None:
-    few, changes = golden(), {}
+    few: dict[str, NDArray[Any]] = golden()
+    changes: dict[str, Any]
     if what == "a latent":
         few = {key: np.repeat(value, 4, axis=1) for key, value in few.items()}
         specs = [TensorSpec(name=key, dtype="float32", shape=(1, 4, 2, 2)) for key in ("noise", "sample")]
