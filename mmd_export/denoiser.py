@@ -23,19 +23,22 @@ class DiffusersUNet(nn.Module):
     Args:
         unet: the network.
         channels: of the output; a learned variance behind them is left out. None for all.
+        timestep_scale: what the timestep is multiplied by (``rescale_timesteps`` of improved-diffusion).
     """
 
-    def __init__(self, unet: nn.Module, channels: int | None = None) -> None:
+    def __init__(self, unet: nn.Module, channels: int | None = None, timestep_scale: float = 1.0) -> None:
         super().__init__()
         self.unet = unet
         self.channels = channels
+        self.timestep_scale = timestep_scale
 
     def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Raw output (B, C, H, W) for ``x`` (B, C, H, W), ``timestep`` (1,) and ``class_labels`` int64 (B)."""
+        time = timestep if self.timestep_scale == 1.0 else timestep * self.timestep_scale
         if class_labels is None:
-            output: Tensor = self.unet(x, timestep, return_dict=False)[0]
+            output: Tensor = self.unet(x, time, return_dict=False)[0]
         else:
-            output = self.unet(x, timestep, class_labels, return_dict=False)[0]
+            output = self.unet(x, time, class_labels, return_dict=False)[0]
         return output if self.channels is None else output[:, : self.channels]
 
 

@@ -42,6 +42,8 @@ def _pipeline(checkpoint: Checkpoint, plan: StepPlan, batch: int) -> Sample:
     conditions = checkpoint.conditions
     if isinstance(denoiser, DiffusersUNet) and denoiser.channels is not None:
         raise NotAvailableError("--against diffusers: its pipelines take no learned variance; use --against torch")
+    if isinstance(denoiser, DiffusersUNet) and denoiser.timestep_scale != 1.0:
+        raise NotAvailableError("--against diffusers: its pipelines tell no rescaled timestep; use --against torch")
     if name is None or conditions or not isinstance(denoiser, DiffusersUNet):
         raise NotAvailableError(
             f"--against diffusers: its pipelines for plain UNets are {', '.join(_PIPELINES)}; this bundle runs "

@@ -50,6 +50,8 @@ PICTURES = (1, 3)  # channels
 NETWORKS = ("unet", "transformer")  # where a pipeline holds its network
 _SHARDS = "diffusion_pytorch_model-?????-of-?????.safetensors"
 _HALF_SHARDS = "diffusion_pytorch_model.fp16-?????-of-?????.safetensors"
+TIMESTEP_SCALE = "timestep_scale"  # Sana's key
+_OURS = {"UNet2DModel": (TIMESTEP_SCALE,)}  # keys that diffusers does not read; it would warn of them
 LCM_SCALE = 8.5  # default of diffusers' LatentConsistencyModelPipeline
 SPRINT_SCALE = 4.5  # of its SanaSprintPipeline
 
@@ -213,7 +215,7 @@ def _denoiser(
     """
     channels, mean = sizes
     if type(network).__name__ == "UNet2DModel":
-        return DiffusersUNet(network, mean), _Chosen()
+        return DiffusersUNet(network, mean, config.get(TIMESTEP_SCALE, 1.0)), _Chosen()
     if width := config.get("time_cond_proj_dim"):
         scale, chosen = _embedded(options, LCM_SCALE, "LCM's")
         return DiffusersNetwork(network, channels, 1.0, {"timestep_cond": (guidance_embedding(scale, width),)}), chosen
@@ -222,7 +224,7 @@ def _denoiser(
         return DiffusersNetwork(
             network, channels, 1.0, {"guidance": (scale * config["guidance_embeds_scale"],)}
         ), chosen
-    return DiffusersNetwork(network, channels, config.get("timestep_scale", 1.0)), _Chosen()
+    return DiffusersNetwork(network, channels, config.get(TIMESTEP_SCALE, 1.0)), _Chosen()
 
 
 def _embedded(options: NetworkOptions, usual: float, whose: str) -> tuple[float, _Chosen]:
@@ -299,10 +301,15 @@ def new_unet(config: dict[str, Any], where: str) -> nn.Module:
 def new_network(config: dict[str, Any], where: str) -> Any:
     """An untrained network of the config's class; raises UsageError for a config that diffusers refuses."""
     diffusers = import_diffusers()
+    ours = {name: config[name] for name in _OURS.get(config["_class_name"], ()) if name in config}
     try:
-        return getattr(diffusers, config["_class_name"]).from_config(config)
+        network = getattr(diffusers, config["_class_name"]).from_config(
+            {name: value for name, value in config.items() if name not in ours}
+        )
     except (TypeError, ValueError, IndexError, AttributeError, NotImplementedError) as error:
         raise UsageError(f"{where}: diffusers refuses it: {error}") from error
+    network.register_to_config(**ours)
+    return network
 
 
 def sample_shape(config: dict[str, Any], where: str, channels: int | None = None) -> tuple[int, int, int]:

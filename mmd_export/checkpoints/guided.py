@@ -1,7 +1,8 @@
 """``guided:FILE``: UNets of improved-diffusion and guided-diffusion, where diffusers' UNet2DModel has the same blocks.
 
 Nichol and Dhariwal 2021, Dhariwal and Nichol 2021. Names and shapes tell all but the number of attention heads, the
-noise schedule and the image size; those follow the file under the names of the original commands:
+noise schedule, the scale of the timesteps and the image size; those follow the file under the names of the original
+commands:
 ``guided:model.pt?num_head_channels=64&noise_schedule=linear&image_size=64``.
 """
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmd_export.checkpoints.base import Checkpoint, diffusers_configs
-from mmd_export.checkpoints.diffusers_folder import new_unet, sample_shape
+from mmd_export.checkpoints.diffusers_folder import TIMESTEP_SCALE, new_unet, sample_shape
 from mmd_export.checkpoints.weights import (
     StateDict,
     as_float32,
@@ -34,9 +35,10 @@ from mmd_export.schedule import SchedulerConfig
 
 OPTIONS = (
     "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule", "image_size", "diffusion_steps",
-    "predict_xstart",
+    "predict_xstart", "rescale_timesteps",
 )  # fmt: skip
 FIRST_BETA, LAST_BETA, BETAS_OF = 0.0001, 0.02, 1000  # of the linear schedule; other lengths are scaled
+TOLD_OF = 1000  # what rescaled timesteps are out of, whatever the schedule's length
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 _ENDS = {
     "time_embed.0": "time_embedding.linear_1",
@@ -87,7 +89,8 @@ def read_guided(
 ) -> Checkpoint:
     """The network in ``path``; raises UsageError that names keys or shapes that do not fit, or what is not known.
 
-    ``scheduler``: a scheduler_config.json, instead of ``trained``: noise_schedule, diffusion_steps, predict_xstart.
+    ``scheduler``: a scheduler_config.json, instead of what is ``trained``: noise_schedule, diffusion_steps,
+    predict_xstart. Not instead of rescale_timesteps, whether the network is told t * 1000 / T or t.
     """
     where = str(path)
     entries, warnings = read_entries(path)
@@ -102,15 +105,19 @@ def read_guided(
     if size is None:
         raise UsageError(f"weights {where}: nothing in them tells the image size; say ?sample_size=N")
     heads = _head_width(layout, num_heads, num_head_channels, where)
+    rescale = trained.pop("rescale_timesteps", None)
+    chosen, assumed = _scheduler(scheduler, trained, path)
+    scale = _timestep_scale(rescale, chosen.num_train_timesteps, where)
     config, dropped = _config(layout, weights, size, heads, where)
     unet = new_unet(config, where)
     converted = _convert(weights, layout, unet.state_dict(), heads, bool(use_new_attention_order), where)
     load_strictly(unet, converted, where)
-    chosen, assumed = _scheduler(scheduler, trained, path)
+    if scale != 1.0:
+        config[TIMESTEP_SCALE] = scale
     return Checkpoint(
         name=path.stem,
         folder=path.parent,
-        denoiser=DiffusersUNet(unet.eval()).requires_grad_(False),
+        denoiser=DiffusersUNet(unet.eval(), timestep_scale=scale).requires_grad_(False),
         scheduler=chosen,
         shape=sample_shape(config, where),
         sha256=hash_weights(converted, config, chosen),
@@ -147,6 +154,22 @@ def _scheduler(file: str | None, trained: Mapping[str, Any], path: Path) -> tupl
         f"{scheduler.prediction_type} prediction"
     )
     return scheduler, (assumed,)
+
+
+def _timestep_scale(rescale: bool | None, total: int, where: str) -> float:
+    """What a timestep is multiplied by: 1000 / T if it is rescaled (``_WrappedModel`` of the originals' respace.py).
+
+    Raises UsageError where the answer matters and is not given: the two repositories' defaults differ.
+    """
+    if rescale not in (None, True, False):
+        raise UsageError(f"weights {where}: rescale_timesteps is {rescale!r}; true or false is expected")
+    if rescale is None and total != TOLD_OF:
+        raise UsageError(
+            f"weights {where}: nothing in them tells whether the network is told the timestep t or t * {TOLD_OF} / "
+            f"{total}; say ?rescale_timesteps=true, the default of improved-diffusion, or ?rescale_timesteps=false, "
+            "that of guided-diffusion"
+        )
+    return TOLD_OF / total if rescale else 1.0
 
 
 def _read_layout(weights: Mapping[str, Tensor], where: str) -> Layout:

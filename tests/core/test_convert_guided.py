@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from mmd_export.checkpoint import Checkpoint, load_checkpoint
-from mmd_export.errors import UsageError
+from mmd_export.checkpoint import SAFETENSORS, Checkpoint, load_checkpoint
+from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.reference import golden_inputs
 from mmd_export.schedule import SchedulerConfig
+from mmd_export.torch_baselines import baseline
 from tests.guided_unet import GuidedUNet
 
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
@@ -81,6 +84,56 @@ def test_heads_matter(tmp_path: Path) -> None:
         assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) > 1e-4
 
 
+def test_rescaled_timesteps(tmp_path: Path) -> None:
+    """Of T timesteps the network is told t * 1000 / T, as _WrappedModel of the original tells it."""
+    unet, options = random_unet(), "num_heads=1&diffusion_steps=4000"
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(1, 3, 16, 16, generator=generator)
+    hashes = set()
+    for rescale, told in (("true", (800.0, 50.25)), ("false", (3200.0, 201.0))):
+        checkpoint = load(tmp_path, unet, f"{options}&rescale_timesteps={rescale}")
+        for t, time in zip((3200, 201), told, strict=True):
+            with torch.no_grad():
+                found, expected = checkpoint.denoiser(x, torch.tensor([t])), unet(x, torch.tensor([time]))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        hashes.add(checkpoint.sha256)
+    assert len(hashes) == 2
+    same = [load(tmp_path, unet, f"num_heads=1{more}").sha256 for more in ("", "&rescale_timesteps=true")]
+    assert same[0] == same[1]  # of 1000
+
+
+def test_rescaled_timesteps_must_be_said(tmp_path: Path) -> None:
+    """Where it matters: the two repositories have opposite defaults."""
+    file, unet = tmp_path / "scheduler_config.json", random_unet()
+    file.write_text(json.dumps({"_class_name": "DDIMScheduler", "num_train_timesteps": 4000}))
+    for how in ("diffusion_steps=4000", f"scheduler={file}"):
+        refused(tmp_path, unet, f"num_heads=1&{how}", "t * 1000 / 4000; say ?rescale_timesteps=true, the default of im",
+                "improved-diffusion, or ?rescale_timesteps=false, that of guided-diffusion")  # fmt: skip
+        load(tmp_path, unet, f"num_heads=1&{how}&rescale_timesteps=true")
+    refused(tmp_path, unet, "num_heads=1&rescale_timesteps=maybe", "'maybe'; true or false is expected")
+
+
+def test_a_folder_of_it_rescales_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What a run folder holds: the configs of the file that was tuned, and weights."""
+    checkpoint = load(tmp_path, random_unet(), "num_heads=1&diffusion_steps=4000&rescale_timesteps=true")
+    for name, content in checkpoint.configs.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    network = checkpoint.denoiser.get_submodule("unet")
+    save_file(network.state_dict(), tmp_path / "unet" / SAFETENSORS)
+    capfd.readouterr()
+    again = load_checkpoint(tmp_path)
+    assert capfd.readouterr().err == ""
+    assert again.sha256 == checkpoint.sha256
+    for first, second in zip(
+        *(outputs(each.denoiser, torch.float32, labels=False) for each in (again, checkpoint)), strict=True
+    ):
+        assert torch.equal(first, second)
+    plan = again.plan_for(2)
+    with pytest.raises(NotAvailableError, match="its pipelines tell no rescaled timestep"):
+        baseline("diffusers", again, plan, golden_inputs(again, plan, 1), 1)
+
+
 def test_the_schedule(tmp_path: Path) -> None:
     unet = random_unet()
     assert load(tmp_path, unet, "num_heads=1").scheduler.beta_schedule == "linear"
@@ -91,7 +144,7 @@ def test_the_schedule(tmp_path: Path) -> None:
 def test_how_it_was_trained(tmp_path: Path) -> None:
     """Linear betas scale with the number of timesteps, as the original's get_named_beta_schedule has it."""
     unet = random_unet()
-    checkpoint = load(tmp_path, unet, "num_heads=1&diffusion_steps=4000&predict_xstart=true")
+    checkpoint = load(tmp_path, unet, "num_heads=1&diffusion_steps=4000&predict_xstart=true&rescale_timesteps=true")
     assert checkpoint.scheduler == SchedulerConfig(
         num_train_timesteps=4000, beta_start=0.000025, beta_end=0.005, prediction_type="sample"
     )
