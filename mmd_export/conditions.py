@@ -20,7 +20,7 @@ class Condition:
     """One input of the network and of the graph, under diffusers' name.
 
     ``shape`` is that of one image, without the batch; int64 values lie in 0 ... ``below`` - 1. ``values`` (N, *shape)
-    are real ones, for the examples.
+    are real ones, for the examples: the user's, or sizes in pixels.
     """
 
     name: str

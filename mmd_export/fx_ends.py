@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from mmd_export.ends import giving, reading
+from mmd_export.ends import giving, phases, reading
 
 _aten = torch.ops.aten
+_SINUSOIDS = {_aten.sin.default, _aten.cos.default}
 # What ``mmd_export.precision.islands`` takes for a product in ONNX, where attention ends in one.
 _PRODUCTS = {
     _aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.convolution.default,
@@ -39,6 +40,18 @@ def fx_ends(network: set[fx.Node], outside: set[fx.Node]) -> set[fx.Node]:
         return node.target is _aten.add.Tensor and len(added) > 1
 
     return reading(first, after, _is_product) | giving(last, before, _is_product, is_sum)
+
+
+def fx_phases(graph: fx.Graph, state: fx.Node) -> set[fx.Node]:
+    """The sinusoids of what does not depend on the node ``state``, and what they are made of."""
+
+    def after(node: fx.Node) -> list[fx.Node]:
+        return [each for each in node.users if _is_of_floats(each)]
+
+    def before(node: fx.Node) -> list[fx.Node]:
+        return [each for each in node.all_input_nodes if _is_of_floats(each)]
+
+    return phases([state], after, before, [node for node in graph.nodes if node.target in _SINUSOIDS])
 
 
 def _is_product(node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from mmd_export.checkpoints.families import (
     Facts,
     Family,
     family_of,
+    image_size,
     pooled_width,
     require_text,
     text_length,
@@ -67,7 +68,8 @@ def read_folder(folder: Path, name: str, licence: str | None = None, options: Ne
     mean, notes = _learned_variance(whole, family)
     shape = sample_shape(whole, where, mean)
     scheduler = with_tokens(found.scheduler, _patches(whole, shape)) if family.tokens else found.scheduler
-    told = _told(family, whole, folder, where, options)
+    size = image_size(shape, folder, latent=_makes_latents(family, whole))
+    told = _told(family, whole, size, (folder, where), options)
     weights, warnings = read_weights(found.config_file.parent)
     load_strictly(found.network, weights, str(found.config_file.parent))
     denoiser, chosen = _denoiser(family, found.network.eval(), whole, (shape[0], mean), options)
@@ -170,16 +172,19 @@ class _Chosen:
     warnings: tuple[str, ...] = ()
 
 
-def _told(family: Family, config: dict[str, Any], folder: Path, where: str, options: NetworkOptions) -> _Chosen:
-    """The conditions, held against the pipeline's text encoders."""
+def _told(
+    family: Family, config: dict[str, Any], size: tuple[int, int], place: tuple[Path, str], options: NetworkOptions
+) -> _Chosen:
+    """The conditions, held against the pipeline's text encoders; ``place``: the folder, and where its config is."""
+    folder, where = place
     if not family.text_length:
         if options.text_length is not None:
             raise UsageError(
                 f"model {folder.resolve().name} takes no text, --text-length is {options.text_length}; leave it out"
             )
-        return _Chosen(family.conditions(Facts(config, 0, None, where)))
+        return _Chosen(family.conditions(Facts(config, 0, None, size, where)))
     length, note = text_length(family, folder, options.text_length)
-    conditions = family.conditions(Facts(config, length, pooled_width(folder), where))
+    conditions = family.conditions(Facts(config, length, pooled_width(folder), size, where))
     require_text(conditions, family, folder, where)
     return _Chosen(conditions, {"text_length": length}, (note,) if note else ())
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mmd_export.checkpoints.autoencoder import FOLDERS as AUTOENCODERS
 from mmd_export.checkpoints.weights import read_json
 from mmd_export.conditions import CLASS_LABELS, Condition, class_condition
 from mmd_export.errors import UsageError
@@ -19,6 +22,8 @@ TEXT, MASK = "encoder_hidden_states", "encoder_attention_mask"
 POOLED, TEXT_EMBEDS = "pooled_projections", "text_embeds"
 LONGEST = 1024  # tokens; tokenizers without a limit state 1e30
 SDXL_IDS = 6  # original size, crop, target size
+AESTHETIC = 6.0  # the score that the refiner's pipeline tells in place of the target size
+LATENT_SIDE = 8  # pixels, as diffusers' pipelines reckon where there is no autoencoder
 # What takes a condition's place on the unconditional side of guidance, under the names of diffusers' pipelines.
 NEGATIVE = {
     TEXT: "negative_prompt_embeds",
@@ -30,11 +35,15 @@ NEGATIVE = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What the conditions follow from. ``pooled``: width of the pipeline's pooled text, if its encoder is there."""
+    """What the conditions follow from.
+
+    ``pooled``: width of the pipeline's pooled text, if its encoder is there; ``size``: (H, W) of the image, in pixels.
+    """
 
     config: Config
     text_length: int
     pooled: int | None
+    size: tuple[int, int]
     where: str
 
 
@@ -111,7 +120,16 @@ def _sdxl(facts: Facts) -> list[Condition]:
             f"{facts.where}: projection_class_embeddings_input_dim is {total}; that is no pooled text of "
             f"{facts.pooled or 'any width'} and time ids of {each} numbers each"
         )
-    return [Condition(TEXT_EMBEDS, "float32", (pooled,)), Condition("time_ids", "float32", (ids,))]
+    return [Condition(TEXT_EMBEDS, "float32", (pooled,)), _time_ids(ids, facts.size)]
+
+
+def _time_ids(ids: int, size: tuple[int, int]) -> Condition:
+    """In pixels: of an image as it was, and of one cropped from twice the size."""
+    height, width = size
+    rows: Any = ((height, width, 0, 0), (2 * height, 2 * width, height // 4, width // 8))
+    last = {SDXL_IDS: size, SDXL_IDS - 1: (AESTHETIC,)}.get(ids)
+    values = None if last is None else np.array([(*row, *last) for row in rows], np.float32)
+    return Condition("time_ids", "float32", (ids,), values=values)
 
 
 def _require_supported(config: Config, where: str) -> None:
@@ -149,8 +167,17 @@ def _pixart(facts: Facts) -> tuple[Condition, ...]:
     sized = config["use_additional_conditions"]
     if sized is None:  # diffusers' own rule for configs that do not say
         sized = config["sample_size"] == 128
-    size = (Condition("resolution", "float32", (2,)), Condition("aspect_ratio", "float32", (1,))) if sized else ()
-    return text, _mask(facts), *size
+    return text, _mask(facts), *(_sizes(facts.size) if sized else ())
+
+
+def _sizes(size: tuple[int, int]) -> tuple[Condition, Condition]:
+    """(H, W) in pixels and H / W, of the image and of one four times as wide as high that is as large."""
+    height, width = size
+    sizes = np.array([(height, width), (height // 2, 2 * width)], np.float32)
+    return (
+        Condition("resolution", "float32", (2,), values=sizes),
+        Condition("aspect_ratio", "float32", (1,), values=sizes[:, :1] / sizes[:, 1:]),
+    )
 
 
 def _sana(facts: Facts) -> tuple[Condition, ...]:
@@ -214,6 +241,14 @@ def pooled_width(pipeline: Path) -> int | None:
     file = pipeline / "text_encoder_2" / "config.json"
     width = read_json(file).get("projection_dim") if file.is_file() else None
     return width if isinstance(width, int) else None
+
+
+def image_size(shape: tuple[int, int, int], pipeline: Path, *, latent: bool) -> tuple[int, int]:
+    """(H, W) in pixels of what a state (C, H, W) becomes, by the levels of the pipeline's autoencoder."""
+    files = [file for part in AUTOENCODERS if (file := pipeline / part / "config.json").is_file()]
+    levels = read_json(files[0]).get("block_out_channels") if files else None
+    side = 2 ** (len(levels) - 1) if levels else LATENT_SIDE if files or latent else 1
+    return side * shape[1], side * shape[2]
 
 
 def require_text(conditions: tuple[Condition, ...], family: Family, pipeline: Path, where: str) -> None:

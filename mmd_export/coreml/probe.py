@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from mmd_export.coreml.capture import Captured
 from mmd_export.coreml.half import LARGEST_HALF
 from mmd_export.errors import UsageError
-from mmd_export.fx_ends import fx_ends
+from mmd_export.fx_ends import fx_ends, fx_phases
 from mmd_export.noise import sampler_noise
 from mmd_export.program import SamplerProgram
 
@@ -48,6 +48,13 @@ def find_ends(captured: Captured) -> frozenset[str]:
     network = {node for node in nodes if node.op == "call_function" and node.name not in captured.plan}
     plan = {node for node in nodes if node.name in captured.plan or node.name == "noise"}
     return frozenset(node.name for node in fx_ends(network, plan))
+
+
+def find_phases(captured: Captured) -> frozenset[str]:
+    """The names of the sinusoids of what the network is told, and of what they are made of."""
+    graph = captured.program.graph
+    noise = next(node for node in graph.nodes if node.name == "noise")
+    return frozenset(node.name for node in fx_phases(graph, noise))
 
 
 class _Ranges(fx.Interpreter):

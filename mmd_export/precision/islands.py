@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mmd_export.ends import giving, reading
+from mmd_export.ends import giving, phases, reading
 from mmd_export.precision.formats import Half
 from mmd_export.precision.scan import Scan, is_float
 
@@ -22,6 +22,7 @@ DELICATE = {
     "ReduceMean", "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp", "ReduceProd", "CumSum",
     "Exp", "Log", "Pow", "Sqrt", "Reciprocal", "Softplus", "ArgMax", "ArgMin", "TopK",
 }  # fmt: skip
+_SINUSOIDS = {"Sin", "Cos"}
 _PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 # They read a shape or a sign of what they are given, in whatever type it comes.
 INDIFFERENT = {"Shape", "Size"}
@@ -37,14 +38,15 @@ class Signature:
 
 
 def islands(model: ir.Model, seen: Scan, half: Half) -> dict[ir.Node, str]:
-    """The nodes of ``model`` that stay float32, each with the reason: operation, type, range or sum."""
+    """The nodes of ``model`` that stay float32, each with the reason: phase, operation, type, range or sum."""
     unsafe = {name for name, largest in seen.largest.items() if not fits(largest, half)}
     unsafe |= {
         name
         for name, value in model.graph.initializers.items()
         if value.const_value is not None and is_float(value) and _loses(value.const_value, half)
     }
-    found: dict[ir.Node, str] = {}
+    sinusoids = [node for node in model.graph if node.op_type in _SINUSOIDS]
+    found = dict.fromkeys(phases(_readers(model), _after, _before, sinusoids), "phase")
     for node in model.graph:
         if reason := _reason(node, unsafe, seen.partial, half):
             found[node] = reason
@@ -55,21 +57,27 @@ def ends(model: ir.Model) -> dict[ir.Node, str]:
     """The nodes of a call from the state to the first products, and from the sum before the last product on."""
     state = model.graph.inputs[0]
 
-    def after(node: ir.Node) -> list[ir.Node]:
-        return [each for each in node.successors() if _is_of_floats(each)]
-
-    def before(node: ir.Node) -> list[ir.Node]:
-        return [each for each in node.predecessors() if _is_of_floats(each)]
-
     def is_sum(node: ir.Node) -> bool:
         """A weight, and what is made of weights alone such as a reshaped bias, was not computed."""
-        added = [each for each in before(node) if before(each) or state in each.inputs]
+        added = [each for each in _before(node) if _before(each) or state in each.inputs]
         return node.op_type == "Add" and len(added) > 1
 
-    first = [use.node for use in state.uses() if _is_of_floats(use.node)]
     last = [node for value in model.graph.outputs if (node := value.producer()) is not None]
-    found = reading(first, after, _is_product) | giving(last, before, _is_product, is_sum)
+    found = reading(_readers(model), _after, _is_product) | giving(last, _before, _is_product, is_sum)
     return {node: "end" for node in model.graph if node in found}
+
+
+def _readers(model: ir.Model) -> list[ir.Node]:
+    """What reads the state."""
+    return [use.node for use in model.graph.inputs[0].uses() if _is_of_floats(use.node)]
+
+
+def _after(node: ir.Node) -> list[ir.Node]:
+    return [each for each in node.successors() if _is_of_floats(each)]
+
+
+def _before(node: ir.Node) -> list[ir.Node]:
+    return [each for each in node.predecessors() if _is_of_floats(each)]
 
 
 def _is_product(node: ir.Node) -> bool:

@@ -50,7 +50,7 @@ class CoreMLTarget:
         from mmd_export.coreml.capture import capture
         from mmd_export.coreml.convert import SYSTEMS, Wanted, checked_system, checked_units, convert
         from mmd_export.coreml.package import write_package
-        from mmd_export.coreml.probe import find_ends, find_islands
+        from mmd_export.coreml.probe import find_ends, find_islands, find_phases
 
         system, units = checked_system(options.target.deployment_target), checked_units(options.target.compute_units)
         channels = (program.shape if program.decoder is None else program.decoder.shape)[0]
@@ -59,7 +59,7 @@ class CoreMLTarget:
         islands: frozenset[str] = frozenset()
         if options.precision != "fp32":
             options.notify("probing the ranges of the trajectory")
-            islands = find_islands(captured.program, program) | find_ends(captured)
+            islands = find_islands(captured.program, program) | find_ends(captured) | find_phases(captured)
         options.notify("converting with coremltools")
         wanted = Wanted(options.precision, SYSTEMS[system], options.output, channels, islands)
         model = convert(captured, wanted)
