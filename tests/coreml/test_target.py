@@ -21,6 +21,7 @@ from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.coreml import capture, half, probe
 from mmd_export.coreml.convert import _without, coremltools
 from mmd_export.errors import NotAvailableError, ParityError, UsageError
+from mmd_export.network_options import NetworkOptions
 from mmd_export.parity import ParityReport, check_artefact
 from mmd_export.program import export_program
 from mmd_export.reference import sampler_of
@@ -196,6 +197,19 @@ def test_norms_beyond_half_precision_are_computed_in_float32(built: Built, wild:
     assert worst(bundle) <= 1e-2
     norms = [op.outputs[0][1].dtype for op in program_of(bundle).ops if op.kind == "layer_norm"]
     assert {"fp32", "fp16"} == set(norms)
+
+
+def test_sinusoids_of_sizes_are_computed_in_float32(tmp_path: Path, built: Built) -> None:
+    """PixArt's resolution and aspect ratio: cos(1024 f) of 128 frequencies f, of which 16 bits give another number."""
+    model = str(save_network(tmp_path / "pixart", "pixart"))
+    network = NetworkOptions(text_length=4)
+    bundle = build(BuildOptions(model, "coreml", tmp_path / "out", "fp16", steps=1, verify=False, network=network))
+    program = program_of(bundle)
+    (name,) = (op.outputs[0][0] for op in program.ops if op.kind == "cos" and op.outputs[0][1].shape == (2, 128))
+    sizes = np.array([[1024.0, 1000.0]], np.float32)
+    found = Evaluator(program).run({"resolution": sizes}, [name])[name]
+    phases = sizes.T.astype(np.float64) * np.exp(-np.log(1e4) * np.arange(128) / 128)
+    np.testing.assert_allclose(found, np.cos(phases), rtol=0, atol=2e-4)  # of float32, whose phases are 6e-5 off
 
 
 def test_without_the_repair_they_are_finite_and_wrong(
