@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,7 @@ from mmd_export.bundle import (
 from mmd_export.card import model_card, with_lineage
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.condition_files import with_examples
+from mmd_export.conditions import Condition
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.folders import scratch_folder
 from mmd_export.heap import release_heap
@@ -122,6 +123,8 @@ def _prepare(options: BuildOptions, notify: Callable[[str], None]) -> _Prepared:
     tuned = checkpoint.tuned_precision
     if tuned and (said := tuned.warning(checkpoint.name, target.name, options.precision)):
         notify(f"warning: {said}")
+    if said := _ranges_made_up(options.precision, target, checkpoint.conditions):
+        notify(f"warning: {said}")
     plan = checkpoint.plan_for(**options.wanted)
     if checkpoint.latent and plan.clip is not None:
         notify(
@@ -139,6 +142,21 @@ def _prepare(options: BuildOptions, notify: Callable[[str], None]) -> _Prepared:
     )
     draft = _draft(options, checkpoint, program, batch, target)
     return _Prepared(target, batch, program, weight_bytes, golden, draft, tuned, checkpoint.lineage)
+
+
+def _ranges_made_up(precision: str, target: Target, conditions: Sequence[Condition]) -> str:
+    """What the user should hear where the values that set the ranges of activations are not real; else nothing."""
+    made_up = [each.name for each in conditions if each.made_up]
+    if not made_up or "calibration" not in target.options:
+        return ""
+    from mmd_export.precision.formats import GRIDS
+
+    if (grid := GRIDS.get(precision)) is None or not grid.activations:
+        return ""
+    return (
+        f"the {precision} ranges are those of unit normal numbers in {', '.join(made_up)}, far from what a text "
+        f"encoder gives; add real ones with --condition {made_up[0]}=FILE"
+    )
 
 
 def _pack(prepared: _Prepared, options: BuildOptions, kept: tuple[str, ...], notify: Callable[[str], None]) -> Bundle:

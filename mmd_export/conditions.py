@@ -29,6 +29,11 @@ class Condition:
     below: int | None = None
     values: NDArray[Any] | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def made_up(self) -> bool:
+        """Whether its examples are unit normal numbers, which are far from what a text encoder gives."""
+        return self.values is None and self.dtype == "float32"
+
     def examples(self, seed: int, count: int) -> NDArray[np.float32] | NDArray[np.int64]:
         """Values (count, *shape) for golden files and ranges.
 
