@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,12 @@ def _read(
 
         return read_python(source.place, **source.require(options, "sample_size"))
     source.require(options)
-    local, built_in = Path(source.place), source.place in BUILT_IN
-    folder = _locate(source.place)
-    name = local.resolve().name if local.is_dir() and not built_in else local.name  # of a hub id too
-    return read_folder(folder, name, "Apache-2.0" if built_in else None, network)
+    local, folder = Path(source.place), _locate(source.place)
+    if source.place in BUILT_IN:
+        return read_folder(folder, source.place, "Apache-2.0", network)
+    if local.is_dir():
+        return read_folder(folder, local.resolve().name, options=network)
+    return replace(read_folder(folder, local.name, options=network), hub_id=source.place)
 
 
 def load_matching(

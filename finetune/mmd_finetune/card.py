@@ -47,10 +47,10 @@ distance in `{holdout}` on other noise; the numbers above are on noise that was 
 def model_card(record: Mapping[str, Any], base: Checkpoint, plan: StepPlan, result: RunResult) -> str:
     """Markdown from the run's record (``Task.record``) and its result; no path of the machine."""
     settings = record["settings"]
-    name = settings["model"]
+    name = base.hub_id or settings["model"]
     return _TEMPLATE.format(
         licence_line=f"license: {base.licence.lower()}\n" if base.licence else "",
-        base_line=f"base_model: {name}\n" if "/" in name else "",
+        base_line=f"base_model: {base.hub_id}\n" if base.hub_id else "",
         licence=base.licence or "that of the base model, which does not state one in its folder",
         name=name,
         plan=describe(plan),

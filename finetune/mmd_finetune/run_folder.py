@@ -37,7 +37,7 @@ Interval: TypeAlias = tuple[float | None, float | None]
 
 SHEET_IMAGES = 100
 GIVEN = "resume.json"  # the settings with the paths of this machine, while a run is not finished
-CHANGE_ROUNDING = ("micro_batch_size",)  # settings that a run may go on with other values of
+MAY_DIFFER = ("micro_batch_size", "base_model")  # rounding; where the same weights were found
 
 
 def form_of(distance: float) -> str:
@@ -187,7 +187,7 @@ class RunFolder:
             if record.keys() == {"settings"}:
                 known = {"settings": known["settings"]}
             found = differences(known, json.loads(json.dumps(record)))
-            found = [each for each in found if each[0] not in CHANGE_ROUNDING]
+            found = [each for each in found if each[0] not in MAY_DIFFER]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{self._settings} is damaged ({error}); choose another --out") from error
         if found:

@@ -42,7 +42,7 @@ class Checkpoint:
     POSIX path, that make a diffusers folder of the denoiser's weights: those of the source byte for byte, or those that
     its conversion amounts to; empty if diffusers has no class for the network. ``latent``: the state is a latent, which
     no plan clamps; ``decoder`` makes images of it, ``no_decoder`` says why there is none, and ``network_sha256`` is the
-    hash without the decoder.
+    hash without the decoder. ``hub_id``: ``owner/name``, of one that was fetched from the hub.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Checkpoint:
     network_sha256: str | None = None
     tuned_precision: TunedPrecision | None = None
     lineage: Mapping[str, str] = field(default_factory=dict)
+    hub_id: str | None = None
 
     @property
     def classes(self) -> int | None:

@@ -68,6 +68,8 @@ def read_folder(folder: Path, name: str, licence: str | None = None, options: Ne
     mean, notes = _learned_variance(whole, family)
     shape = sample_shape(whole, where, mean)
     scheduler = with_tokens(found.scheduler, _patches(whole, shape)) if family.tokens else found.scheduler
+    if options.text_length is not None and not family.text_length:
+        raise UsageError(f"model {name} takes no text, --text-length is {options.text_length}; leave it out")
     size = image_size(shape, folder, latent=_makes_latents(family, whole))
     told = _told(family, whole, size, (folder, where), options)
     weights, warnings = read_weights(found.config_file.parent)
@@ -178,10 +180,6 @@ def _told(
     """The conditions, held against the pipeline's text encoders; ``place``: the folder, and where its config is."""
     folder, where = place
     if not family.text_length:
-        if options.text_length is not None:
-            raise UsageError(
-                f"model {folder.resolve().name} takes no text, --text-length is {options.text_length}; leave it out"
-            )
         return _Chosen(family.conditions(Facts(config, 0, None, size, where)))
     length, note = text_length(family, folder, options.text_length)
     conditions = family.conditions(Facts(config, length, pooled_width(folder), size, where))

@@ -28,8 +28,11 @@ def stated_lineage(folder: Path) -> dict[str, str]:
     record = _record(folder)
     settings = record.get("settings")
     if isinstance(settings, Mapping) and "base_sha256" in record:
-        named = {"base model": ("model", "base_sha256"), "data": ("data", "data_sha256")}
-        found = {what: _with_hash(settings.get(key), record.get(digest)) for what, (key, digest) in named.items()}
+        base = record.get("base_model", settings.get("model"))  # the id of a hub model
+        found = {
+            "base model": _with_hash(base, record.get("base_sha256")),
+            "data": _with_hash(settings.get("data"), record.get("data_sha256")),
+        }
         return {what: text for what, text in found.items() if text}
     base = _front_matter(folder).get("base_model")
     return {"base model": f"`{base}`"} if isinstance(base, str) and _NAME.fullmatch(base) else {}

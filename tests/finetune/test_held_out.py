@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,14 @@ def test_the_card_of_a_tuned_hub_model_names_its_base(
 ) -> None:
     folder = tiny_settings.model
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: folder)
-    run = tune(changed(tiny_settings, model="somebody/tiny", iterations=1)).folder
+    settings = changed(tiny_settings, model="somebody/tiny", iterations=1)
+    run = tune(settings).folder
     assert (metadata_load(run / "README.md") or {})["base_model"] == "somebody/tiny"
     assert "base model: `somebody/tiny`, SHA-256" in (run / "README.md").read_text()
     assert stated_lineage(run)["base model"].startswith("`somebody/tiny`, SHA-256 ")
+    copy = changed(settings, model=str(Path(folder).parent / "copies" / "tiny"))  # the same weights on a disk
+    shutil.copytree(folder, copy.model)
+    assert tune(copy, resume=True).folder == run
 
 
 def test_a_resume_with_other_weights_in_the_encoder_file_is_refused(

@@ -60,15 +60,6 @@ def test_public_has_no_place_of_this_machine(tmp_path: Path) -> None:
     assert str(tmp_path) not in str(public)
 
 
-def test_public_keeps_hub_ids_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    hub = {"model": "google/ddpm-cifar10-32", "data": "hf:uoft-cs/cifar10"}
-    public = make_settings(GIVEN | hub).public()
-    assert {key: public[key] for key in hub} == hub
-    (tmp_path / "google/ddpm-cifar10-32").mkdir(parents=True)  # a folder of that name goes before
-    assert make_settings(GIVEN | hub).public()["model"] == "ddpm-cifar10-32"
-
-
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
