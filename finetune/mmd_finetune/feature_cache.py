@@ -35,7 +35,7 @@ class FeatureCache:
     Args:
         folder: where the files lie; None computes always.
         device: where encoders are and features will be.
-        batch: images in an encoder at once. It changes rounding only, so a file serves every batch.
+        batch: images in an encoder at once.
     """
 
     def __init__(self, folder: Path | None, device: torch.device = CPU, batch: int = ENCODED_AT_ONCE) -> None:
@@ -44,7 +44,7 @@ class FeatureCache:
     def __call__(self, encoder: Encoder, images: Tensor) -> Tensor:
         if self.folder is None or not encoder.sha256:
             return self._computed(encoder, images)
-        path = self.folder / f"{_key(encoder, images, self.device)}.safetensors"
+        path = self.folder / f"{_key(encoder, images, self.device, self.batch)}.safetensors"
         features = _read(path, len(images)) if path.is_file() else None
         if features is None:
             features = self._computed(encoder, images)
@@ -55,14 +55,15 @@ class FeatureCache:
         return encode_in_batches(encoder, images, self.batch, device=self.device)
 
 
-def _key(encoder: Encoder, images: Tensor, device: torch.device) -> str:
-    """Kind of device and version of torch decide the rounding; a run repeats bit by bit on one of each."""
+def _key(encoder: Encoder, images: Tensor, device: torch.device, batch: int) -> str:
+    """Kind of device, version of torch and batch decide the rounding; a run repeats bit by bit on one of each."""
     return key_of(
         {
             "format": FORMAT,
             "encoder": encoder.sha256,
             "data": hash_images(images),
             "device": device.type,
+            "batch": batch,
             "torch": torch.__version__,
         }
     )

@@ -18,7 +18,7 @@ from mmd_finetune.encoder_source import Source
 from mmd_finetune.setting_names import first_problem, flag_of
 
 PLAN_RATE = 2e-3
-ENCODED_AT_ONCE = 512
+ENCODED_AT_ONCE, ENCODED_PER_TUNED = 512, 8
 SEED_LIMIT = 2**63  # the upper half of the generator's seeds is kept for measuring, see mmd_finetune.task
 
 
@@ -212,25 +212,19 @@ class FinetuneSettings(BaseModel):
 
     @property
     def encoded_at_once(self) -> int:
-        """Images that an encoder takes at once where no gradient is kept."""
-        return min(ENCODED_AT_ONCE, self.micro_batch_size or ENCODED_AT_ONCE)
+        """Images that an encoder takes at once where no gradient is kept: far less memory an image than the chain's."""
+        return min(ENCODED_AT_ONCE, ENCODED_PER_TUNED * (self.micro_batch_size or ENCODED_AT_ONCE))
 
     def data_options(self) -> DataOptions:
         """The part that prepares the images."""
         return DataOptions(**{entry.name: getattr(self, entry.name) for entry in fields(DataOptions)})
 
     def public(self) -> dict[str, Any]:
-        """JSON-ready, without the places of this machine: ``out`` and caches are left out, paths become names.
-
-        Hub ids stay whole, so ``model`` has a slash only if it is one.
-        """
+        """JSON-ready, without the places of this machine: ``out`` and caches are left out, paths become names."""
         values = self.model_dump(mode="json", exclude={"out", "feature_cache"})
         encoders = {key: [Source.parse(spec).name for spec in values[key]] for key in ("features", "holdout")}
-        model, data = Source(kind="", place=self.model), Source.parse(self.data)
-        named = {
-            "model": self.model if model.is_hub_id else Path(self.model).name,
-            "data": self.data if data.is_hub_id else Path(self.data).name,
-        }
+        data = values["data"]
+        named = {"model": Path(values["model"]).name, "data": data if Source.parse(data).is_hub_id else Path(data).name}
         return values | encoders | named
 
 

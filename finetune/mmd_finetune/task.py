@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.denoiser import AtTimesteps
-from mmd_export.errors import UsageError
+from mmd_export.errors import UndefinedError, UsageError
 from mmd_export.plan import StepPlan
 from mmd_export.torch_device import torch_device
 from mmd_export.unroll import UnrolledSampler
@@ -181,7 +181,7 @@ class Task:
                 continue
             try:
                 found |= measure((name,), sets)
-            except UsageError as error:
+            except UndefinedError as error:
                 LOG.warning("%s is left out: %s", name, error)
         return found
 
@@ -189,6 +189,7 @@ class Task:
         """What makes the run what it is; resuming compares it. No path of this machine."""
         return {
             "settings": self.settings.public(),
+            **({} if self.base.hub_id is None else {"base_model": self.base.hub_id}),
             "base_sha256": self.base.sha256,
             "data_sha256": self.data_sha256,
             "plan_sha256": self.plan.digest(),
