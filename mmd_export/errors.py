@@ -21,6 +21,10 @@ class UsageError(MmdExportError):
     exit_code: ClassVar[int] = 2
 
 
+class UndefinedError(UsageError):
+    """These images leave one metric undefined; nothing is wrong with the others."""
+
+
 class NotAvailableError(MmdExportError):
     """Not available on this machine, or not supported by the target."""
 

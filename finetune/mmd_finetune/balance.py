@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmd_export.errors import UsageError
-from mmd_finetune.kernels import Kernel, evenly
+from mmd_finetune.kernels import Kernel, subsample
 from mmd_finetune.mmd import mean_of_pairs, unbiased_mmd2
 from mmd_finetune.reference import Reference, encode_in_batches
 from mmd_finetune.settings import ENCODED_AT_ONCE
@@ -35,7 +35,7 @@ def balanced_weights(
     """
     levels = {}
     for reference in references:
-        real = evenly(reference.features)
+        real = subsample(reference.features)
         untuned = untuned_level(reference, real, images, batch, at_once)
         if not math.isfinite(untuned):
             raise UsageError(

@@ -138,7 +138,7 @@ def _root(squared: Tensor, zero: Tensor) -> Tensor:
     return torch.where(above, torch.where(above, squared, 1.0).sqrt(), 0.0)
 
 
-def evenly(features: Tensor) -> Tensor:
+def subsample(features: Tensor) -> Tensor:
     """At most ``SHOWN_ROWS`` rows of ``features`` (N, d), each as likely as any other, in their order.
 
     Drawn by a fixed seed, so always the same: rows at even distances would all be of one kind where data repeat in
@@ -151,8 +151,8 @@ def evenly(features: Tensor) -> Tensor:
 
 
 def median_squared_distance(features: Tensor) -> float:
-    """Median of |x_i - x_j|^2 over i < j; Gretton et al. 2012, section 8. Of many rows ``evenly`` draws some."""
-    rows = evenly(features).double()
+    """Median of |x_i - x_j|^2 over i < j; Gretton et al. 2012, section 8. Of many rows, a ``subsample``."""
+    rows = subsample(features).double()
     above = torch.triu_indices(len(rows), len(rows), offset=1, device=rows.device)
     return float(squared_distances(rows, rows)[above[0], above[1]].median())
 

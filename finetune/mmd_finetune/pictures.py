@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 CROP = "crop"
 DECODED_AHEAD = 512
-DAMAGED_EXIF = (SyntaxError, KeyError, TypeError, ValueError, ZeroDivisionError, struct.error)  # by Pillow's reader
+# What Pillow 12 raises on EXIF that it cannot read: https://github.com/python-pillow/Pillow/blob/main/src/PIL/TiffImagePlugin.py
+DAMAGED_EXIF = (SyntaxError, KeyError, TypeError, ValueError, ZeroDivisionError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def read_picture(path: Path, fit: Fit) -> NDArray[np.uint8]:
 
 
 def _turn_upright(picture: Image) -> None:
-    """As its EXIF says, and as ``datasets`` turns its images; with damaged EXIF it stays as it is stored."""
+    """As its EXIF says, and as ``datasets`` turns its images; EXIF that cannot be read leaves it as it is stored."""
     from PIL import ImageOps
 
     picture.load()

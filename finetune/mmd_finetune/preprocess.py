@@ -26,13 +26,8 @@ _SIZING = ("do_pad", "do_thumbnail", "do_align_long_axis", "do_crop_margin", "do
 _FOREIGN = (*_SIZING, "do_flip_channel_order", "rescale_offset", "do_color_quantize")
 _OVERRULED = (*_SIZING, "do_resize", "do_center_crop", "crop_size", "crop_pct")
 _WARPED_FROM = 384  # ConvNeXT's processor: smaller sizes are cut out of an image resized to size / crop_pct
-_SQUARED = (
-    "Beit",
-    "DeiT",
-    "EfficientNet",
-    "Flava",
-    "OwlViT",
-)  # processors to which a bare number is a square even before a cut
+# Processors to which a bare number is a square even before a cut.
+_SQUARED = ("Beit", "DeiT", "EfficientNet", "Flava", "OwlViT")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from mmd_finetune.array_files import Pixels
 from mmd_finetune.data import RealImages, load_real, require_images
 from mmd_finetune.encoder import Encoder
 from mmd_finetune.feature_cache import FeatureCache, feature_folder
+from mmd_finetune.metrics.memorisation import require_split
 from mmd_finetune.metrics.suite import NEIGHBOUR_METRICS, MetricOptions, needs_split
 from mmd_finetune.settings import FinetuneSettings
 from mmd_finetune.world import World
@@ -108,11 +109,8 @@ def _require_measurable(settings: FinetuneSettings, images: RealImages) -> None:
     training, held_out, k = len(images.train), len(images.held_out), MetricOptions().neighbours
     if held_out <= k and (asked := [name for name in settings.metrics if name in NEIGHBOUR_METRICS]):
         raise UsageError(f"--metrics {', '.join(asked)} needs more than {k} held-out images, there are {held_out}")
-    if held_out > training and "memorisation" in settings.metrics:
-        raise UsageError(
-            f"--metrics memorisation: {held_out} images are held out, the loss sees {training}; lower "
-            "--holdout-fraction to at most 0.5"
-        )
+    if "memorisation" in settings.metrics:
+        require_split(training, held_out)
 
 
 def _sha256(train: Pixels, held_out: Pixels) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mmd_export.errors import UsageError
 from mmd_finetune.embedding import Embedding, embed_all, embed_landmarks, find_landmarks
 from mmd_finetune.features import Encoder
-from mmd_finetune.kernels import Kernel, evenly, make_kernel
+from mmd_finetune.kernels import Kernel, make_kernel, subsample
 from mmd_finetune.settings import ENCODED_AT_ONCE
 from mmd_finetune.statistic import mmd2
 from mmd_finetune.world import World
@@ -75,7 +75,7 @@ def make_reference(
         return Reference(encoder, made, features, None, biased)
     if kind == "nystrom":
         centres = find_landmarks(features, landmarks, seed)
-        shown = evenly(features).clone()  # a view would keep all of them
+        shown = subsample(features)
         return Reference(encoder, made, shown, embed_landmarks(made, features, centres), biased)
     return Reference(encoder, made, features, embed_all(made, features, biased=biased), biased)
 

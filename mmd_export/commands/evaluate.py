@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmd_export.checkpoints.folder_card import stated_seed
 from mmd_export.commands.sample import Drawing, SampleOptions, draw, is_bundle
-from mmd_export.errors import UsageError
+from mmd_export.errors import UndefinedError, UsageError
 from mmd_export.torch_device import torch_device
 from mmd_finetune.array_files import Pixels, as_floats
 from mmd_finetune.compute import full_float32
@@ -22,7 +22,6 @@ from mmd_finetune.data import AS_THEY_ARE, DIGITS, DataOptions, load_real, parse
 from mmd_finetune.digits import load_digits_split
 from mmd_finetune.feature_cache import FeatureCache, feature_folder
 from mmd_finetune.features import Encoder, load_encoder, require_fit, require_names
-from mmd_finetune.metrics.bootstrap import UndefinedError
 from mmd_finetune.metrics.memorisation import require_split
 from mmd_finetune.metrics.real import Real
 from mmd_finetune.metrics.sampling import class_counts

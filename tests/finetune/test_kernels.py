@@ -22,10 +22,10 @@ from mmd_finetune.kernels import (
     Polynomial,
     RationalQuadratic,
     distances,
-    evenly,
     make_kernel,
     median_squared_distance,
     squared_distances,
+    subsample,
 )
 
 X = torch.tensor([[1.0, 2.0], [0.0, -1.0]], dtype=torch.float64)
@@ -105,18 +105,18 @@ def test_data_that_repeat_in_turns_have_the_median_of_their_mixture(turns: int) 
     features += torch.randn(count, turns, generator=torch.Generator().manual_seed(0))
     mixed = features[torch.randperm(count, generator=torch.Generator().manual_seed(1))]
     assert median_squared_distance(features) == pytest.approx(median_squared_distance(mixed), rel=0.1)
-    shown = evenly(features)
+    shown = subsample(features)
     assert shown.shape == (SHOWN_ROWS, turns)
     assert shown.argmax(1).bincount(minlength=turns).tolist() == pytest.approx([SHOWN_ROWS / turns] * turns, rel=0.35)
 
 
 def test_rows_that_stand_for_all_are_the_same_every_time_and_all_of_a_few() -> None:
     rows = torch.arange(2 * SHOWN_ROWS).double()[:, None]
-    shown = evenly(rows)
-    assert torch.equal(shown, evenly(rows))
+    shown = subsample(rows)
+    assert torch.equal(shown, subsample(rows))
     assert bool((shown.diff(dim=0) > 0).all())
-    assert torch.equal(evenly(shown), shown)
-    assert torch.equal(evenly(rows[: SHOWN_ROWS - 1]), rows[: SHOWN_ROWS - 1])
+    assert torch.equal(subsample(shown), shown)
+    assert torch.equal(subsample(rows[: SHOWN_ROWS - 1]), rows[: SHOWN_ROWS - 1])
 
 
 def test_gaussian_bandwidths_are_multiples_of_the_median() -> None:

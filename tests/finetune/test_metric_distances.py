@@ -145,9 +145,8 @@ def test_the_interval_of_frechet_is_as_wide_as_fresh_samples_differ(generated: i
 
 
 def test_draws_that_are_undefined_do_not_count() -> None:
-    found = kid(
-        Real(points(50, 4, seed=20)), points(3, 4, seed=21), 200, 0
-    )  # a draw of one row three times has no variance
+    # A draw of one row three times has no variance.
+    found = kid(Real(points(50, 4, seed=20)), points(3, 4, seed=21), 200, 0)
     assert found.low is not None
     assert found.high is not None
     assert found.low < found.value < found.high

@@ -9,8 +9,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from mmd_export.errors import UsageError
-from mmd_finetune.metrics.bootstrap import UndefinedError
+from mmd_export.errors import UndefinedError, UsageError
 from mmd_finetune.metrics.memorisation import copying, memorisation, nearest, z_score
 from mmd_finetune.metrics.real import Real
 

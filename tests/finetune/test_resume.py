@@ -147,19 +147,20 @@ def stopped_after(iteration: int, settings: FinetuneSettings) -> None:
 
 
 class Drawing(nn.Module):
-    """An encoder that draws from torch's own generator, as one with random crops does."""
+    """Draws from torch's own generator: as an encoder it is refused, here it stands for whatever may draw in a run."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.flatten(1) * (1.0 + 0.5 * torch.rand(len(images), 1))
 
 
-def test_an_encoder_that_draws_goes_on_where_it_was(
+def test_what_draws_from_torchs_generator_goes_on_where_it_was(
     tiny_settings: FinetuneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(name: str) -> Encoder:
         return Encoder("pixels", Drawing()) if name == "pixels" else load_encoder(name)
 
     monkeypatch.setattr(features, "load_encoder", load)
+    monkeypatch.setattr(features, "_require_steady", lambda *_: None)
     settings = changed(tiny_settings, features=("pixels",), kernel="linear")
     torch.manual_seed(1)  # what the references draw is not the loop's
     stopped_after(3, settings)

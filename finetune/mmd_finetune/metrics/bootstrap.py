@@ -8,13 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmd_export.errors import UsageError
-
 LEVEL = 0.95
-
-
-class UndefinedError(UsageError):
-    """These images leave one metric undefined; nothing is wrong with the others."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,11 @@ Array: TypeAlias = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Side:
-    """Rows less their mean, c (N, d), as Q R, and c'c of each: what the distance takes from one set alone. float64."""
+    """What the distance takes from one set (N, d) alone, float64.
+
+    Rows less their ``mean`` (d,), ``centred`` (N, d), are ``q`` (N, n) times ``r`` (n, d), n = min(N, d); ``square``
+    (N,) is the squared length of each.
+    """
 
     mean: Array
     centred: Array

@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mmd_export.errors import UsageError
-from mmd_finetune.metrics.bootstrap import (
-    Measured,
-    UndefinedError,
-    centred_interval,
-    mean_with_interval,
-    resampled_rows,
-)
+from mmd_export.errors import UndefinedError, UsageError
+from mmd_finetune.metrics.bootstrap import Measured, centred_interval, mean_with_interval, resampled_rows
 from mmd_finetune.metrics.neighbours import distance_blocks
 from mmd_finetune.metrics.real import Real
 

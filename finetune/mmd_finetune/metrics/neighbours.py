@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmd_export.errors import UsageError
+from mmd_export.errors import UndefinedError
 from mmd_finetune.metrics.real import Real
 
 VALUES_AT_ONCE = 1 << 24
@@ -37,7 +37,7 @@ class Balls:
 
 
 def balls(real: Real, generated: Tensor, k: int) -> Balls:
-    """The row values of all four metrics for features (M, d) and (N, d); raises UsageError if k is out of range."""
+    """The row values of all four metrics for features (M, d) and (N, d); raises UndefinedError if k is out of range."""
     real_radii, generated_radii = real.once(radii, k, "real"), radii(generated, k, "generated")
     inside_real = torch.zeros(len(generated), dtype=torch.int64, device=generated.device)
     recall = torch.zeros(len(real_radii), dtype=torch.bool, device=generated.device)
@@ -53,7 +53,7 @@ def balls(real: Real, generated: Tensor, k: int) -> Balls:
 def radii(features: Tensor, k: int, side: str) -> Tensor:
     """Distance of each row of ``features`` (N, d) to its k-th nearest other row, float64 (N,)."""
     if not 1 <= k < len(features):
-        raise UsageError(
+        raise UndefinedError(
             f"--neighbours is {k}, the {side} set has {len(features)} images; give 1 to {len(features) - 1} or more "
             "images"
         )
