@@ -65,7 +65,7 @@ class Baseline(_Facts):
     model: Model
     machine: dict[str, Any]
     threads: int
-    cuda_graph: bool = False  # of files written before it was noted, whose reference was never recorded
+    cuda_graph: bool = False  # absent: its reference was not recorded
     ratio: Interval
     environment: dict[str, Any]
 

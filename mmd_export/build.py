@@ -154,8 +154,8 @@ def _ranges_made_up(precision: str, target: Target, conditions: Sequence[Conditi
     if (grid := GRIDS.get(precision)) is None or not grid.activations:
         return ""
     return (
-        f"the {precision} ranges are those of unit normal numbers in {', '.join(made_up)}, far from what a text "
-        f"encoder gives; add real ones with --condition {made_up[0]}=FILE"
+        f"the {precision} ranges are those of unit normal numbers in {', '.join(made_up)}, far from real "
+        f"ones; give them with --condition {made_up[0]}=FILE"
     )
 
 

@@ -31,7 +31,7 @@ class Condition:
 
     @property
     def made_up(self) -> bool:
-        """Whether its examples are unit normal numbers, which are far from what a text encoder gives."""
+        """Whether its examples are unit normal numbers, for want of real ones."""
         return self.values is None and self.dtype == "float32"
 
     def examples(self, seed: int, count: int) -> NDArray[np.float32] | NDArray[np.int64]:

@@ -11,7 +11,7 @@ import torch
 from mmd_export.errors import NotAvailableError, UsageError
 
 # What every CPU of a machine has, as compilers call it, and torch's words for one that has no more.
-BASELINES = {"aarch64": "armv8-a", "x86_64": "x86-64"}
+BASE_ISA = {"aarch64": "armv8-a", "x86_64": "x86-64"}
 PLAIN = ("DEFAULT", "NO AVX")
 
 

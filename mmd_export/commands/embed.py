@@ -74,7 +74,7 @@ def _require_fitting(kit: Kit, bundle: Bundle) -> None:
 
 
 def _lacks_weights(manifest: Manifest) -> bool:
-    """Whether the engine of a kit takes its weights from a graph beside it; ``mmd_runtime`` alone can do that."""
+    """Whether the engine takes its weights from a graph beside it, which ``mmd_runtime`` alone can do."""
     beside = (entry.path for entry in manifest.files if entry.path != manifest.artefact)
     return manifest.format == "tensorrt" and any(path.endswith(".onnx") for path in beside)
 

@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 from mmd_export.errors import NotAvailableError, one_line
 from mmd_export.folders import scratch_folder
-from mmd_export.torch_device import BASELINES, PLAIN, cpu_vectors
+from mmd_export.torch_device import BASE_ISA, PLAIN, cpu_vectors
 from mmd_export.unrolled_program import quiet_copies
 
 FOLDER = "model/data/aotinductor/model"
@@ -85,7 +85,7 @@ def _march() -> str | None:
 
     Behind it Inductor adds one of its own for SVE.
     """
-    return _MARCH.get(cpu_vectors()) or BASELINES.get(platform.machine())
+    return _MARCH.get(cpu_vectors()) or BASE_ISA.get(platform.machine())
 
 
 def private_folders(scratch: str) -> tuple[str, ...]:
@@ -139,4 +139,4 @@ def hardware(device: str) -> dict[str, str]:
         major, minor = torch.cuda.get_device_capability()
         return {**host, "gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
     vectors = cpu_vectors()
-    return {**host, "vectors": BASELINES.get(platform.machine(), vectors) if vectors in PLAIN else vectors}
+    return {**host, "vectors": BASE_ISA.get(platform.machine(), vectors) if vectors in PLAIN else vectors}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import threading
 import zipfile
 from typing import Any
 
@@ -52,6 +53,7 @@ class _Session:
         self._names = [spec.name for spec in bundle.manifest.inputs]
         self._device = torch.device(_usable_device(bundle))
         self._library = _load(bundle)
+        self._alone = threading.Lock()  # the switch of TF32 is that of all threads
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         import torch
@@ -60,7 +62,7 @@ class _Session:
         given = [torch.from_numpy(np.ascontiguousarray(inputs[name])).to(self._device) for name in self._names]
         try:
             # float32 means float32: convolutions on a GPU would round to TF32
-            with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            with self._alone, torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 sample = self._library(*given)
         except RuntimeError as error:
             raise MmdExportError(
@@ -73,7 +75,7 @@ def _usable_device(bundle: Bundle) -> str:
     """The device of the package, if this machine can run its code; raises NotAvailableError with both values."""
     import torch
 
-    from mmd_export.torch_device import BASELINES, cpu_vectors
+    from mmd_export.torch_device import BASE_ISA, cpu_vectors
 
     wants = bundle.manifest.hardware or {}
     has = {"system": platform.system(), "machine": platform.machine()}
@@ -86,7 +88,7 @@ def _usable_device(bundle: Bundle) -> str:
         has["vectors"] = cpu_vectors()
     for name, value in has.items():
         wanted = wants.get(name)
-        wider = name == "vectors" and (wanted in BASELINES.values() or (wanted, value) == ("AVX2", "AVX512"))
+        wider = name == "vectors" and (wanted in BASE_ISA.values() or (wanted, value) == ("AVX2", "AVX512"))
         if wanted != value and not wider:
             raise NotAvailableError(
                 f"bundle {bundle.name} is code for {name} {wanted}, this machine has {value}; rebuild it here"

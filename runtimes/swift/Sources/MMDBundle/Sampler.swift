@@ -21,7 +21,7 @@ public final class Sampler {
     private let model: MLModel
     private let batch: Int
 
-    /// Loads `model.mlpackage`, which is compiled once on a device, or a `model.mlmodelc` that lies beside it in its place.
+    /// Loads `model.mlpackage`, which is compiled once on a device, or a `model.mlmodelc` that lies in its place.
     /// `units`: by default what the bundle was built for.
     public init(_ bundle: SamplerBundle, units: MLComputeUnits? = nil) async throws {
         let manifest = bundle.manifest
@@ -43,11 +43,13 @@ public final class Sampler {
         }
     }
 
-    /// The model of a package, compiled once: it is kept in Caches under the hash of the bundle's manifest.
+    /// The model of a package, compiled once: it is kept in Caches/MMDBundle under the hash of the bundle's manifest.
     static func load(_ package: URL, _ name: String, _ settings: MLModelConfiguration) async throws -> MLModel {
         let files = FileManager.default
         let caches = try files.url(for: .cachesDirectory, in: .userDomainMask, appropriateFor: nil, create: true)
-        let kept = caches.appendingPathComponent("\(name).mlmodelc")
+        let folder = caches.appendingPathComponent("MMDBundle", isDirectory: true)
+        try? files.createDirectory(at: folder, withIntermediateDirectories: true)
+        let kept = folder.appendingPathComponent("\(name).mlmodelc")
         if files.fileExists(atPath: kept.path) {
             if let model = try? await MLModel.load(contentsOf: kept, configuration: settings) { return model }
             try? files.removeItem(at: kept)  // damaged, or of another system

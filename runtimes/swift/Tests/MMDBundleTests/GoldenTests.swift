@@ -44,7 +44,7 @@ final class GoldenTests: XCTestCase {
         _ = try await Sampler(bundle)
         let caches = try FileManager.default.url(
             for: .cachesDirectory, in: .userDomainMask, appropriateFor: nil, create: false)
-        let kept = caches.appendingPathComponent("\(bundle.manifest.manifest_sha256).mlmodelc")
+        let kept = caches.appendingPathComponent("MMDBundle/\(bundle.manifest.manifest_sha256).mlmodelc")
         XCTAssert(FileManager.default.fileExists(atPath: kept.path), kept.path)
         let result = try await Sampler(bundle).selfTest()
         XCTAssert(result.passed, result.line)
