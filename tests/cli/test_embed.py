@@ -6,18 +6,17 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from mmd_export.bundle import Bundle, TensorSpec
 from mmd_export.cli_embed import embed
 from mmd_export.kit_project import MADE_THERE, Kit, SourceKit, source_files, source_folder
 from mmd_export.kits import get_kit, kit_names
 from tests.cli.conftest import Command
-from tests.export.bundles import contents, draft, golden, left_beside, make
+from tests.export.bundles import UNDRAWN, contents, draft, golden, left_beside, make, undrawn
 from tests.kits.engines import engine_bundle
 from tests.project.checks import ROOT
 
@@ -97,21 +96,11 @@ def test_a_project_of_a_model_with_classes_draws_one(name: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", ONNX_KITS)
-@pytest.mark.parametrize("what", ["states of a text", "a latent"])
+@pytest.mark.parametrize("what", UNDRAWN)
 def test_what_a_command_cannot_draw_is_not_in_its_lines(
     what: str, name: str, tmp_path: Path, out: Path, command: Command
 ) -> None:
-    few: dict[str, NDArray[Any]] = golden()
-    changes: dict[str, Any]
-    if what == "a latent":
-        few = {key: np.repeat(value, 4, axis=1) for key, value in few.items()}
-        specs = [TensorSpec(name=key, dtype="float32", shape=(1, 4, 2, 2)) for key in ("noise", "sample")]
-        changes = {"inputs": (specs[0],), "outputs": (specs[1],)}
-    else:
-        states = TensorSpec(name="encoder_hidden_states", dtype="float32", shape=(1, 2, 8))
-        few["encoder_hidden_states"] = np.zeros((len(few["noise"]), 2, 8), np.float32)
-        changes = {"inputs": (*draft().inputs, states)}
-    bundle = make(tmp_path / "undrawn", draft=draft(**changes), golden=few).folder
+    bundle = undrawn(tmp_path / "undrawn", what).folder
     code, shown, error = command("embed", bundle, "--kit", name, "--out", out)
     assert code == 0, error
     assert " --seed " not in shown + (out / "README.md").read_text()

@@ -63,3 +63,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def left_beside(out: Path) -> list[str]:
     return sorted(entry.name for entry in out.parent.iterdir() if entry.name != out.name)
+
+
+UNDRAWN = ("a latent", "states of a text")
+
+
+def undrawn(folder: Path, what: str) -> Bundle:
+    """A bundle of one of ``UNDRAWN``, of which a command that is told a seed and a class makes no picture."""
+    few = golden()
+    if what == "a latent":
+        few = {name: np.repeat(value, 4, axis=1) for name, value in few.items()}
+        noise, sample = (TensorSpec(name=name, dtype="float32", shape=(1, 4, 2, 2)) for name in ("noise", "sample"))
+        return make(folder, draft=draft(inputs=(noise,), outputs=(sample,)), golden=few)
+    few["encoder_hidden_states"] = np.zeros((len(few["noise"]), 2, 8), np.float32)
+    states = TensorSpec(name="encoder_hidden_states", dtype="float32", shape=(1, 2, 8))
+    return make(folder, draft=draft(inputs=(*draft().inputs, states)), golden=few)

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmd_export.build import BuildOptions, build
-from mmd_export.bundle import Bundle, TensorSpec
+from mmd_export.bundle import Bundle
 from mmd_export.commands.embed import EmbedOptions, embed
 from mmd_export.noise import normal, sampler_noise
 from mmd_export.pictures import grid
 from mmd_runtime.app import open_bundle
 from tests.attacks import ATTACKS, Attack
-from tests.export.bundles import draft, golden, make
+from tests.export.bundles import UNDRAWN, undrawn
 from tests.kits.cpp_builds import Build, call, configure_and_build, libraries
 from tests.kits.engines import engine_bundle
 from tests.kits.wrong import with_other_artefact, with_other_sample
@@ -103,15 +103,16 @@ def test_the_sources_build_without_a_bundle_beside_them(tmp_path: Path) -> None:
     assert "no bundle in" in done.stdout
 
 
-def test_a_picture_is_tried_only_where_a_seed_and_a_class_give_one(tmp_path: Path) -> None:
-    states = TensorSpec(name="encoder_hidden_states", dtype="float32", shape=(1, 2, 8))
-    few = golden() | {"encoder_hidden_states": np.zeros((3, 2, 8), np.float32)}
-    bundle = make(tmp_path / "text", draft=draft(inputs=(*draft().inputs, states)), golden=few).folder
+@pytest.mark.parametrize("what", [*UNDRAWN, "bytes of a class"])
+def test_a_picture_is_tried_only_where_a_seed_and_a_class_give_one(what: str, everything: Path, tmp_path: Path) -> None:
+    drawn = what not in UNDRAWN
+    bundle = everything if drawn else undrawn(tmp_path / "undrawn", what).folder
     embed(EmbedOptions(bundle, "cpp", tmp_path / "project"))
     done = call(["cmake", "-S", tmp_path / "project", "-B", tmp_path / "build", *libraries()])
     assert done.returncode == 0, done.stdout + done.stderr
-    tests = call(["ctest", "--test-dir", tmp_path / "build", "--show-only"]).stdout
-    assert re.findall(r"Test +#\d+: (.+)", tests) == ["self-test"]
+    tests = call(["ctest", "--test-dir", tmp_path / "build", "--show-only", "--verbose"]).stdout
+    assert re.findall(r"Test +#\d+: (.+)", tests) == ["self-test", *(["picture"] if drawn else [])]
+    assert ('"--class-label" "0"' in tests) == drawn
 
 
 def test_openvino_runs_its_bundles(plain: Build, digits_openvino: Path) -> None:
