@@ -110,7 +110,7 @@ def _require_measurable(settings: FinetuneSettings, images: RealImages) -> None:
     if held_out <= k and (asked := [name for name in settings.metrics if name in NEIGHBOUR_METRICS]):
         raise UsageError(f"--metrics {', '.join(asked)} needs more than {k} held-out images, there are {held_out}")
     if "memorisation" in settings.metrics:
-        require_split(training, held_out)
+        require_split(training, held_out, "lower --holdout-fraction to at most 0.5")
 
 
 def _sha256(train: Pixels, held_out: Pixels) -> str:

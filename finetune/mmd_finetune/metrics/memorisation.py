@@ -38,10 +38,10 @@ def memorisation(training: Real, held_out: Real, generated: Tensor, resamples: i
     return mean_with_interval(1.0 - _none_drawn(nearer, total, held), resamples, seed)
 
 
-def require_split(training: int, held_out: int) -> None:
-    """Raise UsageError unless ``memorisation`` can draw subsets of so many training images."""
+def require_split(training: int, held_out: int, move: str = "hold out fewer") -> None:
+    """Raise UsageError, with the next ``move``, unless ``memorisation`` can draw subsets of so many training images."""
     if held_out > training:
-        raise UsageError(f"memorisation: {held_out} held-out images, {training} training images; hold out fewer")
+        raise UsageError(f"memorisation: {held_out} held-out images, {training} training images; {move}")
 
 
 def copying(training: Real, held_out: Real, generated: Tensor, resamples: int, seed: int) -> Measured:
