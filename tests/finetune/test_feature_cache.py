@@ -66,6 +66,14 @@ def test_another_encoder_or_other_data_is_another_entry(
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_another_number_of_images_at_once_is_another_entry(tmp_path: Path) -> None:
+    """It changes the rounding, and a run that goes on must find the numbers that it began with."""
+    made, _ = encoder()
+    for batch in (2, 3, 2):
+        FeatureCache(tmp_path, batch=batch)(made, IMAGES)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("made", [Encoder("unknown", Counting()), encoder()[0]])
 def test_no_folder_or_no_hash_keeps_nothing(made: Encoder, tmp_path: Path) -> None:
     FeatureCache(tmp_path if not made.sha256 else None)(made, IMAGES)
