@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 OPSET = 20  # the newest that TensorRT 10, onnxruntime and the web runtimes all read
-# The rules that merge or drop moves of data and casts, and padding in front of a convolution.
+# The rules that merge or drop moves of data and casts, and padding in front of a convolution. Not slice_split_rule: its
+# two outputs make onnxscript list the whole graph at every node, which is quadratic.
 _RULES = (
     "cast_cast_rule", "collapse_slice_rule", "collapse_slice2_rule", "flatten_to_reshape_rule", "no_op_cast_rule",
     "no_op_expand_rule", "no_op_transpose_rule", "normalize_pad_format_conv_rule", "fuse_pad_into_conv_rule",
-    "reshape_reshape_rule", "slice_split_rule", "squeeze_reshape_1d_rule", "transpose_transpose_rule",
-    "unsqueeze_unsqueeze_rule", "materialize_reshape_shape_rule",
+    "reshape_reshape_rule", "squeeze_reshape_1d_rule", "transpose_transpose_rule", "unsqueeze_unsqueeze_rule",
+    "materialize_reshape_shape_rule",
 )  # fmt: skip
 _NEUTRAL = {"Mul": 1.0, "Div": 1.0, "Add": 0.0, "Sub": 0.0}
 
