@@ -76,8 +76,12 @@ def _scheduler(diffusers: Any, pipeline: str, checkpoint: Checkpoint) -> Any:
 
 
 def _compiled(checkpoint: Checkpoint, plan: StepPlan, inputs: Inputs) -> Sample:
-    """The sampler with its network compiled, as ``pipeline.unet = torch.compile(pipeline.unet)`` does it."""
-    compiled: Any = torch.compile(checkpoint.denoiser)  # a module, which its type does not tell
+    """The sampler with its network compiled, as ``pipeline.unet = torch.compile(pipeline.unet)`` does it for one size.
+
+    torch would take a second batch size for one of many, and after eight graphs, two a size, run the next uncompiled.
+    """
+    torch.compiler.reset()
+    compiled: Any = torch.compile(checkpoint.denoiser, dynamic=False)  # a module, which its type does not tell
     sampler = UnrolledSampler(AtTimesteps(compiled, plan.timesteps), plan, decoder=checkpoint.decoder).eval()
     given = dict(inputs)
     try:

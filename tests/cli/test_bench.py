@@ -9,11 +9,13 @@ import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
@@ -322,6 +324,25 @@ def test_diffusers_own_pipeline_draws_images(digits_bundle: Path) -> None:
     assert images.shape == (1, 8, 8, 1)
     assert 0.0 <= images.min() < images.max() <= 1.0
     assert detail.startswith("diffusers 0.")
+
+
+def test_every_batch_size_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five sizes: torch takes the second for one of many unless told, and keeps eight graphs, two of each size."""
+    graphs: list[list[Any]] = []
+
+    def recorded(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(inputs)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=recorded))
+    checkpoint = load_checkpoint("python:tests.foreign_nets:Plain")
+    plan = checkpoint.plan_for(steps=2)
+    for batch in range(1, 6):
+        graphs.clear()
+        call, _ = baseline("torch-compile", checkpoint, plan, {"noise": np.zeros((batch, 1, 8, 8), np.float32)})
+        call()
+        assert graphs, f"batch {batch} ran uncompiled"
+        assert [each for inputs in graphs for each in inputs if not isinstance(each, torch.Tensor)] == [], batch
 
 
 def test_inputs_are_repeated_up_to_the_batch(longer_bundle: Path) -> None:
