@@ -50,7 +50,7 @@ def one_gate(new: Path, old: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     if done.returncode not in (0, 6):
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}: {done.stderr[-500:]}")
-    report = json.JSONDecoder().raw_decode(done.stdout)[0]
+    report = json.loads(done.stdout)
     gate, environment = report["gates"][0], report["environment"]
     return {
         "exit_code": done.returncode, "verdict": gate["verdict"], "seconds": round(seconds, 2),

@@ -130,8 +130,9 @@ def bench(
     ci_files.write_ci_files(junit, summary, suite, ci_files.bench_cases(numbers), ci_files.bench_summary(numbers))
     if update_card:
         write_latency(bundles[0], numbers)
+    tell = say if json == Path("-") else show
     for verdict in report.verdicts:
-        show(f"gate {verdict.message}")
+        tell(f"gate {verdict.message}")
     report.require()
 
 

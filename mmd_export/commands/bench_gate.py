@@ -41,7 +41,14 @@ class Gates:
                 "--save-baseline measures a new baseline and judges nothing; leave out --gate, --max-regression"
             )
         share = DEFAULT_REGRESSION if max_regression is None else parse_share(max_regression)
-        return cls(file, share, save, {} if file is None else read_json(file))
+        gates = cls(file, share, save, {} if file is None else read_json(file))
+        if max_regression is not None and (rows := gates.rows) is not None:
+            told = ", ".join(f"{name} {most:g}" for name, most in rows)
+            raise UsageError(
+                f"--max-regression {max_regression} has no place beside --gate {file}, which has limits of its own: "
+                f"{told}; leave it out, or give a baseline"
+            )
+        return gates
 
     @property
     def rows(self) -> list[tuple[str, float]] | None:

@@ -227,6 +227,22 @@ def test_a_gate_against_a_bundle_measured_now(
     assert json.loads((tmp_path / "gate.json").read_text())["gates"][0]["verdict"] == "fail"
 
 
+def test_json_on_stdout_stands_alone_beside_a_gate(command: Command, digits_bundle: Path, longer_bundle: Path) -> None:
+    gate = ("--against", longer_bundle, "--max-regression", "5%", "--batches", 1, "--rounds", 12, *QUICK)
+    code, out, err = command("bench", digits_bundle, *gate, "--json", "-")
+    assert code == 0, err
+    (verdict,) = json.loads(out)["gates"]
+    assert f"mmd-export: gate {verdict['message']}\n" in err
+
+
+def test_limits_of_a_file_take_no_other_limit(command: Command, tmp_path: Path) -> None:
+    limits = tmp_path / "limits.json"
+    limits.write_text(json.dumps({"gates": [{"against": "torch", "max_ratio": 2.0}]}))
+    code, _, err = command("bench", tmp_path / "nowhere", "--gate", limits, "--max-regression", "1%")
+    assert code == 2
+    assert f"--max-regression 1% has no place beside --gate {limits}, which has limits of its own: torch 2; " in err
+
+
 def test_a_gate_between_two_runtimes_is_for_those_who_name_them(
     digits_bundle: Path, longer_bundle: Path, tmp_path: Path
 ) -> None:
