@@ -13,6 +13,7 @@
 #   SUMMARY          Markdown file to append to; OUT/summary.md
 #
 # Exit codes are those of mmd-export: 4 parity failed, 6 slower than the base. The report is written in either case.
+# A BASE that is not there is 2.
 set -euo pipefail
 MODEL=${MODEL:?name the model, as in MODEL=digits}
 TARGET=${TARGET:-onnx}
@@ -26,6 +27,10 @@ read -r -a build_options <<< "${BUILD_OPTIONS:-}"
 read -r -a bench_options <<< "${BENCH_OPTIONS:-}"
 runtime=(${RUNTIME:+--runtime "$RUNTIME"})
 new=$OUT/new.bundle
+if [ -n "$BASE" ] && [ ! -d "$BASE" ]; then
+  echo "BASE $BASE is neither a bundle nor a checkout; no such folder" >&2
+  exit 2
+fi
 mkdir -p "$OUT"
 
 build() {  # MODEL OUT
@@ -41,7 +46,11 @@ if [ -f "$BASE/manifest.json" ]; then
   gate=(--against "$BASE" --max-regression "$MAX_REGRESSION")
 elif [ -n "$BASE" ]; then
   base_model=$MODEL
-  if [ -e "$BASE/$MODEL" ]; then base_model=$BASE/$MODEL; fi
+  if [ -e "$BASE/$MODEL" ]; then
+    base_model=$BASE/$MODEL
+  elif [ -e "$MODEL" ]; then
+    echo "$BASE has no $MODEL; the base is built from the same weights" >&2
+  fi
   PYTHONPATH=${BASE_PYTHONPATH:-${PYTHONPATH:-}} build "$base_model" "$OUT/base.bundle"
   gate=(--against "$OUT/base.bundle" --max-regression "$MAX_REGRESSION")
 fi

@@ -85,11 +85,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def recipe(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run it with mmd-export from this tree."""
+OURS = f'exec {sys.executable} -m mmd_export.cli "$@"'
+NOTED = 'echo "$1 $2" >> commands.txt'  # instead of any work
+
+
+def recipe(tmp_path: Path, command: str = OURS, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run it with mmd-export from this tree, or what stands for it."""
     commands = tmp_path / "bin"
     commands.mkdir(exist_ok=True)
-    (commands / "mmd-export").write_text(f'#!/bin/sh\nexec {sys.executable} -m mmd_export.cli "$@"\n')
+    (commands / "mmd-export").write_text(f"#!/bin/sh\n{command}\n")
     (commands / "mmd-export").chmod(0o755)
     folders = (ROOT, ROOT / "finetune", ROOT / "runtimes" / "python")
     environment = {
@@ -131,3 +135,22 @@ def test_the_recipe_fails_on_a_broken_model(tmp_path: Path) -> None:
     done = recipe(tmp_path, MODEL=str(tmp_path / "model"), STEPS="2")
     assert done.returncode == 2
     assert not (tmp_path / "out" / "new.bundle").exists()
+
+
+def test_the_recipe_takes_no_base_that_is_not_there(tmp_path: Path) -> None:
+    """A bundle built again of the same model would pass any gate."""
+    done = recipe(tmp_path, NOTED, BASE="old.bundel")
+    assert (done.returncode, done.stderr) == (2, "BASE old.bundel is neither a bundle nor a checkout; no such folder\n")
+    assert not (tmp_path / "commands.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("there", "said"), [(False, "base has no run; the base is built from the same weights"), (True, "")]
+)
+def test_the_recipe_says_where_the_base_has_no_weights_of_its_own(tmp_path: Path, there: bool, said: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "base" / ("run" if there else "")).mkdir(parents=True)
+    done = recipe(tmp_path, NOTED, MODEL="run", BASE="base")
+    assert (done.returncode, done.stderr.rstrip("\n")) == (0, said)
+    built = [line for line in (tmp_path / "commands.txt").read_text().splitlines() if line.startswith("build")]
+    assert built == ["build run", "build base/run" if there else "build run"]
