@@ -47,7 +47,7 @@ def model_card(manifest: ManifestDraft, verified: str = "not verified", latency:
         "",
         "## Check it where it runs",
         "",
-        "`mmd-export verify .` compares it with `golden.safetensors`; `mmd-export sample . --out grid.png` draws.",
+        "`mmd-export verify .` compares it with `golden.safetensors`; `mmd-export sample . --out ../grid.png` draws.",
         "",
     ]
     return "\n".join(lines)

@@ -30,6 +30,7 @@ from mmd_export.cli_options import (
     Steps,
     Timesteps,
     TorchDevice,
+    can_be_written,
     listed,
     png,
     with_ema,
@@ -106,7 +107,7 @@ app.command(epilog=REPORT_EXAMPLES)(report)
 @app.command(epilog="Example: mmd-export sample digits-5.bundle --seed 7 --count 64 --out grid.png")
 def sample(
     source: Source,
-    out: Annotated[Path, typer.Option(help="PNG file to write")] = Path("grid.png"),
+    out: Annotated[Path, typer.Option(help="PNG file to write", callback=can_be_written)] = Path("grid.png"),
     seed: Annotated[int, typer.Option(help="image i of a seed is the same everywhere")] = 0,
     count: Annotated[int, typer.Option(help="how many images")] = 16,
     runtime: RuntimeName = None,
@@ -156,7 +157,9 @@ def inspect(
     spacing: Spacing = None,
     timesteps: Timesteps = None,
     ema: Ema = None,
-    plot: Annotated[Path | None, typer.Option(help="draw the plan as a PNG", show_default=False)] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw the plan as a PNG", show_default=False, callback=can_be_written)
+    ] = None,
     json: JsonFile = None,
     guidance_scale: GuidanceScale = None,
     guidance_form: GuidanceForm = "auto",

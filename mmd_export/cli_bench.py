@@ -17,6 +17,7 @@ from mmd_export.cli_options import (
     RuntimeName,
     SummaryFile,
     at_least,
+    can_be_written,
     positive,
 )
 from mmd_export.cli_output import say, show, show_table, write_json
@@ -91,6 +92,7 @@ def bench(
         typer.Option(
             help="write the ratio to the first --against, for later gates",
             show_default=False,
+            callback=can_be_written,
             rich_help_panel=_GATE_PANEL,
         ),
     ] = None,
@@ -151,7 +153,9 @@ def _show_bench(numbers: dict[str, Any], json: Path | None) -> None:
 
 def report(
     bundles: Annotated[list[Path], typer.Argument(help="bundle folders", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write")] = Path("report.html"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write", callback=can_be_written)] = Path(
+        "report.html"
+    ),
     verify: Annotated[
         list[Path] | None,
         typer.Option(help="JSON of verify, one a bundle, instead of verifying now", show_default=False),

@@ -23,6 +23,7 @@ from mmd_export.cli_options import (
     Steps,
     Timesteps,
     TorchDevice,
+    can_be_written,
     listed,
     png,
     positive,
@@ -68,7 +69,9 @@ def evaluate(
     ] = None,
     neighbours: Annotated[int, typer.Option(help="k of precision, recall, density, coverage")] = 5,
     bootstrap: Annotated[int, typer.Option(help="draws behind each 95 % interval; 0: none")] = 200,
-    plot: Annotated[Path | None, typer.Option(help="draw the values as a PNG", show_default=False)] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw the values as a PNG", show_default=False, callback=can_be_written)
+    ] = None,
     runtime: RuntimeName = None,
     device: TorchDevice = None,
     checkpoint: CheckpointOption = None,

@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 import typer
 
 from mmd_export.errors import UsageError
+from mmd_export.folders import why_nothing_is_made
 from mmd_export.plan_options import parse_timesteps
 from mmd_export.scheduler_keys import CLASSES
 
@@ -88,16 +89,16 @@ TorchDevice = Annotated[
 ]
 
 
-def _can_be_written(option: typer.CallbackParam, path: Path | None) -> Path | None:
-    """``path``; raises UsageError now for what could not be written once the work is done."""
-    if path is None or path == Path("-"):
+def can_be_written(option: typer.CallbackParam, path: Path | None) -> Path | None:
+    """``path``, of a file; raises UsageError now for what could not be written once the work is done."""
+    if path is None or (path == Path("-") and "--json" in option.opts):
         return path
     try:
         reason = _why_not(path)
     except OSError as error:
         reason = error.strerror or str(error)
     if reason:
-        raise UsageError(f"{option.opts[0]} {path} cannot be written: {reason}; name another file")
+        raise UsageError(f"{max(option.opts, key=len)} {path} cannot be written: {reason}; name another file")
     return path
 
 
@@ -105,10 +106,23 @@ def _why_not(path: Path) -> str:
     """Why no file can be written at ``path``, whose folders are made; "" if nothing speaks against it."""
     if path.is_dir():
         return "it is a folder"
+    place = Path(os.path.realpath(path))  # of a link that leads to itself too
+    if bundle := next(filter(_holds_a_bundle, place.parents), None):
+        return f"{bundle} is a bundle, which takes no other files"
     there = next(each for each in (path, *path.parents) if each.exists())
-    if there != path and not there.is_dir():
+    if there == path:
+        return "" if os.access(there, os.W_OK) else f"{there} is read-only"
+    if not there.is_dir():
         return f"{there} is no folder"
-    return "" if os.access(there, os.W_OK) else f"{there} is read-only"
+    reason = why_nothing_is_made(there)
+    return f"{there}: {reason}" if reason else ""
+
+
+def _holds_a_bundle(folder: Path) -> bool:
+    """Whether whatever else is put there makes a bundle one that is refused."""
+    from mmd_export.manifest import GOLDEN_NAME, MANIFEST_NAME
+
+    return (folder / MANIFEST_NAME).is_file() and (folder / GOLDEN_NAME).is_file()
 
 
 JsonFile = Annotated[
@@ -117,7 +131,7 @@ JsonFile = Annotated[
         "--json",
         help="also write the numbers to this file (- for stdout)",
         show_default=False,
-        callback=_can_be_written,
+        callback=can_be_written,
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what stands at --out")]
@@ -166,7 +180,7 @@ def png(flag: str, path: Path | None) -> None:
 
 JunitFile = Annotated[
     Path | None,
-    typer.Option("--junit", help="also write JUnit XML", show_default=False, callback=_can_be_written),
+    typer.Option("--junit", help="also write JUnit XML", show_default=False, callback=can_be_written),
 ]
 SummaryFile = Annotated[
     Path | None,
@@ -174,6 +188,6 @@ SummaryFile = Annotated[
         "--summary",
         help="append a Markdown summary, as to $GITHUB_STEP_SUMMARY",
         show_default=False,
-        callback=_can_be_written,
+        callback=can_be_written,
     ),
 ]

@@ -182,17 +182,23 @@ def read_object(path: Path, flag: str, advice: str) -> dict[str, Any]:
 
 
 def require_writable(out: Path) -> None:
-    """Raise ``UsageError`` if nothing can be made at ``out``: the nearest folder above it is tried, not its rights.
-
-    A superuser has all rights and still cannot write into /proc or onto a disk that is mounted read-only.
-    """
+    """Raise ``UsageError`` if nothing can be made at ``out``: the nearest folder above it is tried."""
     place = out.absolute().parent
     while not os.path.lexists(place):
         place = place.parent
     if not place.is_dir():
         raise UsageError(f"--out {out} cannot be made: {place} is no folder; choose another --out")
+    if reason := why_nothing_is_made(place):
+        raise UsageError(f"--out {out} cannot be written: {place}: {reason}; choose another --out")
+
+
+def why_nothing_is_made(folder: Path) -> str:
+    """Why nothing new can stand in ``folder``, "" if something can: it is tried, its rights are not believed.
+
+    A superuser has all rights and still cannot write into /proc or onto a disk that is mounted read-only.
+    """
     try:
-        Path(mkdtemp(prefix=".", dir=place)).rmdir()
+        Path(mkdtemp(prefix=".", dir=folder)).rmdir()
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UsageError(f"--out {out} cannot be written: {place}: {reason}; choose another --out") from error
+        return error.strerror or str(error)
+    return ""
