@@ -130,6 +130,7 @@ def bench(
     write_json(json, numbers)
     suite = f"mmd-export bench {report.candidates[0]}"
     ci_files.write_ci_files(junit, summary, suite, ci_files.bench_cases(numbers), ci_files.bench_summary(numbers))
+    report.save()
     if update_card:
         write_latency(bundles[0], numbers)
     tell = say if json == Path("-") else show

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mmd_export.bundle import Bundle
@@ -30,7 +31,7 @@ class BenchReport:
 
     ``latency`` is at the first of ``batches``. ``artefacts``: SHA-256 of each candidate's. ``placements``: where the
     nodes of each ran, if its runtime can tell. ``bound``: the candidates copied nothing, the baselines did.
-    ``device_seconds``: by the events of a GPU.
+    ``device_seconds``: by the events of a GPU. ``save()`` writes the baseline, if one was asked for.
     """
 
     latency: LatencyReport
@@ -44,6 +45,7 @@ class BenchReport:
     cold: Mapping[str, ColdStart] = field(default_factory=dict)
     device_seconds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     verdicts: tuple[GateVerdict, ...] = ()
+    save: Callable[[], None] = lambda: None
 
     @property
     def baselines(self) -> tuple[str, ...]:
@@ -163,9 +165,9 @@ def _gated(
     _tell(found, notify)
     notify(f"measuring {len(found)} candidates in blocks, at most {plan.seconds:g} s")
     blocks = measure_blocks({each.name: each.open for each in found}, plan, settled.limits)
-    settled.save(blocks)
     verdicts = tuple(judge(limit, blocks) for limit in settled.limits)
-    return _report(bundles, found, {batches[0]: blocks.latency()}, options, verdicts=verdicts)
+    save = partial(settled.save, blocks)
+    return _report(bundles, found, {batches[0]: blocks.latency()}, options, verdicts=verdicts, save=save)
 
 
 def _batches(bundles: Sequence[Bundle], options: BenchOptions) -> tuple[int, ...]:

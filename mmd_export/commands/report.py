@@ -51,7 +51,8 @@ def report(options: ReportOptions, notify: Callable[[str], None] = lambda _: Non
     write_text(options.out, render(facts, timed), "--out")
     if options.update_card:
         for path, each in zip(options.bundles, facts, strict=True):
-            write_numbers(path, each.verify, timed)
+            known = measured_as(each.bundle.artefact_sha256, timed) is not None
+            write_numbers(path, each.verify, timed if known else {})
 
 
 def _verified(bundles: Sequence[Bundle], options: ReportOptions) -> dict[str, Mapping[str, Any]]:

@@ -265,6 +265,22 @@ def test_a_gate_between_two_runtimes_is_for_those_who_name_them(
         assert settled_gates(Gates(), held_against(name), 1, 1, options).limits
 
 
+def test_a_baseline_that_cannot_be_saved_loses_no_other_file(
+    command: Command, digits_bundle: Path, longer_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _: str, *__: str) -> None:
+        raise UsageError(f"{path} cannot be written: No space left on device")
+
+    monkeypatch.setattr("mmd_export.commands.bench_gate.write_text", full)
+    save = ("--save-baseline", tmp_path / "ratio.json", "--batches", 1, "--rounds", 12, *QUICK)
+    files = ("--json", tmp_path / "bench.json", "--junit", tmp_path / "bench.xml", "--summary", tmp_path / "summary.md")
+    code, out, err = command("bench", digits_bundle, "--against", longer_bundle, *save, *files)
+    assert code == 2
+    assert "ratio.json cannot be written: No space left on device" in err
+    assert "digits-6" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.xml", "summary.md"}
+
+
 def test_a_gate_on_a_baseline(command: Command, digits_bundle: Path, longer_bundle: Path, saved: Path) -> None:
     gate = ("--against", longer_bundle, "--gate", saved, "--rounds", 12, *QUICK)
     code, out, err = command("bench", digits_bundle, *gate, "--max-regression", "90%")

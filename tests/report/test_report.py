@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
 from mmd_export.cli import app, run
 from mmd_export.numbers import latency_rows, parity_rows
@@ -165,6 +166,19 @@ def test_the_card_carries_the_numbers_of_the_report(
         assert f"| {' | '.join(row)} |" in card
         assert row[1].replace("'", "&#39;") in text
     assert "## Check it where it runs" in card
+
+
+def test_the_card_of_a_bundle_that_was_not_timed_keeps_its_latency(
+    digits: Path, measured: dict[str, Any], written: Written, tmp_path: Path
+) -> None:
+    mine, other, out = tmp_path / "mine", tmp_path / "other", tmp_path / "report.html"
+    shutil.copytree(digits, mine)
+    build(BuildOptions("python:tests.foreign_nets:Plain", "onnx", other, steps=1, verify=False))
+    card = ("-o", out, "--bench", written("bench.json", measured), "--update-card")
+    assert call("report", other, mine, *card) == 0
+    assert "Not measured" not in Bundle.open(mine).card
+    assert "## Latency\n\nNot measured on this bundle yet: " in Bundle.open(other).card
+    assert "## Parity as measured\n" in Bundle.open(other).card
 
 
 def test_a_damaged_bundle_is_refused(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
