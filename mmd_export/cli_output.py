@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmd_export.errors import UsageError
+from mmd_export.folders import write_text
 from mmd_export.journal import JOURNAL
 
 if TYPE_CHECKING:
@@ -76,8 +76,4 @@ def write_json(path: Path | None, value: dict[str, Any]) -> None:
     if path == Path("-"):
         sys.stdout.write(text)
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--json {path} cannot be written: {error.strerror or error}") from error
+    write_text(path, text, "--json")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,10 +58,24 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def output_place(path: Path) -> Iterator[Path]:
+    """The same for a file of results. What is no plain file, or cannot be replaced by one, is itself the name.
+
+    A device or a pipe would be gone, and so would a link such as /dev/stdout.
+    """
+    plain = not os.path.lexists(path) or stat.S_ISREG(path.lstat().st_mode)
+    if plain and (not path.exists() or os.access(path.absolute().parent, os.W_OK)):
+        with staged_file(path) as partial:
+            yield partial
+    else:
+        yield path
+
+
+@contextmanager
 def output_file(path: Path) -> Iterator[BinaryIO]:
     """The same, open; MmdExportError where the disk refuses."""
     try:
-        with staged_file(path) as partial, partial.open("wb") as file:
+        with output_place(path) as place, place.open("wb") as file:
             yield file
     except OSError as error:
         raise MmdExportError(f"cannot write {path}: {error.strerror or error}; free the cause and run again") from error
@@ -162,8 +177,8 @@ def _os_error_line(error: OSError, place: Path, partial: Path) -> str:
 def write_text(path: Path, text: str, flag: str = "") -> None:
     """A text file that appears complete or not at all; ``flag`` is the option that named it."""
     try:
-        with staged_file(path) as partial:
-            partial.write_text(text, encoding="utf-8", newline="\n")
+        with output_place(path) as place:
+            place.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise UsageError(f"{flag} {path} cannot be written: {error.strerror or error}".strip()) from error
 

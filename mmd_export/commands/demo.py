@@ -23,6 +23,7 @@ from mmd_export.commands.cards import write_latency
 from mmd_export.commands.sample import SampleOptions, sample
 from mmd_export.commands.verify import verify
 from mmd_export.errors import UsageError
+from mmd_export.folders import output_file, write_text
 from mmd_export.parity import ParityReport
 from mmd_finetune.digits import load_digits_split
 from mmd_finetune.features import load_encoder
@@ -78,7 +79,7 @@ def run_demo(
     draw_picture(kinds, distances, out / "digits.png")
     seconds = time.perf_counter() - start
     results = _results(bundle, tuned.seconds, parity, latency, distances, seconds)
-    (out / RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    write_text(out / RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
     return _shown(out, bundle, parity, latency, distances, seconds)
 
 
@@ -128,7 +129,8 @@ def draw_picture(kinds: dict[str, NDArray[np.float32]], distances: dict[str, flo
         score = f"   (Frechet distance to the scans, held-out encoder: {distances[name]:.1f})" if scored else ""
         axes.set_title(name + score, loc="left", fontsize=11)
         axes.set_axis_off()
-    figure.savefig(path, dpi=110)
+    with output_file(path) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def _results(

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmd_export.errors import UsageError
+from mmd_export.folders import output_file
 
 
 def draw_metrics(result: Mapping[str, Any], path: Path) -> None:
-    """Draw ``result["metrics"]`` (encoder -> metric -> value, low, high) into a PNG; matplotlib without a display.
+    """Draw ``result["metrics"]`` (encoder -> metric -> value, low, high) into a PNG, complete or not at all.
 
     A value that is None is not defined.
     """
@@ -32,8 +32,5 @@ def draw_metrics(result: Mapping[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3, axis="y")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(by_encoder))
     figure.suptitle(f"{result['source']}: {result['count']} samples")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110, format="png", metadata={"Software": None})
-    except OSError as error:
-        raise UsageError(f"--plot {path} cannot be written: {error.strerror or error}") from error
+    with output_file(path) as file:
+        figure.savefig(file, dpi=110, format="png", metadata={"Software": None})
