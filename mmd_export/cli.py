@@ -35,7 +35,7 @@ from mmd_export.cli_options import (
     png,
     with_ema,
 )  # fmt: skip
-from mmd_export.cli_output import say, short, show, show_table, write_json
+from mmd_export.cli_output import counted, say, short, show, show_table, write_json
 from mmd_export.cli_verify import VERIFY_EXAMPLES, verify
 from mmd_export.errors import MmdExportError, NotAvailableError, UsageError, is_out_of_memory
 from mmd_export.journal import JOURNAL
@@ -140,7 +140,9 @@ def sample(
         steps=steps, sampler=sampler, eta=eta, spacing=spacing, timesteps=listed(timesteps),
     )  # fmt: skip
     drawing = draw(options)
-    save_grid(drawing.images(), out)
+    with counted() as observe:
+        images = drawing.images(lambda done: observe("drawing", done, count))
+    save_grid(images, out)
     show(f"{out}: {count} images of seed {seed}")
     say(f"drawn in {drawing.ran_in()}")
 

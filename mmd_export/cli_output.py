@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,29 @@ def say(text: str) -> None:
     JOURNAL.note(said=text)
     sys.stderr.write(f"mmd-export: {text}\n")
     sys.stderr.flush()
+
+
+@contextmanager
+def counted() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr, one line for each kind of work; it appears with the first, so not before an error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, TaskID] = {}
+
+    def observe(what: str, done: int, of: int) -> None:
+        bar.start()
+        if what not in tasks:
+            tasks[what] = bar.add_task(what)
+        bar.update(tasks[what], completed=done, total=of)
+
+    try:
+        yield observe
+    finally:
+        if bar.live.is_started:  # stopping one that never was prints an empty line
+            bar.stop()
 
 
 def built(out: Path, bundle: Bundle) -> str:

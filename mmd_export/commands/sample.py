@@ -64,9 +64,14 @@ class Drawing:
     ran_in: Callable[[], str]
     sha256: str
 
-    def images(self) -> NDArray[Any]:
-        """All of them."""
-        return np.concatenate(list(self.parts))
+    def images(self, observe: Callable[[int], None] = lambda _done: None) -> NDArray[Any]:
+        """All of them; ``observe`` is told how many there are, first 0 and then after each part."""
+        observe(0)
+        drawn: list[NDArray[Any]] = []
+        for part in self.parts:
+            drawn.append(part)
+            observe(sum(map(len, drawn)))
+        return np.concatenate(drawn)
 
 
 def is_bundle(source: str) -> bool:

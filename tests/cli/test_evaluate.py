@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def scored(command: Command, *arguments: object) -> dict[str, Any]:
 
 
 def test_a_bundle_on_both_encoders(command: Command, digits_bundle: Path) -> None:
-    result = scored(command, digits_bundle, "--count", 128, "--bootstrap", 10)
+    result = scored(command, digits_bundle, "--count", 128, "--bootstrap", 40)
     assert set(result["metrics"]) == {"digits-conv", "digits-mlp"}
     assert sum(result["class_shares"]["digits-mlp"]) == pytest.approx(1.0)
     found = result["metrics"]["digits-mlp"]["frechet"]
@@ -57,7 +58,7 @@ def test_every_metric_in_a_table_with_a_picture(command: Command, digits_bundle:
     plot = tmp_path / "deep" / "values.png"
     code, out, err = command(
         "evaluate", digits_bundle, "--features", "digits-mlp,pixels", "--metrics", ",".join(METRICS), "--count", 300,
-        "--bootstrap", 10, "--plot", plot,
+        "--bootstrap", 40, "--plot", plot,
     )  # fmt: skip
     assert code == 0, err
     for name in METRICS:
@@ -121,7 +122,11 @@ def test_training_images_are_encoded_once(grey: Path, real_count: int | None, en
             ("--features", "digits-mlp,digits-mlp"),
             "2 encoders are called digits-mlp; name each once, or rename one of the files",
         ),
-        (("--bootstrap", -1), "--bootstrap is -1"),
+        (
+            ("--bootstrap", -1),
+            "--bootstrap is -1; give 0, or at least 40: an interval of 95 % leaves 2.5 % at each end",
+        ),
+        (("--bootstrap", 39), "--bootstrap is 39; give 0, or at least 40"),
         (("--real-count", 0), "--real-count is 0"),
         (("--count", 1), "1 samples and 1797 real images"),
         (("--metrics", "recall", "--neighbours", 16), "--neighbours is 16, there are 16 samples and 1797 real images"),
@@ -137,7 +142,7 @@ def test_refusals(command: Command, given: tuple[object, ...], told: str) -> Non
 
 
 def test_a_metric_that_is_undefined_is_null_and_the_others_stay(command: Command, tmp_path: Path) -> None:
-    shared = ("evaluate", "digits", "--steps", 1, "--count", 16, "--features", "digits-mlp", "--bootstrap", 5)
+    shared = ("evaluate", "digits", "--steps", 1, "--count", 16, "--features", "digits-mlp", "--bootstrap", 40)
     measured = ("--metrics", "frechet,copying", "--plot", tmp_path / "values.png")
     code, out, err = command(*shared, *measured, "--json", tmp_path / "values.json")
     assert code == 0, err
@@ -258,6 +263,7 @@ def test_a_model_is_drawn_on_the_device_that_is_named(name: str, command: Comman
     code, _, err = command(name, "digits", *count, *out, "--device", "cpu")
     assert code == 0, err
     assert "CPU" in err.splitlines()[-1]
+    assert re.search(r"drawing .* 4/4 ", err)
     code, _, err = command(name, "digits", *count, *out, "--device", "tpu")
     assert (code, "--device is 'tpu'; give auto, cpu, cuda or cuda:NUMBER" in err) == (2, True)
     if not torch.cuda.is_available():

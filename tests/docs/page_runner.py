@@ -26,7 +26,7 @@ Supply = Callable[[Path], None]
 QUICK: Mapping[str, Mapping[str, str]] = {
     "finetune": {"--config": "{quick}"},
     "bench": {"--rounds": "6", "--cold": "0"},
-    "evaluate": {"--count": "64", "--bootstrap": "10"},
+    "evaluate": {"--count": "64", "--bootstrap": "40"},
     "report": {"--seconds": "1"},
 }
 QUICK_TUNING = "iterations = 2\nbatch_size = 64\nevaluate_every = 2\nevaluate_count = 64\n"

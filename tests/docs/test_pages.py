@@ -82,4 +82,4 @@ def test_commands_of_a_block() -> None:
 
 
 def test_what_the_page_says_wins_over_what_makes_it_quick(tmp_path: Path) -> None:
-    assert quick(["evaluate", "b", "--count", "8"], tmp_path) == ["evaluate", "b", "--count", "8", "--bootstrap", "10"]
+    assert quick(["evaluate", "b", "--count", "8"], tmp_path) == ["evaluate", "b", "--count", "8", "--bootstrap", "40"]
