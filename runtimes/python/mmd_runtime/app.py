@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class SelfTest:
     """What the artefact gave on the golden noise, against the float64 reference.
 
-    ``worst``: largest absolute error, on the scale of the output. ``milliseconds``: median of one batch.
+    ``worst``, ``mean``: largest and mean absolute error, on the scale of the output, with ``tolerance`` and
+    ``mean_limit``, what they may be. ``milliseconds``: median of one batch.
     """
 
     bundle: str
@@ -32,17 +33,22 @@ class SelfTest:
     images: int
     worst: float
     tolerance: float
+    mean: float
+    mean_limit: float
     fault: str
     milliseconds: float
 
     @property
     def passed(self) -> bool:
-        """Whether every image is as the reference says, within the manifest's tolerance."""
-        return not self.fault and self.worst <= self.tolerance
+        """Whether every image is as the reference says, within the manifest's tolerance, and all are on average."""
+        return not self.fault and self.worst <= self.tolerance and self.mean <= self.mean_limit
 
     def __str__(self) -> str:
         """One line for people."""
-        verdict = "passed" if self.passed else f"FAILED {self.fault}".rstrip()
+        why = self.fault
+        if not why and self.worst <= self.tolerance:
+            why = f"mean error {self.mean:.3g} (limit {self.mean_limit:.3g})"
+        verdict = "passed" if self.passed else f"FAILED {why}".rstrip()
         return (
             f"self-test {verdict}: {self.bundle} in {self.runtime}, {self.images} images, largest error "
             f"{self.worst:.3g} (tolerance {self.tolerance:g}), {self.milliseconds:.2f} ms a batch"
@@ -82,19 +88,19 @@ class Sampler:
     def self_test(self, rounds: int = 5) -> SelfTest:
         """Run the golden noise, compare, and time ``rounds`` passes of the first batch."""
         from mmd_export.parity import chunks, compare
-        from mmd_export.tolerance import uint8_tolerance
+        from mmd_export.tolerance import mean_tolerance, uint8_tolerance
 
         golden, parts = self.bundle.golden(), [inputs for inputs, _ in chunks(self.bundle)]
         found = np.concatenate([self._session.run(inputs)["sample"] for inputs in parts])
         seconds = [self._seconds(parts[0]) for _ in range(max(1, rounds))]
         result = compare("sample", found, golden.sample)
         manifest = self.bundle.manifest
-        limit = manifest.tolerance.atol
-        if golden.sample.dtype == np.uint8:
-            limit, _ = uint8_tolerance(limit)
+        atol = manifest.tolerance.atol
+        in_bytes = golden.sample.dtype == np.uint8
+        limit, mean_limit = uint8_tolerance(atol) if in_bytes else (atol, mean_tolerance(atol))
         return SelfTest(
-            manifest.name, self.runtime, golden.count, result.max_abs, limit, "; ".join(result.faults),
-            1e3 * statistics.median(seconds),
+            manifest.name, self.runtime, golden.count, result.max_abs, limit, result.mean_abs, mean_limit,
+            "; ".join(result.faults), 1e3 * statistics.median(seconds),
         )  # fmt: skip
 
     def _seconds(self, inputs: dict[str, NDArray[Any]]) -> float:
