@@ -13,5 +13,5 @@ export { picture, rgba, sheet } from "./pictures.js";
 export type { Chain, OpenTimes, SampleOptions } from "./sampler.js";
 export { classLabels, Sampler } from "./sampler.js";
 export type { SelfTest } from "./selftest.js";
-export { compare, report } from "./selftest.js";
+export { compare, judge, report } from "./selftest.js";
 export type { Dtype, Tensor, Tensors } from "./tensors.js";

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,8 +19,9 @@ from mmd_export.commands.sample import SampleOptions, sample
 from mmd_export.noise import normal
 from mmd_export.pictures import grid
 from mmd_export.targets import get_target
+from mmd_export.tolerance import uint8_tolerance
 from tests.kits.npm import OLDEST_NODE, built_project, npm, require_node, summary
-from tests.kits.wrong import with_other_artefact, with_other_sample
+from tests.kits.wrong import with_other_artefact, with_other_sample, with_truncated_bytes
 from tests.models import tiny_labels
 from tests.project.checks import ROOT
 
@@ -86,10 +88,16 @@ def test_a_picture_is_that_of_python(project: Path, digits_onnx: Path, tmp_path:
     assert np.abs(found - expected).max() <= 1  # a value near x.5 may round either way
 
 
-def test_a_wrong_image_fails_the_self_test(project: Path, digits_onnx: Path, tmp_path: Path) -> None:
-    done = run(project, "--bundle", with_other_sample(digits_onnx, tmp_path / "wrong", 0.001), "--self-test")
+@pytest.mark.parametrize(
+    ("offset", "says"), [(0.001, ""), (5e-5, r" mean error 0\.0000(49|5)\d* \(limit 0\.0000125\)")]
+)
+def test_a_wrong_image_fails_the_self_test(
+    offset: float, says: str, project: Path, digits_onnx: Path, tmp_path: Path
+) -> None:
+    """By more than the tolerance in one value, or by less in all."""
+    done = run(project, "--bundle", with_other_sample(digits_onnx, tmp_path / "wrong", offset), "--self-test")
     assert done.returncode == 4
-    assert "self-test FAILED" in done.stdout
+    assert re.match(f"self-test FAILED{says}: digits-2 in onnxruntime-node", done.stdout), done.stdout
 
 
 def test_a_graph_that_is_none_is_refused(project: Path, digits_onnx: Path, tmp_path: Path) -> None:
@@ -165,5 +173,10 @@ def test_a_loop_and_pixels_of_bytes(project: Path, tiny_labels: Path, tmp_path: 
     assert bundle.manifest.graph.form == "loop"
     found = looked_at(project, bundle.folder)
     assert found["test"]["passed"], found
+    assert found["test"]["meanLimit"] == pytest.approx(uint8_tolerance(bundle.manifest.tolerance.atol)[1])
     assert len(found["errors"]) == 3
     assert max(found["errors"]) <= bundle.manifest.tolerance.atol
+    wrong = looked_at(project, with_truncated_bytes(bundle.folder, tmp_path / "truncated"))["test"]
+    assert wrong["worst"] <= wrong["tolerance"] == 1, wrong
+    assert wrong["mean"] > 0.1, wrong
+    assert not wrong["passed"]

@@ -11,7 +11,8 @@ import { promisify } from "node:util";
 
 import pngjs from "pngjs";
 
-import type { Engine, Sampler as Opened, Tensors } from "../src/index.js";
+import { limits } from "../src/core/selftest.js";
+import type { Engine, Manifest, Sampler as Opened, Tensor, Tensors } from "../src/index.js";
 import { classLabels, cpuEngine, folderSource, open, Sampler, UsageError } from "../src/index.js";
 
 const BUNDLE = fileURLToPath(new URL("../../bundle", import.meta.url));
@@ -52,9 +53,10 @@ test("the self-test passes", async () => {
   assert.ok(found.milliseconds > 0);
 });
 
-test("a wrong image fails the self-test", async () => {
+/** The engine, with its sample changed. */
+function changed(change: (sample: Tensor, manifest: Manifest) => void): Engine {
   const right = cpuEngine({ threads: 1 });
-  const wrong: Engine = {
+  return {
     runtime: "wrong",
     async open(bundle, further) {
       const session = await right.open(bundle, further);
@@ -62,14 +64,33 @@ test("a wrong image fails the self-test", async () => {
         release: () => session.release(),
         async run(inputs) {
           const { sample, ...rest } = await session.run(inputs);
-          const off = sample.dtype === "uint8" ? 2 : 2 * bundle.manifest.atol;
-          sample.values[5] = (Number(sample.values[5]) + off) as never;
+          change(sample, bundle.manifest);
           return { sample, ...rest };
         },
       };
     },
   };
+}
+
+test("a wrong image fails the self-test", async () => {
+  const wrong = changed(({ dtype, values }, { atol }) => {
+    values[5] = (Number(values[5]) + (dtype === "uint8" ? 2 : 2 * atol)) as never;
+  });
   const found = await (await Sampler.open(folderSource(BUNDLE), wrong)).selfTest(1);
+  assert.equal(found.passed, false);
+});
+
+test("images that are all a little wrong fail the self-test", async () => {
+  const wrong = changed(({ dtype, values }, { atol }) => {
+    const { meanLimit } = limits(atol, dtype);
+    const off = dtype === "uint8" ? Math.ceil(3 * meanLimit) : 3 * meanLimit;
+    for (let i = 0; i < values.length; i++) {
+      const value = Number(values[i]);
+      values[i] = (value > 127 ? value - off : value + off) as never; // bytes stay from 0 to 255
+    }
+  });
+  const found = await (await Sampler.open(folderSource(BUNDLE), wrong)).selfTest(1);
+  assert.ok(found.mean > found.meanLimit);
   assert.equal(found.passed, false);
 });
 

@@ -5,13 +5,21 @@ import { test } from "node:test";
 
 import { batches, nextBatch } from "../src/core/batches.js";
 import { parseJson } from "../src/core/json.js";
+import { limits } from "../src/core/selftest.js";
 import { withOutputs } from "../src/core/states.js";
 import { concat, take } from "../src/core/tensors.js";
 import type { Tensor } from "../src/index.js";
-import { compare, picture, sheet } from "../src/index.js";
+import { compare, judge, picture, report, sheet } from "../src/index.js";
 
 const tensor = (shape: number[], values: number[]): Tensor => (
   { dtype: "float32", shape, values: new Float32Array(values) }
+);
+const bytes = (values: number[]): Tensor => (
+  { dtype: "uint8", shape: [2, 2, 2, 1], values: Uint8Array.from(values) }
+);
+/** What is said of images that are golden but for what `judge` finds. */
+const told = (found: Tensor, golden: Tensor, atol: number): string => (
+  report({ bundle: "b", runtime: "r", images: 2, milliseconds: 1, ...judge(found, golden, atol) })
 );
 const json = (text: string): unknown => parseJson(new TextEncoder().encode(text));
 
@@ -54,12 +62,44 @@ test("what was cut can be joined again", () => {
 
 test("a comparison can fail", () => {
   const right = tensor([2, 2], [0, 1, 2, 3]);
-  assert.deepEqual(compare(right, right), { worst: 0, fault: "" });
-  assert.equal(compare(tensor([2, 2], [0, 1, 2, 3.5]), right).worst, 0.5);
+  assert.deepEqual(compare(right, right), { worst: 0, mean: 0, fault: "" });
+  assert.deepEqual(compare(tensor([2, 2], [0, 1, 2, 3.5]), right), { worst: 0.5, mean: 0.125, fault: "" });
+  assert.equal(compare(tensor([2, 2], [0, NaN, 2, 3]), right).mean, Infinity);
   assert.match(compare(tensor([2, 2], [0, NaN, 2, 3]), right).fault, /1 NaN/);
   assert.match(compare(tensor([2, 2], [0, Infinity, 2, 3]), right).fault, /1 NaN or infinite/);
   assert.match(compare(tensor([2, 2], [0, 1, 2, 2]), right).fault, /image 1 is constant/);
   assert.match(compare(tensor([4], [0, 1, 2, 3]), right).fault, /shape/);
+});
+
+test("bytes that are all a level too low fail, as where levels are truncated", () => {
+  const golden = bytes([9, 20, 31, 42, 53, 64, 75, 86]);
+  assert.ok(judge(golden, golden, 1e-4).passed);
+  const low = bytes([8, 19, 30, 41, 52, 63, 74, 85]);
+  assert.deepEqual(judge(low, golden, 1e-4), {
+    worst: 1, tolerance: 1, mean: 1, meanLimit: 127.5 * 1e-4, fault: "", passed: false,
+  });
+  assert.equal(
+    told(low, golden, 1e-4),
+    "self-test FAILED mean error 1 (limit 0.0128): b in r, 2 images, largest error 1.00 (tolerance 1), 1.00 ms a batch",
+  );
+});
+
+test("another picture fails within a wide tolerance, a value that is far off does not", () => {
+  const golden = tensor([2, 4], [-1, 1, -0.5, 0.5, 1, -1, 0.5, -0.5]);
+  const half = tensor([2, 4], [-0.5, 0.5, 0, 0, 0.5, -0.5, 0, -0.5]);
+  assert.match(told(half, golden, 1.6), /^self-test FAILED mean error 0.438 \(limit 0.2\): b in r, /);
+  const spread = tensor([2, 4], [0.5, 1, -0.5, 0.5, 1, -1, 0.5, -0.5]);
+  assert.match(told(spread, golden, 1.6), /^self-test passed: b in r, .* largest error 1.50 \(tolerance 1.6\), /);
+  assert.match(told(half, golden, 0.4), /^self-test FAILED: b in r, /);
+});
+
+test("a sample of bytes is held to levels", () => {
+  assert.deepEqual(limits(1.6, "float32"), { tolerance: 1.6, meanLimit: 0.2 });
+  for (const [atol, tolerance, meanLimit] of [[1e-4, 1, 0.01275], [0.01, 2, 0.25], [1.6, 204, 25.5]]) {
+    const found = limits(atol, "uint8");
+    assert.equal(found.tolerance, tolerance);
+    assert.ok(Math.abs(found.meanLimit - meanLimit) < 1e-12, `${found.meanLimit}`);
+  }
 });
 
 test("further outputs are one message of protobuf behind the model", () => {

@@ -84,12 +84,15 @@ export class SamplerElement extends HTMLElement {
       view.verdict.textContent = test.passed ? "passed" : "FAILED";
       view.verdict.className = `badge verdict ${test.passed ? "passed" : "failed"}`;
       view.verdict.title = report(test);
-      fillList(view.facts, [
+      const facts: [string, string][] = [
         ["golden images", String(test.images)],
         ["largest error", test.fault || test.worst.toPrecision(2)],
         ["tolerance", String(test.tolerance)],
-        ["a batch", milliseconds(test.milliseconds)],
-      ]);
+      ];
+      if (!test.fault && test.mean > test.meanLimit) {
+        facts.push(["mean error", test.mean.toPrecision(2)], ["its limit", test.meanLimit.toPrecision(2)]);
+      }
+      fillList(view.facts, [...facts, ["a batch", milliseconds(test.milliseconds)]]);
       this.dispatchEvent(new CustomEvent("mmd-self-test", { detail: test }));
     });
     view.check.disabled = false;
