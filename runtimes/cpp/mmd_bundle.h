@@ -41,13 +41,15 @@ typedef struct mmd_tensor {
   const void *data;
 } mmd_tensor;
 
-/* What the golden inputs gave. error and tolerance are on the scale of the output; milliseconds: median of one batch.
- */
+/* What the golden inputs gave, on the scale of the output. error: the largest, at most tolerance; mean: over all values
+ * of all images, at most mean_limit. milliseconds: median of one batch. */
 typedef struct mmd_self_test_result {
   int passed;
   int64_t images;
   double error;
   double tolerance;
+  double mean;
+  double mean_limit;
   double milliseconds;
 } mmd_self_test_result;
 
@@ -176,10 +178,12 @@ struct SelfTest {
   int64_t images = 0;
   double error = 0;
   double tolerance = 0;
+  double mean = 0;
+  double mean_limit = 0;
   std::string fault;
   double milliseconds = 0;
 
-  bool passed() const { return fault.empty() && error <= tolerance; }
+  bool passed() const { return fault.empty() && error <= tolerance && mean <= mean_limit; }
   MMD_API std::string line() const;
 };
 

@@ -22,7 +22,7 @@ from tests.attacks import ATTACKS, Attack
 from tests.export.bundles import UNDRAWN, undrawn
 from tests.kits.cpp_builds import Build, call, configure_and_build, libraries
 from tests.kits.engines import engine_bundle
-from tests.kits.wrong import with_other_artefact, with_other_sample
+from tests.kits.wrong import with_other_artefact, with_other_sample, with_truncated_bytes
 from tests.models import LABELS, TWO_LEVELS, save_model
 from tests.project.checks import ROOT
 
@@ -269,10 +269,22 @@ def test_a_million_values_of_a_seed_are_those_of_python(kit: ctypes.CDLL, seed: 
     assert np.count_nonzero(steps) <= 2
 
 
-def test_a_wrong_image_fails_the_self_test(plain: Build, digits_onnx: Path, tmp_path: Path) -> None:
-    done = plain.run("--bundle", with_other_sample(digits_onnx, tmp_path / "wrong", 0.001), "--self-test")
+@pytest.mark.parametrize(("offset", "says"), [(0.001, ""), (5e-5, r" mean error \S+e-05 \(limit 1\.25e-05\)")])
+def test_a_wrong_image_fails_the_self_test(
+    offset: float, says: str, plain: Build, digits_onnx: Path, tmp_path: Path
+) -> None:
+    """By more than the tolerance in one value, or by less in all."""
+    done = plain.run("--bundle", with_other_sample(digits_onnx, tmp_path / "wrong", offset), "--self-test")
     assert done.returncode == 4
-    assert "self-test FAILED: digits-2 in onnxruntime" in done.stdout
+    assert re.match(f"self-test FAILED{says}: digits-2 in onnxruntime", done.stdout), done.stdout
+
+
+def test_bytes_that_are_truncated_fail_the_self_test(plain: Build, everything: Path, tmp_path: Path) -> None:
+    """No byte is off by more than the one level that rounding may take."""
+    done = plain.run("--bundle", with_truncated_bytes(everything, tmp_path / "truncated"), "--self-test")
+    assert done.returncode == 4
+    assert re.match(r"self-test FAILED mean error \S+ \(limit 0\.0128\): ", done.stdout), done.stdout
+    assert "largest error 1 (tolerance 1)" in done.stdout
 
 
 def test_an_artefact_that_does_not_load_is_one_line(sanitized: Build, digits_onnx: Path, tmp_path: Path) -> None:
