@@ -6,6 +6,7 @@ import re
 
 from mmd_export.coreml.convert import DEFAULT_SYSTEM, SYSTEMS
 from mmd_export.kits import get_kit
+from mmd_export.tolerance import mean_tolerance
 from mmd_runtime.coreml import _MACOS_OF
 from tests.project.checks import ROOT
 
@@ -19,6 +20,11 @@ def test_every_deployment_target_is_held_to_its_system() -> None:
     assert years == _MACOS_OF
     assert set(SYSTEMS) == {*years, *(f"macOS{macos}" for macos in years.values())}
     assert "try Self.requireSystem(manifest)" in SAMPLER
+
+
+def test_the_limit_of_the_mean_error_is_that_of_the_package() -> None:
+    assert re.findall(r"meanLimit: atol / (\d+)", SAMPLER) == [f"{1 / mean_tolerance(1.0):.0f}"]
+    assert "var passed: Bool { worst <= tolerance && mean <= meanLimit }" in SAMPLER
 
 
 def test_the_package_and_its_texts_name_the_systems() -> None:

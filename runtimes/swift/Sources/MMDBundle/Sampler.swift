@@ -6,12 +6,20 @@ public struct SelfTest {
     public let images: Int
     public let worst: Double
     public let tolerance: Double
+    /// The mean absolute error over all values of all images, and what it may be.
+    public let mean: Double
+    public let meanLimit: Double
     public let milliseconds: Double
-    public var passed: Bool { worst <= tolerance }  // NaN is not
+    public var passed: Bool { worst <= tolerance && mean <= meanLimit }  // NaN is not
     public var line: String {
         String(
             format: "self-test %@: %d images, largest error %.3g (tolerance %g), %.2f ms a batch",
-            passed ? "passed" : "FAILED", images, worst, tolerance, milliseconds)
+            verdict, images, worst, tolerance, milliseconds)
+    }
+    private var verdict: String {
+        if passed { return "passed" }
+        guard worst <= tolerance else { return "FAILED" }
+        return String(format: "FAILED mean error %.3g (limit %.3g)", mean, meanLimit)
     }
 }
 
@@ -205,15 +213,18 @@ public final class Sampler {
             }
         }
         fault = fault || found.count != expected.floats.count
-        let worst = zip(found, expected.floats).map { Double(abs($0 - $1)) }.max() ?? .infinity
+        let errors = zip(found, expected.floats).map { abs(Double($0) - Double($1)) }
+        let worst = errors.max() ?? .infinity
+        let mean = errors.reduce(0, +) / Double(errors.count)  // NaN without any, which does not pass
         let first = try goldenInputs(0)
         let times = try (0..<max(rounds, 1)).map { _ -> Double in
             let start = DispatchTime.now().uptimeNanoseconds
             _ = try run(first)
             return Double(DispatchTime.now().uptimeNanoseconds - start) / 1e6
         }.sorted()
+        let atol = bundle.manifest.tolerance.atol
         return SelfTest(
-            images: count, worst: fault ? .infinity : worst, tolerance: bundle.manifest.tolerance.atol,
+            images: count, worst: fault ? .infinity : worst, tolerance: atol, mean: mean, meanLimit: atol / 8,
             milliseconds: times[times.count / 2])
     }
 
