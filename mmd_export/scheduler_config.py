@@ -180,6 +180,8 @@ class SchedulerConfig:
         if settings.pop("thresholding", False):
             raise UsageError("scheduler: thresholding (dynamic) is not affine and not supported; clip_sample is")
         own = {key: value for key, value in settings.items() if key in KEYS[name]}
+        if own.get("variance_type", "") is None:  # DPM-Solver's own default, written into the config of another class
+            del own["variance_type"]
         if settings.get(DYNAMIC) and DYNAMIC in KEYS[name]:
             own |= {key: settings[key] for key in PIPELINE_SHIFT if key in settings}
         for key, value in settings.items():

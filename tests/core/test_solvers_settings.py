@@ -86,7 +86,7 @@ def test_settings_that_schedulers_leave_in_each_others_configs(class_name: str) 
     assert make_plan(config_of(class_name, **STABLE_DIFFUSION_XL), 4).step_count >= 4
 
 
-# Schedulers of Stable Diffusion 1.5 and XL and of google/ddpm-cifar10-32, as published.
+# Schedulers of Stable Diffusion 1.5 and XL and of google/ddpm-cifar10-32, as published; the last is a part of PixArt's.
 _SD = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "sd15": {**_SD, "_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True,
@@ -95,6 +95,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "cifar10": {"_class_name": "DDPMScheduler", "beta_end": 0.02, "beta_schedule": "linear", "beta_start": 0.0001,
                 "clip_sample": True, "num_train_timesteps": 1000, "trained_betas": None,
                 "variance_type": "fixed_large"},
+    "pixart": {"_class_name": "DPMSolverMultistepScheduler", "beta_end": 0.02, "beta_schedule": "linear",
+               "beta_start": 0.0001, "num_train_timesteps": 1000, "solver_order": 2, "variance_type": None},
 }  # fmt: skip
 
 
@@ -111,11 +113,24 @@ def test_another_class_gets_what_from_config_gives_it(name: str) -> None:
         ours = config.as_class(class_name).settings()
         ours.pop("disable_corrector", None)
         for key in ours.keys() & theirs.keys():
-            if key == "variance_type" and class_name != "DDPMScheduler":
-                continue  # not read there
-            assert ours[key] == theirs[key], (class_name, key)
+            expected = "fixed_small" if key == "variance_type" and theirs[key] is None else theirs[key]
+            assert ours[key] == expected, (class_name, key)
             checked += 1
     assert checked > 100
+
+
+@pytest.mark.parametrize("class_name", ["DDIMScheduler", "DDPMScheduler"])
+def test_no_variance_type_is_the_small_one(class_name: str, tmp_path: Path) -> None:
+    """diffusers writes null, DPM-Solver's own default, into the config of a scheduler that is made from its file."""
+    scheduler_class("DPMSolverMultistepScheduler")().save_pretrained(tmp_path)
+    scheduler_class(class_name).from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "scheduler_config.json").read_text())["variance_type"] is None
+    config = SchedulerConfig.from_file(tmp_path / "scheduler_config.json")
+    assert config["variance_type"] == config.as_class("DDPMScheduler")["variance_type"] == "fixed_small"
+    theirs = scheduler_class("DDPMScheduler").from_pretrained(tmp_path)
+    small = scheduler_class("DDPMScheduler")(variance_type="fixed_small")
+    for t in (999, 400, 1):
+        assert float(theirs._get_variance(t)) == float(small._get_variance(t)) > 0.0
 
 
 def test_a_config_that_was_changed_goes_over_as_it_is() -> None:
