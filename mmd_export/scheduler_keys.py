@@ -18,6 +18,7 @@ _BETAS: dict[str, Any] = {
     "trained_betas": None, "prediction_type": "epsilon",
 }  # fmt: skip
 TRAINED = tuple(_BETAS)  # of the network, whatever sampler runs it
+LEVELS = ("rescale_betas_zero_snr", "invert_sigmas")  # the same, where they are on; not every class has them
 _LATENT = {**_BETAS, "beta_start": 0.00085, "beta_end": 0.012}
 _GRID = {"timestep_spacing": "linspace", "steps_offset": 0}
 _CLIP = {"clip_sample": True, "clip_sample_range": 1.0}

@@ -9,7 +9,7 @@ from mmd_export.errors import UsageError
 from mmd_export.plan import StepPlan
 from mmd_export.schedule import SchedulerConfig
 from mmd_export.scheduler_config import SPACINGS
-from mmd_export.scheduler_keys import CLASSES, KEYS
+from mmd_export.scheduler_keys import CLASSES, KEYS, LEVELS
 from mmd_export.solvers.consistency import consistency, lcm, tcd
 from mmd_export.solvers.ddim import ddim, ddpm
 from mmd_export.solvers.deis import deis
@@ -87,6 +87,7 @@ def resolve(
     name = sampler or config.sampler
     chosen = of_sampler(config, name)
     require_shift(config, chosen)
+    _require_levels(config, chosen)
     if eta is not None and name not in WITH_ETA:
         raise UsageError(f"--eta {eta} belongs to --sampler ddim or tcd; the sampler is {name}")
     if timesteps is not None:
@@ -110,6 +111,17 @@ def of_sampler(config: SchedulerConfig, sampler: str) -> SchedulerConfig:
     if sampler not in _CLASS_OF:
         raise UsageError(f"--sampler {sampler!r} is unknown; known: {', '.join(sorted(_CLASS_OF))}")
     return config.as_class(_CLASS_OF[sampler])
+
+
+def _require_levels(model: SchedulerConfig, chosen: SchedulerConfig) -> None:
+    """Raise UsageError where the class of ``chosen`` cannot run the levels of noise that the network was trained on."""
+    for key in LEVELS:
+        if model.get(key) and key not in KEYS[chosen.class_name]:
+            known = ", ".join(CLASSES[name] for name, settings in KEYS.items() if key in settings)
+            raise UsageError(
+                f"--sampler {chosen.sampler}: {model.class_name} has {key} True, {chosen.class_name} has none: "
+                f"other levels of noise than the network was trained on; samplers that have it: {known}"
+            )
 
 
 OWN_GRID = ("pndm", "edm-euler", "edm-dpmsolver", "flow-heun", "scm")

@@ -133,6 +133,30 @@ def test_no_variance_type_is_the_small_one(class_name: str, tmp_path: Path) -> N
         assert float(theirs._get_variance(t)) == float(small._get_variance(t)) > 0.0
 
 
+@pytest.mark.parametrize(
+    ("class_name", "settings"),
+    [
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True, "shift": 3.0}),
+    ],
+)
+def test_the_levels_that_a_network_was_trained_on_stay(class_name: str, settings: dict[str, Any]) -> None:
+    """A sampler whose class has no setting for them is refused, with those that have."""
+    config, key = config_of(class_name, **settings), next(iter(settings))
+    with_it = [CLASSES[name] for name in KEYS if key in KEYS[name]]
+    assert 0 < len(with_it) < len(CLASSES)
+    for sampler in CLASSES.values():
+        if sampler in with_it:
+            assert resolve(config, 5, sampler=sampler)[0][key] is True
+            continue
+        with pytest.raises(UsageError) as error:
+            resolve(config, 5, sampler=sampler)
+        assert f"--sampler {sampler}: {class_name} has {key} True" in str(error.value)
+        assert ", ".join(with_it) in str(error.value)
+    off = config_of(class_name, **{**settings, key: False})
+    assert all(not resolve(off, 5, sampler=sampler)[0].get(key) for sampler in CLASSES.values())
+
+
 def test_a_config_that_was_changed_goes_over_as_it_is() -> None:
     config = SchedulerConfig.from_dict(PUBLISHED["cifar10"])
     changed = replace(config, variance_type="fixed_small").as_class("DDIMScheduler").as_class("DDPMScheduler")
