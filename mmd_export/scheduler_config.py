@@ -209,7 +209,7 @@ class SchedulerConfig:
         """The config of another class, as diffusers' ``from_config`` makes it of the same file.
 
         What the file says, for whatever class, goes over; what it leaves to the default of its own class does not, but
-        for the levels of noise that the network was trained on.
+        for the levels of noise that the network was trained on; diffusers loses ``flow_shift`` where it is ``shift``.
         """
         if class_name == self.class_name:
             return self
@@ -218,6 +218,8 @@ class SchedulerConfig:
         kept = {key: value for key, value in known.items() if _carries_over(class_name, key, value)}
         if FIXED_PREDICTION.get(self.sampler) != FIXED_PREDICTION.get(CLASSES[class_name]):
             kept.pop("prediction_type", None)  # EDM's v_prediction is not DDIM's
+        if self.get("use_flow_sigmas") and "shift" in KEYS[class_name]:
+            kept["shift"] = self["flow_shift"]
         made = SchedulerConfig.from_dict({"_class_name": class_name, **kept})
         return made.told(mu=self["mu"]) if self.get("mu") is not None and made.get(DYNAMIC) else made
 

@@ -157,6 +157,18 @@ def test_the_levels_that_a_network_was_trained_on_stay(class_name: str, settings
     assert all(not resolve(off, 5, sampler=sampler)[0].get(key) for sampler in CLASSES.values())
 
 
+@pytest.mark.parametrize("sampler", ["flow-euler", "flow-heun"])
+@pytest.mark.parametrize("class_name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_the_shift_of_a_flow_is_kept_under_either_name(class_name: str, sampler: str) -> None:
+    """flow_shift is shift: Sana was trained on levels s sigma / (1 + (s - 1) sigma), whatever sampler runs it."""
+    of_flow = config_of("FlowMatchEulerDiscreteScheduler", shift=3.0)
+    for more in ({}, {"shift": 1.0}):  # which a config may carry along
+        plan = choose_plan(config_of(class_name, **FLOW, flow_shift=3.0, **more), 4, sampler=sampler)
+        assert plan.digest() == choose_plan(of_flow, 4, sampler=sampler).digest()
+    without = config_of(class_name, flow_shift=3.0)  # says nothing without use_flow_sigmas
+    assert resolve(without, 4, sampler=sampler)[0]["shift"] == 1.0
+
+
 def test_a_config_that_was_changed_goes_over_as_it_is() -> None:
     config = SchedulerConfig.from_dict(PUBLISHED["cifar10"])
     changed = replace(config, variance_type="fixed_small").as_class("DDIMScheduler").as_class("DDPMScheduler")
