@@ -318,7 +318,8 @@ def _draft(
     if program.plan.noisy_steps:
         inputs.append(TensorSpec(name="step_noise", dtype="float32", shape=(program.plan.noisy_steps, *image)))
     inputs += [
-        TensorSpec(name=told.name, dtype=told.dtype, shape=(rows, *told.shape)) for told in checkpoint.conditions
+        TensorSpec(name=told.name, dtype=told.dtype, shape=(rows, *told.shape), below=told.below)
+        for told in checkpoint.conditions
     ]
     uint8, decoder = options.output == "uint8", checkpoint.decoder
     channels, height, width = checkpoint.shape if program.decoder is None else program.decoder.shape

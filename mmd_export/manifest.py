@@ -45,11 +45,20 @@ class _Model(BaseModel):
 
 
 class TensorSpec(_Model):
-    """One input or output. A dimension is a number, or "batch" where the graph takes several batch sizes."""
+    """One input or output. A dimension is a number, or "batch" where the graph takes several batch sizes.
+
+    ``below``: int64 values lie in 0 ... below - 1; absent where the range is not known.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$")]
     dtype: Literal["float32", "int64", "uint8"]
     shape: tuple[Positive | Literal["batch"], ...]
+    below: Positive | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unknown_range(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = whole(self)
+        return {name: value for name, value in fields.items() if name != "below" or value is not None}
 
     @property
     def batch_axis(self) -> int:

@@ -113,7 +113,10 @@ def _from_bundle(options: SampleOptions, rows: range) -> Drawing:
     noisy = int(specs["step_noise"][0]) if "step_noise" in specs else 0
     conditions = [
         Condition(
-            spec.name, "int64" if spec.dtype == "int64" else "float32", tuple(int(size) for size in spec.shape[1:])
+            spec.name,
+            "int64" if spec.dtype == "int64" else "float32",
+            tuple(int(size) for size in spec.shape[1:]),
+            spec.below,
         )
         for spec in bundle.manifest.inputs
         if spec.name not in ("noise", "step_noise")
@@ -224,5 +227,5 @@ def _labels(options: SampleOptions, classes: int | None) -> NDArray[np.int64]:
             raise UsageError(f"--class-label is {options.class_label}; the model knows 0 to {(classes or 1) - 1}")
         return np.full(options.count, options.class_label, dtype=np.int64)
     if classes is None:
-        raise UsageError("the bundle is class-conditional; pass --class-label")
+        raise UsageError("the bundle is class-conditional and does not tell its classes; pass --class-label")
     return np.arange(options.count, dtype=np.int64) % classes

@@ -77,6 +77,7 @@ def test_a_guided_bundle_and_its_model_draw_the_same(
     assert code == 0
     code, _, error = command("sample", model, *given, *network, "--steps", "2", "--out", tmp_path / "model.png")
     assert code == 0, error
+    assert [spec.below for spec in manifest.inputs] == [None, None, 5, None]
     conditions = tuple(given[i] for i in (1, 3, 5))
     from_bundle, from_torch = (
         drawn(bundle, conditions=conditions),
@@ -176,6 +177,36 @@ def test_values_to_calibrate_with_that_do_not_fit(
     assert (code, error.count("\n")) == (2, error.count("mmd-export:"))
     assert said in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--class-label", 5), "--class-label is 5; the model knows 0 to 4"),
+        (("--condition", "class_labels=far.npy"), "holds 0 to 5; 0 to 4 are expected"),
+    ],
+)
+def test_a_bundle_knows_the_range_of_its_labels(
+    given: tuple[Any, ...], said: str, bundle: Path, texts: Path, command: Command, tmp_path: Path
+) -> None:
+    """The runtime is not asked: OpenVINO draws something of any label."""
+    told = [str(word).replace("far.npy", str(texts / "far.npy")) for word in given]
+    for name in ("encoder_hidden_states", "negative_prompt_embeds"):
+        told += ["--condition", f"{name}={texts / 'one.npy'}"]
+    out = tmp_path / "grid.png"
+    code, _, error = command("sample", bundle, "--count", 3, *told, "--out", out)
+    assert (code, error.strip().count("\n")) == (2, 0), error
+    assert said in error
+    assert not out.exists()
+
+
+def test_labels_of_a_bundle_are_those_of_its_model_where_none_is_given(bundle: Path, texts: Path) -> None:
+    np.save(texts / "first.npy", np.arange(3))
+    conditions = tuple(f"{name}={texts / 'many.npy'}" for name in ("encoder_hidden_states", "negative_prompt_embeds"))
+    found, expected = (
+        drawn(bundle, conditions=(*conditions, *labels)) for labels in ((), (f"class_labels={texts / 'first.npy'}",))
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_bundle_without_its_text(bundle: Path, command: Command, tmp_path: Path) -> None:

@@ -84,6 +84,20 @@ def test_step_noise_labels_and_uint8_output(out: Path) -> None:
     assert tensors.class_labels.tolist() == [0, 1, 2]
 
 
+def test_the_range_of_labels_is_in_the_manifest_where_it_is_known(out: Path, tmp_path: Path) -> None:
+    """A manifest of an older release has none, and is the same bytes when it is sealed again."""
+    arrays = golden() | {"class_labels": np.arange(3)}
+    for folder, known in ((out, {"below": 5}), (tmp_path / "older", {})):
+        labels = TensorSpec(name="class_labels", dtype="int64", shape=(1,), **known)
+        write_bundle(folder, draft(inputs=(*draft().inputs, labels)), artefact, arrays, CARD)
+        noise, written = json.loads((folder / "manifest.json").read_bytes())["inputs"]
+        assert written == {"name": "class_labels", "dtype": "int64", "shape": [1], **known}
+        assert sorted(noise) == ["dtype", "name", "shape"]
+        assert Bundle.open(folder).manifest.spec("class_labels").below == known.get("below")
+    with pytest.raises(ValueError, match="below"):
+        TensorSpec(name="class_labels", dtype="int64", shape=(1,), below=0)
+
+
 def test_the_card_is_replaced_and_sealed_again(out: Path) -> None:
     before = make(out)
     after = update_card(before, "# new\n", parity={"sample": 3e-6})
