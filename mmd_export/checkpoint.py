@@ -22,7 +22,10 @@ __all__ = ["BUILT_IN", "PICKLE", "PLAN_FILE", "SAFETENSORS", "Checkpoint", "desc
 
 BUILT_IN = {"digits": Path(__file__).parent / "models" / "digits"}
 FORMATS = ("ddim", "guided", "python")
-_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_TRUTH = {  # what str2bool of guided-diffusion's commands knows
+    **dict.fromkeys(("true", "t", "yes", "y", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "0"), False),
+}
 
 
 def load_checkpoint(
@@ -142,13 +145,13 @@ def _value(model: str, name: str, text: str) -> Any:
     if name == "scheduler":
         return text
     if name == "ema":
-        return _TRUTH.get(text.lower(), text) if text not in ("0", "1") else text
-    if name == "sample_size":
+        return _TRUTH.get(text.lower(), text) if len(text) > 1 else text  # an entry may have such a name
+    if name in ("sample_size", "image_size"):
         parts = text.lower().split("x")
-        if not all(part.isdigit() for part in parts) or len(parts) > 2:
-            raise UsageError(f"model {model}: sample_size is {text!r}; a number or HEIGHTxWIDTH is expected")
+        if not all(part.isdecimal() for part in parts) or len(parts) > 2:
+            raise UsageError(f"model {model}: {name} is {text!r}; a number or HEIGHTxWIDTH is expected")
         return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
-    return int(text) if text.isdigit() else _TRUTH.get(text.lower(), text)
+    return int(text) if text.removeprefix("-").isdecimal() else _TRUTH.get(text.lower(), text)
 
 
 def _locate(model: str) -> Path:

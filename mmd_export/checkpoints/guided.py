@@ -39,6 +39,7 @@ OPTIONS = (
 )  # fmt: skip
 FIRST_BETA, LAST_BETA, BETAS_OF = 0.0001, 0.02, 1000  # of the linear schedule; other lengths are scaled
 TOLD_OF = 1000  # what rescaled timesteps are out of, whatever the schedule's length
+UNSET = -1  # of num_head_channels in the original's commands
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 _ENDS = {
     "time_embed.0": "time_embedding.linear_1",
@@ -80,7 +81,7 @@ def read_guided(
     *,
     ema: bool | str | None = None,
     sample_size: int | tuple[int, int] | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
     num_head_channels: int | None = None,
     use_new_attention_order: bool = False,
@@ -104,13 +105,16 @@ def read_guided(
     size = sample_size or image_size
     if size is None:
         raise UsageError(f"weights {where}: nothing in them tells the image size; say ?sample_size=N")
-    heads = _head_width(layout, num_heads, num_head_channels, where)
+    heads = _head_width(
+        layout, _whole("num_heads", num_heads, where), _whole("num_head_channels", num_head_channels, where), where
+    )
+    new_order = _flag("use_new_attention_order", use_new_attention_order, where)
     rescale = trained.pop("rescale_timesteps", None)
     chosen, assumed = _scheduler(scheduler, trained, path)
     scale = _timestep_scale(rescale, chosen.num_train_timesteps, where)
     config, dropped = _config(layout, weights, size, heads, where)
     unet = new_unet(config, where)
-    converted = _convert(weights, layout, unet.state_dict(), heads, bool(use_new_attention_order), where)
+    converted = _convert(weights, layout, unet.state_dict(), heads, new_order, where)
     load_strictly(unet, converted, where)
     if scale != 1.0:
         config[TIMESTEP_SCALE] = scale
@@ -142,12 +146,13 @@ def _scheduler(file: str | None, trained: Mapping[str, Any], path: Path) -> tupl
         raise UsageError(f"weights {path}: noise_schedule is {name!r}; known: {', '.join(SCHEDULES)}")
     if not isinstance(total, int) or total <= LAST_BETA * BETAS_OF:
         raise UsageError(f"weights {path}: diffusion_steps is {total!r}; a whole number above 20 is expected")
+    clean = _flag("predict_xstart", trained.get("predict_xstart", False), str(path))
     scheduler = SchedulerConfig(
         num_train_timesteps=total,
         beta_start=FIRST_BETA * BETAS_OF / total,
         beta_end=LAST_BETA * BETAS_OF / total,
         beta_schedule=SCHEDULES[name],
-        prediction_type="sample" if trained.get("predict_xstart") else "epsilon",
+        prediction_type="sample" if clean else "epsilon",
     )
     assumed = (
         f"{path.name} holds no scheduler; taken as trained with the {name} schedule of {total} timesteps, "
@@ -161,15 +166,27 @@ def _timestep_scale(rescale: bool | None, total: int, where: str) -> float:
 
     Raises UsageError where the answer matters and is not given: the two repositories' defaults differ.
     """
-    if rescale not in (None, True, False):
-        raise UsageError(f"weights {where}: rescale_timesteps is {rescale!r}; true or false is expected")
     if rescale is None and total != TOLD_OF:
         raise UsageError(
             f"weights {where}: nothing in them tells whether the network is told the timestep t or t * {TOLD_OF} / "
             f"{total}; say ?rescale_timesteps=true, the default of improved-diffusion, or ?rescale_timesteps=false, "
             "that of guided-diffusion"
         )
-    return TOLD_OF / total if rescale else 1.0
+    return TOLD_OF / total if rescale is not None and _flag("rescale_timesteps", rescale, where) else 1.0
+
+
+def _flag(name: str, value: Any, where: str) -> bool:
+    """An option that is on or off; any other text would be on in Python."""
+    if value not in (True, False):
+        raise UsageError(f"weights {where}: {name} is {value!r}; true or false is expected")
+    return bool(value)
+
+
+def _whole(name: str, value: Any, where: str) -> int | None:
+    """An option that counts."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise UsageError(f"weights {where}: {name} is {value!r}; a whole number is expected")
+    return value
 
 
 def _read_layout(weights: Mapping[str, Tensor], where: str) -> Layout:
@@ -271,6 +288,7 @@ def _add(layout: Layout, old: str, kind: str, new: str) -> None:
 
 def _head_width(layout: Layout, num_heads: int | None, num_head_channels: int | None, where: str) -> int | None:
     """Channels of one attention head, None for one head whatever the width; UNet2DModel has one number for all."""
+    num_head_channels = None if num_head_channels == UNSET else num_head_channels
     widths = {layout.channels[level] for level in layout.attend} | {layout.channels[-1]}
     if num_heads is None and num_head_channels is None:
         raise UsageError(

@@ -153,6 +153,46 @@ def test_how_it_was_trained(tmp_path: Path) -> None:
     refused(tmp_path, unet, "num_heads=1&diffusion_steps=20", "diffusion_steps is 20; a whole number above 20")
 
 
+def test_flags_are_read_as_the_original_reads_them(tmp_path: Path) -> None:
+    """Its str2bool knows yes, true, t, y and 1, no, false, f, n and 0."""
+    unet, plain = random_unet(head=16), "num_head_channels=16"
+    off = load(tmp_path, unet, plain).sha256
+    for flag in ("use_new_attention_order", "predict_xstart"):
+        hashes = [
+            {load(tmp_path, unet, f"{plain}&{flag}={text}").sha256 for text in texts.split()}
+            for texts in ("no false f n 0 F", "yes true t y 1 T")
+        ]
+        assert hashes[0] == {off}
+        assert len(hashes[1]) == 1
+        assert hashes[1] != {off}
+        for text in ("off", "2", "-1", "1.0", ""):
+            refused(tmp_path, unet, f"{plain}&{flag}={text}", f"{flag} is ", text, "; true or false is expected")
+
+
+@pytest.mark.parametrize("option", ["num_heads", "num_head_channels"])
+def test_numbers_of_heads_that_are_none(option: str, tmp_path: Path) -> None:
+    for text in ("four", "true", "2.5", "4x4", ""):
+        refused(tmp_path, random_unet(), f"{option}={text}", f"{option} is ", "; a whole number is expected")
+
+
+def test_a_width_of_heads_that_is_not_set(tmp_path: Path) -> None:
+    """-1 is guided-diffusion's own default: the number of heads counts."""
+    unet = random_unet(base=64, multipliers=(1, 1), attend=(0,), head=16)
+    both, one = (load(tmp_path, unet, f"num_heads=4{more}") for more in ("&num_head_channels=-1", ""))
+    assert both.sha256 == one.sha256
+    refused(tmp_path, unet, "num_head_channels=-1", "nothing in them tells the attention heads")
+    refused(tmp_path, unet, "num_heads=-1", "num_heads is -1")
+
+
+def test_the_image_size(tmp_path: Path) -> None:
+    unet = random_unet()
+    assert load(tmp_path, unet, "num_heads=1&image_size=32x16", sample_size=None).shape == (3, 32, 16)
+    assert load(tmp_path, unet, "num_heads=1&image_size=32", sample_size=None).shape == (3, 32, 32)
+    for text in ("abc", "32x", "32x16x8", "-1", "true", "8.5", ""):
+        words = (f"image_size is {text!r}", "a number or HEIGHTxWIDTH is expected")
+        refused(tmp_path, unet, f"num_heads=1&image_size={text}", *words, sample_size=None)
+
+
 def test_a_scheduler_from_a_file(tmp_path: Path) -> None:
     file, unet = tmp_path / "scheduler_config.json", random_unet()
     file.write_text(json.dumps({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}))
