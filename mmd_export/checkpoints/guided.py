@@ -110,7 +110,7 @@ def read_guided(
     )
     new_order = _flag("use_new_attention_order", use_new_attention_order, where)
     rescale = trained.pop("rescale_timesteps", None)
-    chosen, assumed = _scheduler(scheduler, trained, path)
+    chosen, assumed = _scheduler(scheduler, trained, path, learned=_learned_variance(weights))
     scale = _timestep_scale(rescale, chosen.num_train_timesteps, where)
     config, dropped = _config(layout, weights, size, heads, where)
     unet = new_unet(config, where)
@@ -131,10 +131,13 @@ def read_guided(
     )
 
 
-def _scheduler(file: str | None, trained: Mapping[str, Any], path: Path) -> tuple[SchedulerConfig, tuple[str, ...]]:
+def _scheduler(
+    file: str | None, trained: Mapping[str, Any], path: Path, *, learned: bool
+) -> tuple[SchedulerConfig, tuple[str, ...]]:
     """Of a scheduler_config.json, or of the options that the model was trained with, what is assumed said aloud.
 
-    Linear betas go from 0.1 / T to 20 / T, as in the original's get_named_beta_schedule.
+    Linear betas go from 0.1 / T to 20 / T, as in the original's get_named_beta_schedule; a variance that was not
+    ``learned`` is the large one, as in its create_gaussian_diffusion.
     """
     if file is not None:
         if trained:
@@ -153,10 +156,11 @@ def _scheduler(file: str | None, trained: Mapping[str, Any], path: Path) -> tupl
         beta_end=LAST_BETA * BETAS_OF / total,
         beta_schedule=SCHEDULES[name],
         prediction_type="sample" if clean else "epsilon",
+        variance_type="learned_range" if learned else "fixed_large",
     )
     assumed = (
         f"{path.name} holds no scheduler; taken as trained with the {name} schedule of {total} timesteps, "
-        f"{scheduler.prediction_type} prediction"
+        f"{scheduler.prediction_type} prediction, {scheduler.variance_type} variance"
     )
     return scheduler, (assumed,)
 
@@ -286,6 +290,11 @@ def _add(layout: Layout, old: str, kind: str, new: str) -> None:
         layout.names |= {f"{old}.{part}": f"{new}.{goal}" for part, goal in _RESNET.items()}
 
 
+def _learned_variance(weights: Mapping[str, Tensor]) -> bool:
+    """Whether the network gives twice the channels that it takes."""
+    return weights["out.2.weight"].shape[0] == 2 * weights["input_blocks.0.0.weight"].shape[1]
+
+
 def _head_width(layout: Layout, num_heads: int | None, num_head_channels: int | None, where: str) -> int | None:
     """Channels of one attention head, None for one head whatever the width; UNet2DModel has one number for all."""
     num_head_channels = None if num_head_channels == UNSET else num_head_channels
@@ -321,7 +330,7 @@ def _config(
             "UNet2DModel has the same number for both"
         )
     dropped: tuple[str, ...] = ()
-    if given == 2 * taken:
+    if _learned_variance(weights):
         dropped = (
             f"learned variance: output channels {taken} to {given - 1} are left out, the samplers do not use it",
         )

@@ -146,11 +146,30 @@ def test_how_it_was_trained(tmp_path: Path) -> None:
     unet = random_unet()
     checkpoint = load(tmp_path, unet, "num_heads=1&diffusion_steps=4000&predict_xstart=true&rescale_timesteps=true")
     assert checkpoint.scheduler == SchedulerConfig(
-        num_train_timesteps=4000, beta_start=0.000025, beta_end=0.005, prediction_type="sample"
-    )
+        num_train_timesteps=4000, beta_start=0.000025, beta_end=0.005, prediction_type="sample",
+        variance_type="fixed_large",
+    )  # fmt: skip
     assert any("linear schedule of 4000 timesteps, sample prediction" in text for text in checkpoint.warnings)
-    assert load(tmp_path, unet, "num_heads=1&predict_xstart=false").scheduler == SchedulerConfig()
+    usual = SchedulerConfig(variance_type="fixed_large")
+    assert load(tmp_path, unet, "num_heads=1&predict_xstart=false").scheduler == usual
     refused(tmp_path, unet, "num_heads=1&diffusion_steps=20", "diffusion_steps is 20; a whole number above 20")
+
+
+def test_the_variance_it_was_trained_with(tmp_path: Path) -> None:
+    """create_gaussian_diffusion of the original has sigma_small off: the variance is beta unless it was learned."""
+    fixed = load(tmp_path, random_unet(), "num_heads=1")
+    assert any("epsilon prediction, fixed_large variance" in text for text in fixed.warnings)
+    plan = fixed.plan_for(5, sampler="ddpm")
+    levels = [step.alpha**2 for step in plan.steps]
+    noise = [term.weight for step in plan.steps for term in step.update if term.source == "noise"]
+    assert len(noise) == 4
+    for earlier, later, found in zip(levels, levels[1:], noise, strict=False):
+        assert abs(found**2 - (1.0 - earlier / later)) < 1e-12
+    learned = load(tmp_path, random_unet(given=6), "num_heads=1")
+    assert any("epsilon prediction, learned_range variance" in text for text in learned.warnings)
+    with pytest.raises(UsageError, match=r"variance_type 'learned_range' .* not affine; use --sampler ddim"):
+        learned.plan_for(5, sampler="ddpm")
+    assert learned.plan_for(5).digest() == fixed.plan_for(5).digest()
 
 
 def test_flags_are_read_as_the_original_reads_them(tmp_path: Path) -> None:
