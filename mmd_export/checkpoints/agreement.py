@@ -23,6 +23,11 @@ def require_channels(config: Mapping[str, Any], where: str) -> int:
             f"{where}: in_channels {taken} and out_channels {given} differ: the model learned its variance; "
             "the samplers here have a fixed one, so keep its first half of channels only"
         )
+    if taken > given:
+        raise UsageError(
+            f"{where}: in_channels {taken} and out_channels {given} differ: the model takes more than the state, "
+            "as an inpainting model does mask and image; no sampler here gives it that, so choose a model without"
+        )
     if taken != given:
         raise UsageError(f"{where}: in_channels {taken} and out_channels {given} differ")
     return taken

@@ -64,9 +64,9 @@ def read_folder(folder: Path, name: str, licence: str | None = None, options: Ne
     """
     found = _read_configs(folder)
     family, whole, where = found.family, found.whole, str(found.config_file)
-    autoencoder = read_autoencoder(folder, whole)
     mean, notes = _learned_variance(whole, family)
     shape = sample_shape(whole, where, mean)
+    autoencoder = read_autoencoder(folder, whole)
     scheduler = with_tokens(found.scheduler, _patches(whole, shape)) if family.tokens else found.scheduler
     if options.text_length is not None and not family.text_length:
         raise UsageError(f"model {name} takes no text, --text-length is {options.text_length}; leave it out")

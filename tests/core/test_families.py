@@ -299,6 +299,15 @@ def test_an_autoencoder_of_another_width(tmp_path: Path) -> None:
     refused(tmp_path, "the model takes 4 channels, the autoencoder makes latents of 16")
 
 
+@pytest.mark.parametrize("with_autoencoder", [False, True])
+def test_an_inpainting_model(with_autoencoder: bool, tmp_path: Path) -> None:
+    """Mask and masked image come in beside the state; its autoencoder is not to blame."""
+    save_network(tmp_path, "text", in_channels=9)
+    if with_autoencoder:
+        write_json(tmp_path / "vae" / "config.json", _class_name="AutoencoderKL", latent_channels=4)
+    refused(tmp_path, str(tmp_path / "unet" / "config.json"), "in_channels 9 and out_channels 4 differ: ", "inpainting")
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
