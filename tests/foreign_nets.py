@@ -70,6 +70,46 @@ class Skip(Plain):
         return output
 
 
+class Added(Plain):
+    """A residual sum within a product: what is added is read by another layer too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(15)
+            self.inner, self.weight = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8) / 4)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        h = self.features(x, timestep).permute(0, 2, 3, 1).reshape(-1, 8)
+        h = torch.addmm(h, torch.tanh(self.inner(h)), self.weight)
+        output: Tensor = self.last(h.reshape(-1, 8, 8, 8).permute(0, 3, 1, 2))
+        return output
+
+
+class TiedFirst(Plain):
+    """The weight of the first convolution is that of an inner one too."""
+
+    sample_shape = (8, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(16)
+            self.first, self.last = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        output: Tensor = self.last(F.silu(self.first(self.features(x, timestep))))
+        return output
+
+
+class TiedLast(TiedFirst):
+    """The weight of the last one."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        output: Tensor = self.last(F.silu(self.last(self.features(x, timestep))))
+        return output
+
+
 class Labelled(Plain):
     """Adds the label's own constant."""
 

@@ -24,8 +24,8 @@ from mmd_export.targets.onnx import clean_up
 Golden: TypeAlias = tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]
 
 
-def calls_of(model: Path, steps: int = 2, batch: int | None = 1, **options: Any) -> Calls:
-    """The float32 call of a saved model, captured and translated."""
+def calls_of(model: Path | str, steps: int = 2, batch: int | None = 1, **options: Any) -> Calls:
+    """The float32 call of a model, captured and translated."""
     checkpoint = load_checkpoint(str(model))
     plan = checkpoint.plan_for(steps, **options)
     program = export_program(checkpoint.denoiser, plan, checkpoint.shape, batch, checkpoint.conditions)

@@ -76,8 +76,9 @@ def quantise(
         else:
             scales = _tuned_scales(calls, found, values, tuned)
         rows = _quantise_activations(calls, chosen, values, scales, grid)
+    nodes = {layer.node for layer in chosen}
     for layer in chosen:
-        quantise_weight(calls.model.graph, layer, weight_grid(grid, recipe, convolution=layer.convolution))
+        quantise_weight(calls.model.graph, layer, weight_grid(grid, recipe, convolution=layer.convolution), nodes)
     opsets = calls.model.graph.opset_imports
     opsets[""] = max(opsets[""], grid.opset)
     return replace(calls, constants=rows)
@@ -129,7 +130,7 @@ def _quantise_activations(
         else:
             scale = ir.Value(name=f"{value.name}/scale", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(()))
             graph.inputs.append(scale)
-        readers = [use.node for use in value.uses() if use.node in nodes]
+        readers = [use.node for use in value.uses() if use.idx == 0 and use.node in nodes]
         first = next(layer.node for layer in chosen if layer.activation is value)
         steps = _node("QuantizeLinear", [value, scale, zero], f"{value.name}/{grid.name}", grid.dtype)
         back = _node("DequantizeLinear", [steps.outputs[0], scale, zero], f"{value.name}/dequantised")
@@ -142,9 +143,9 @@ def _quantise_activations(
     return [[*row, *map(np.asarray, more)] for row, more in zip(rows, scales, strict=True)]
 
 
-def quantise_weight(graph: ir.Graph, layer: Layer, grid: Grid) -> None:
-    """The weight once in the grid's type, and a DequantizeLinear in front of its layers."""
-    readers = [use for use in layer.weight.uses() if use.idx == 1]
+def quantise_weight(graph: ir.Graph, layer: Layer, grid: Grid, nodes: set[ir.Node]) -> None:
+    """The weight once in the grid's type, and a DequantizeLinear in front of those of its layers that are ``nodes``."""
+    readers = [use for use in layer.weight.uses() if use.idx == 1 and use.node in nodes]
     if layer.node not in [use.node for use in readers]:
         return  # it came with an earlier layer of the same weight
     back = _dequantised(graph, layer, grid)

@@ -23,7 +23,7 @@ from mmd_export.precision.quantise import Recipe, chosen_layers, on_grid, quanti
 from mmd_export.precision.ranges import Histogram, histograms, rounded_scale
 from mmd_export.precision.trajectory import Calls
 from tests.models import weights_of
-from tests.precisions import Golden, dtypes, hand_made, open_session, run, whole
+from tests.precisions import Golden, calls_of, dtypes, hand_made, open_session, run, whole
 
 # Largest error of the states of a random network with attention; measured, see each assertion for the margin.
 LIMIT = {"int8": 0.2, "fp8": 0.5, "w8": 0.1, "w4": 0.6}
@@ -160,6 +160,58 @@ def test_a_linear_layer_behind_a_transpose_is_quantised(tiny: Path) -> None:
     noise = {"noise": np.random.default_rng(1).standard_normal((1, 2, 4, 4)).astype(np.float32)}
     exact, found = (run(whole(each), noise, "state.1")[0] for each in (calls, made))
     assert 0 < np.abs(found - exact).max() < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "w8"])
+def test_what_a_product_adds_is_not_what_it_multiplies(name: str) -> None:
+    """The third input of a Gemm stays as it is, though another layer quantises the same value."""
+    calls, images = calls_of("python:tests.foreign_nets:Added"), 2 if GRIDS[name].activations else None
+    made = lower(calls, name, images)
+    before, after = (
+        next(node for node in model.graph if node.op_type == "Gemm") for model in (calls.model, made.model)
+    )
+    assert [is_dequantised(value) for value in after.inputs] == [images is not None, True, False]
+    assert name_of(after.inputs[2]) == name_of(before.inputs[2])
+    noise = {"noise": np.random.default_rng(0).standard_normal((1, 1, 8, 8)).astype(np.float32)}
+    exact, found = (run(whole(each), noise, "state.2")[0] for each in (calls, made))
+    assert 0 < np.abs(found - exact).max() < LIMIT[name]
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
+@pytest.mark.parametrize(("network", "weight", "place"), [("TiedFirst", "first", 0), ("TiedLast", "last", -1)])
+def test_a_layer_left_out_keeps_a_weight_that_it_shares(network: str, weight: str, place: int, grid: Grid) -> None:
+    """Float32 for the first and the last layer, the grid for the other of the same weight."""
+    calls = calls_of(f"python:tests.foreign_nets:{network}")
+    made = lower(calls, grid.name, 2 if grid.activations else None)
+    weights = weights_of_convolutions(made)
+    assert [is_dequantised(each) for each in weights] == [False, True, False]
+    assert name_of(weights[place]).endswith(f"{weight}.weight")
+    noise = {"noise": np.random.default_rng(0).standard_normal((1, 8, 8, 8)).astype(np.float32)}
+    exact, found = (run(whole(each), noise, "state.2")[0] for each in (calls, made))
+    assert 0 < np.abs(found - exact).max() < LIMIT[grid.name]
+
+
+def test_a_layer_that_stays_float32_keeps_a_weight_that_it_shares() -> None:
+    """As ``--auto-promote`` asks for it: the other layer of the weight is on the grid."""
+    calls = calls_of("python:tests.foreign_nets:TiedFirst")
+    values = [name_of(node.outputs[0]) for node in calls.model.graph if node.op_type == "Conv"]
+    made = lower(calls, "w8", recipe=Recipe(ends=True), float32=frozenset(values[1:2]))
+    assert [is_dequantised(each) for each in weights_of_convolutions(made)] == [True, False, True]
+
+
+def weights_of_convolutions(calls: Calls) -> list[ir.Value | None]:
+    return [node.inputs[1] for node in calls.model.graph if node.op_type == "Conv"]
+
+
+def is_dequantised(value: ir.Value | None) -> bool:
+    """Whether a Reshape of blocks, or nothing, lies between it and a DequantizeLinear."""
+    node = None if value is None else value.producer()
+    return node is not None and (node.op_type == "DequantizeLinear" or is_dequantised(node.inputs[0]))
+
+
+def name_of(value: ir.Value | None) -> str:
+    assert value is not None
+    return str(value.name)
 
 
 def test_ranges_come_from_every_step_of_the_trajectory(attention_calls: Calls) -> None:
