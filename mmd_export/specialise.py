@@ -104,7 +104,7 @@ def capture(
     free = {0: torch.export.Dim.DYNAMIC} if dynamic_batch else None
     call = inspect.signature(denoiser.forward)
     network, given = denoiser, (example, timestep_tensor(timestep, example.device))
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in call.parameters.values()):
+    if conditions and any(each.kind is each.VAR_KEYWORD for each in call.parameters.values()):
         network, inputs = _InOrder(denoiser, conditions), (*given, *conditions.values())
     else:
         inputs = tuple(call.bind(*given, **conditions).arguments.values())

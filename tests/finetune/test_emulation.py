@@ -75,6 +75,30 @@ def test_the_emulated_chain_is_the_artefacts(precision: str, tiny_attention: Pat
             assert 0.5 < np.abs(mine - unrounded).mean() / cost < 2.0
 
 
+@pytest.mark.parametrize("precision", ["w8", "fp16"])
+def test_the_weights_of_a_users_module_are_tuned(precision: str) -> None:
+    made = trainable(load_checkpoint("python:tests.foreign_nets:Plain"), precision)
+    last = list(made.sampler().chain(torch.randn(2, 1, 8, 8)))[-1]
+    last.square().mean().backward()
+    assert all(each.grad is not None and each.grad.abs().max() > 0 for each in made.parameters())
+
+
+@pytest.mark.parametrize("network", ["TiedFirst", "TiedLast"])
+@pytest.mark.parametrize("precision", ["int8", "w4"])
+def test_a_shared_weight_is_rounded_where_the_graph_rounds_it(precision: str, network: str) -> None:
+    """For the layer inside, not for the first or the last one."""
+    model = f"python:tests.foreign_nets:{network}"
+    base = load_checkpoint(model)
+    noise = sampler_noise(5, 8, base.shape, 0)["noise"]
+    with torch.no_grad():
+        chain = trainable(base, precision).sampler()
+        ours = [state.numpy() for state in chain.chain(torch.from_numpy(noise.copy()))]
+    shipped = whole(lower(calls_of(model, STEPS, batch=8), precision))
+    theirs = run(shipped, {"noise": noise}, "state.1", "state.2", as_written=True)
+    for mine, its in zip(ours, theirs, strict=True):
+        assert np.median(np.abs(mine - its).max(axis=(1, 2, 3))) < 1e-4
+
+
 @pytest.mark.parametrize("precision", ["int8", "fp8", "w8", "w4"])
 def test_weights_are_those_that_the_graph_holds(precision: str, attention_calls: Calls) -> None:
     grid = GRIDS[precision]
