@@ -8,11 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.fault_injection import HONEST
 from mmd_export.errors import NotAvailableError
+from mmd_export.parity import Rung, compare
 from mmd_export.plan import Step, StepPlan, Term
+from mmd_export.precision.formats import GRIDS
+from mmd_export.reference import to_uint8
 from mmd_export.targets import get_target, target_names
 from mmd_export.tolerance import (
     BASES,
@@ -116,10 +120,35 @@ def test_the_mean_of_honest_artefacts_is_within_its_tolerance() -> None:
 
 
 def test_levels_of_bytes_follow_the_tolerance() -> None:
-    for atol, levels, mean in ((1e-4, 1.0, 0.01275), (0.03, 4.0, 3.825)):
+    for atol, levels, mean in ((1e-4, 1.0, 0.01275), (0.01, 2.0, 0.25), (0.03, 4.0, 0.478125), (1.6, 204.0, 25.5)):
         found = uint8_tolerance(atol)
         assert found[0] == levels
         assert found[1] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("precision", GRIDS)
+def test_another_picture_fails_as_bytes_where_it_fails_as_floats(precision: str) -> None:
+    atol = BASES["onnx", precision].atol
+    levels, mean = uint8_tolerance(atol)
+
+    def verdicts(other: np.ndarray[Any, Any]) -> tuple[str, str]:
+        floats = Rung(6, (compare("sample", other, waves),), atol, mean=mean_tolerance(atol))
+        found = compare("sample", to_uint8(other), to_uint8(waves))
+        return floats.verdict, Rung(6, (found,), atol, sample_atol=levels, sample_mean=mean).verdict
+
+    waves = (0.6 * np.sin(np.arange(3 * 2 * 16 * 16).reshape(3, 2, 16, 16) / 9)).astype(np.float32)
+    noise = np.random.default_rng(0).uniform(-1, 1, waves.shape).astype(np.float32)
+    assert verdicts(np.clip(waves + np.float32(0.55), -1, 1)) == ("failed", "failed")
+    assert verdicts(waves + np.float32(1.9 * mean_tolerance(atol)) * noise) == ("passed", "passed")
+
+
+def test_a_truncation_fails_where_half_a_level_is_allowed_to_a_value() -> None:
+    waves = 0.6 * np.sin(np.arange(3 * 2 * 16 * 16).reshape(3, 2, 16, 16) / 9)
+    rounded, atol = to_uint8(waves), BASES["onnx", "fp16"].atol
+    truncated = np.ascontiguousarray(((waves * 0.5 + 0.5) * 255).astype(np.uint8).transpose(0, 2, 3, 1))
+    levels, mean = uint8_tolerance(atol)
+    assert Rung(6, (compare("sample", truncated, rounded),), atol, sample_atol=levels).passed
+    assert not Rung(6, (compare("sample", truncated, rounded),), atol, sample_atol=levels, sample_mean=mean).passed
 
 
 def test_the_page_says_what_a_device_may_reach() -> None:
