@@ -162,9 +162,13 @@ def _in_batches(
 
 
 def fresh_golden(bundle: Bundle, checkpoint: Checkpoint, plan: StepPlan, seed: int) -> Golden:
-    """What the golden file would hold had it been made of another seed: as many images, from the float64 reference."""
+    """What the golden file would hold had its noises another seed: as many images, from the float64 reference.
+
+    What the network is told besides is the golden file's: ranges were set for that, where the user gave it.
+    """
     golden = bundle.golden()
     output = "uint8" if golden.sample.dtype == np.uint8 else "float32"
-    arrays = golden_arrays(checkpoint, plan, golden.count, output, seed)
+    told = tuple(replace(each, values=golden.inputs[each.name]) for each in checkpoint.conditions)
+    arrays = golden_arrays(replace(checkpoint, conditions=told), plan, golden.count, output, seed)
     states = tuple(arrays[f"state.{k}"] for k in range(1, plan.step_count + 1))
     return Golden({name: arrays[name] for name in golden.inputs}, arrays["sample"], states)

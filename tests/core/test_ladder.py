@@ -251,3 +251,20 @@ def test_a_plan_from_pure_noise_has_its_own_tolerance(tmp_path: Path) -> None:
     assert wide > 1e-3
     assert bundle.manifest.tolerance.atol == wide
     assert [rung.atol for rung in ladder.stage_rungs(bundle, load_checkpoint("digits"), plan)] == [wide] * 3
+
+
+def test_fresh_noises_are_told_what_the_golden_file_holds(tmp_path: Path) -> None:
+    """Two texts for the images of batches 1 and 2; labels and masks, which nobody gave, are those of it too."""
+    texts = 0.1 * np.random.default_rng(0).standard_normal((2, 3, 6)).astype(np.float32)
+    np.save(tmp_path / "texts.npy", texts)
+    told = "python:tests.foreign_nets:Told"
+    given = (f"encoder_hidden_states={tmp_path / 'texts.npy'}",)
+    bundle = build(BuildOptions(told, "onnx", tmp_path / "b", steps=1, batch="1,2", verify=False, conditions=given))
+    plan, golden = StepPlan.from_dict(bundle.manifest.plan), bundle.golden()
+    fresh = ladder.fresh_golden(bundle, load_checkpoint(told), plan, seed=1)
+    assert fresh.count == golden.count > len(texts)
+    np.testing.assert_array_equal(fresh.inputs["encoder_hidden_states"], texts[np.arange(fresh.count) % 2])
+    for name in ("class_labels", "encoder_attention_mask"):
+        np.testing.assert_array_equal(fresh.inputs[name], golden.inputs[name])
+    assert np.abs(fresh.noise - golden.noise).max() > 1.0
+    assert verify(bundle, checkpoint=told).passed
