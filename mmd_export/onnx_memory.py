@@ -8,20 +8,55 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from mmd_export.liveness import Operation, peak_bytes
-from mmd_export.onnx_nodes import lacks_shapes, require_shapes
+from mmd_export.onnx_nodes import constant, lacks_shapes, require_shapes
 
 
 def peak_activation_bytes(model: ir.Model, batch: int = 1) -> int:
     """The most bytes of values alive at once when nodes run in order and each value goes after its last use.
 
     Weights are not counted, nor what is computed from them alone, as a runtime does once, at loading. One that fuses
-    nodes or works in place needs less, one that pads or blocks layouts more. A symbolic dimension counts as ``batch``;
-    a value whose shape cannot be inferred counts as nothing.
+    nodes or works in place needs less, one that pads or blocks layouts more. A symbolic dimension of an input is
+    ``batch``, and so is what cannot be inferred from it; a value whose shape cannot be inferred counts as nothing.
     """
-    if lacks_shapes(model):
+    if lacks_shapes(model) or _has_symbols(model):
         model = model.clone()
+        _fix_batch(model, batch)
         require_shapes(model)
     return _peak(model.graph, batch)
+
+
+def _has_symbols(model: ir.Model) -> bool:
+    return any(not _is_static(value) for graph in model.graphs() for value in _sized(graph))
+
+
+def _fix_batch(model: ir.Model, batch: int) -> None:
+    """``batch`` images in the place of any number; what has another symbol is left to be inferred."""
+    symbols = {size for value in model.graph.inputs for size in value.shape or () if not isinstance(size, int)}
+    for graph in model.graphs():
+        for value in _sized(graph):
+            if not _is_static(value):
+                sizes = [batch if size in symbols else size for size in value.shape or ()]
+                value.shape = ir.Shape(sizes) if all(isinstance(size, int) for size in sizes) else None
+        if graph is not model.graph:
+            _take_in_sizes(graph)
+
+
+def _take_in_sizes(graph: ir.Graph) -> None:
+    """A copy of every integer weight of the outer graph that ``graph`` reads: inference looks no further than that."""
+    for node in graph:
+        for place, value in enumerate(node.inputs):
+            if value is None or value.const_value is None or value.dtype != ir.DataType.INT64:
+                continue
+            if value.graph is not graph:
+                node.replace_input_with(place, constant(graph, f"{value.name}/inside", value.const_value.numpy()))
+
+
+def _sized(graph: ir.Graph) -> list[ir.Value]:
+    return [*graph.inputs, *(value for node in graph for value in node.outputs)]
+
+
+def _is_static(value: ir.Value) -> bool:
+    return value.shape is None or all(isinstance(size, int) for size in value.shape)
 
 
 def _peak(graph: ir.Graph, batch: int) -> int:

@@ -87,7 +87,7 @@ class OnnxTarget:
         save(model, folder / self.artefact, self.largest_file)
         toolchain = {name: version(name) for name in PACKAGES}
         folded = [value for k in range(program.plan.step_count) for value in program.constants(k)]
-        facts = report(model, program.batch or 1).to_dict()
+        facts = report(model, program.batch or options.batch.smallest).to_dict()
         facts |= {"folded_values": len(folded), "folded_bytes": sum(value.nbytes for value in folded)}
         return Compiled(facts | {"device": options.target.device}, toolchain)
 

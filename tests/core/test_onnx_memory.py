@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from mmd_export.build import BuildOptions, build
+from mmd_export.network_options import NetworkOptions
 from mmd_export.onnx_memory import peak_activation_bytes
 
 FLOAT, BYTES = TensorProto.FLOAT, 4
@@ -54,6 +58,30 @@ def test_what_is_computed_from_weights_counts_only_where_no_runtime_does_it_at_l
 
 def test_a_symbolic_batch_counts_as_the_given_one() -> None:
     assert peak_activation_bytes(model([relu("x", "y")], ["batch", 3]), batch=4) == 2 * 12 * BYTES
+
+
+def test_what_is_twice_the_batch_counts_twice() -> None:
+    twice = [
+        helper.make_node("Concat", ["x", "x"], ["a"], axis=0),
+        relu("a", "b"),
+        helper.make_node("Split", ["b"], ["y", "z"], num_outputs=2, axis=0),
+    ]
+    for batch in (1, 4):
+        assert peak_activation_bytes(model(twice, ["batch", 3]), batch) == (2 + 2) * 3 * batch * BYTES
+
+
+@pytest.mark.parametrize("form", ["unrolled", "loop"])
+def test_a_range_of_batches_needs_what_its_smallest_needs(form: str, tmp_path: Path) -> None:
+    """Guidance calls the network on two copies of the batch; inside a loop shapes are inferred too."""
+    guided = NetworkOptions(guidance_scale=3.0, null_label=0, guidance_form="doubled")
+    peaks = []
+    for i, batch in enumerate(("2", "2,5")):
+        options = BuildOptions(
+            "python:tests.foreign_nets:Labelled", "onnx", tmp_path / str(i), steps=2, batch=batch, form=form,
+            verify=False, network=guided,
+        )  # fmt: skip
+        peaks.append(build(options).manifest.graph.peak_activation_bytes)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
 
 
 def test_a_loop_counts_its_body_once_and_nothing_of_the_outside_twice() -> None:
