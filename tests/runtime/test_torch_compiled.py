@@ -6,6 +6,8 @@ import importlib.util
 import re
 import shutil
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from mmd_export.target_options import TargetOptions
 from mmd_export.targets import get_target
 from mmd_export.torch_compilers.inductor import hardware, private_folders, settings, without_paths
 from mmd_runtime.aotinductor import _usable_device
-from mmd_runtime.registry import runtime_for
+from mmd_runtime.registry import get_runtime, runtime_for
+from tests.export.bundles import make
 
 STEPS = 3
 NAMES = ("coreai", "executorch", "torch")
@@ -237,3 +240,29 @@ def test_where_torch_lies_is_private() -> None:
     folders = private_folders("/scratch/x")
     assert {"/scratch/x", str(Path(torch.__file__).parent), str(Path.home()), sys.prefix} <= set(folders)
     assert list(folders) == sorted(folders, key=lambda folder: (-len(folder), folder))
+
+
+@pytest.mark.parametrize("name", ["aotinductor", "torch"])
+def test_the_number_of_threads_is_set_where_it_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP has one for each thread that starts parallel regions: the one that opened it need not be the one."""
+    places: list[tuple[str, int, int]] = []
+
+    def ran(*given: Any) -> Any:
+        places.append(("ran", threading.get_ident(), 0))
+        return given[0]
+
+    def chain(_: Any, inputs: Any) -> Any:
+        return {"sample": ran(inputs["noise"])}
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: places.append(("set", threading.get_ident(), count)))
+    monkeypatch.setattr("mmd_runtime.aotinductor._usable_device", lambda _: "cpu")
+    monkeypatch.setattr("mmd_runtime.aotinductor._load", lambda _: ran)
+    monkeypatch.setattr("mmd_runtime.torch._sampler", lambda *_: None)
+    monkeypatch.setattr("mmd_export.reference.run_chain", chain)
+    bundle = make(tmp_path / "b")
+    session = get_runtime(name).open(bundle, RunOptions(threads=3))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(session.run, {"noise": bundle.golden().noise[:1]}).result()
+    (_, caller, _) = places[-1]
+    assert caller != threading.get_ident()
+    assert places[-2:] == [("set", caller, 3), ("ran", caller, 0)]

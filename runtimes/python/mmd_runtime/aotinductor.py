@@ -47,8 +47,8 @@ class _Session:
             raise NotAvailableError(f"runtime aotinductor: {found.detail}; {found.install}")
         import torch
 
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        self._threads = options.threads
+        self._set_threads()
         self._bundle = bundle
         self._names = [spec.name for spec in bundle.manifest.inputs]
         self._device = torch.device(_usable_device(bundle))
@@ -59,6 +59,7 @@ class _Session:
         import torch
 
         check_inputs(self._bundle, inputs)
+        self._set_threads()
         given = [torch.from_numpy(np.ascontiguousarray(inputs[name])).to(self._device) for name in self._names]
         try:
             # float32 means float32: convolutions on a GPU would round to TF32
@@ -69,6 +70,13 @@ class _Session:
                 f"bundle {self._bundle.name}: torch failed while running it: {one_line(error)}"
             ) from error
         return {"sample": sample.cpu().numpy()}
+
+    def _set_threads(self) -> None:
+        """Of the calling thread, for whose parallel regions OpenMP keeps a number of its own."""
+        import torch
+
+        if self._threads:
+            torch.set_num_threads(self._threads)
 
 
 def _usable_device(bundle: Bundle) -> str:
