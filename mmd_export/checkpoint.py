@@ -141,7 +141,7 @@ def _parse(model: str) -> _Source:
 
 
 def _value(model: str, name: str, text: str) -> Any:
-    """``true`` and ``false``, whole numbers, HxW, else the text itself."""
+    """A word of ``_TRUTH``, a whole number, a size as HEIGHTxWIDTH, else the text itself."""
     if name == "scheduler":
         return text
     if name == "ema":

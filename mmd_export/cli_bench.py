@@ -20,8 +20,9 @@ from mmd_export.cli_options import (
     can_be_written,
     positive,
 )
-from mmd_export.cli_output import say, show, show_table, write_json
+from mmd_export.cli_output import as_json, say, show, show_table, write_json
 from mmd_export.errors import UsageError
+from mmd_export.folders import write_text
 
 BENCH_EXAMPLES = "Example: mmd-export bench new.bundle --against old.bundle --max-regression 5%"
 REPORT_EXAMPLES = "Example: mmd-export report digits-5.bundle -o report.html"
@@ -130,7 +131,8 @@ def bench(
     write_json(json, numbers)
     suite = f"mmd-export bench {report.candidates[0]}"
     ci_files.write_ci_files(junit, summary, suite, ci_files.bench_cases(numbers), ci_files.bench_summary(numbers))
-    report.save()
+    if save_baseline is not None and report.baseline is not None:
+        write_text(save_baseline, as_json(report.baseline.to_dict()), "--save-baseline")
     if update_card:
         write_latency(bundles[0], numbers)
     tell = say if json == Path("-") else show

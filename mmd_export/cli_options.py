@@ -106,11 +106,11 @@ def _why_not(path: Path) -> str:
     """Why no file can be written at ``path``, whose folders are made; "" if nothing speaks against it."""
     if path.is_dir():
         return "it is a folder"
-    place = Path(os.path.realpath(path))  # of a link that leads to itself too
+    place = Path(os.path.realpath(path))  # where a link leads, which need not be there; of one to itself too
     if bundle := next(filter(_holds_a_bundle, place.parents), None):
         return f"{bundle} is a bundle, which takes no other files"
-    there = next(each for each in (path, *path.parents) if each.exists())
-    if there == path:
+    there = next(each for each in (place, *place.parents) if each.exists())
+    if there == place:
         return "" if os.access(there, os.W_OK) else f"{there} is read-only"
     if not there.is_dir():
         return f"{there} is no folder"

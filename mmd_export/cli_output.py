@@ -93,12 +93,16 @@ def show_table(title: str, heads: tuple[str, ...], rows: Any, json: Path | None 
 
 def write_json(path: Path | None, value: dict[str, Any]) -> None:
     """Write ``value`` to ``path``, - for stdout, None for nowhere."""
-    import json
-
     if path is None:
         return
-    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
     if path == Path("-"):
-        sys.stdout.write(text)
+        sys.stdout.write(as_json(value))
         return
-    write_text(path, text, "--json")
+    write_text(path, as_json(value), "--json")
+
+
+def as_json(value: dict[str, Any]) -> str:
+    """The text of a JSON file."""
+    import json
+
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"

@@ -54,21 +54,28 @@ def staged_file(path: Path) -> Iterator[Path]:
     with temporary(partial):
         place.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        partial.replace(place)
+        try:
+            partial.replace(place)
+        except OSError:
+            if not place.is_file():
+                raise
+            shutil.copyfile(partial, place)
 
 
 @contextmanager
 def output_place(path: Path) -> Iterator[Path]:
-    """The same for a file of results. What is no plain file, or cannot be replaced by one, is itself the name.
+    """The same for a file of results. A pipe, a device or a link is written to as it is, not replaced by a file.
 
-    A device or a pipe would be gone, and so would a link such as /dev/stdout.
+    So is a file whose folder takes no new ones. One that cannot be renamed over, such as a mounted one, is copied over.
     """
-    plain = not os.path.lexists(path) or stat.S_ISREG(path.lstat().st_mode)
-    if plain and (not path.exists() or os.access(path.absolute().parent, os.W_OK)):
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
+        yield path
+    elif path.exists() and why_nothing_is_made(path.absolute().parent):
+        yield path
+    else:
         with staged_file(path) as partial:
             yield partial
-    else:
-        yield path
 
 
 @contextmanager

@@ -55,6 +55,12 @@ class TensorSpec(_Model):
     shape: tuple[Positive | Literal["batch"], ...]
     below: Positive | None = None
 
+    @model_validator(mode="after")
+    def _range_of_whole_numbers(self) -> Self:
+        if self.below is not None and self.dtype != "int64":
+            raise ValueError(f"below is {self.below}, dtype {self.dtype}; only int64 has a range")
+        return self
+
     @model_serializer(mode="wrap")
     def _without_unknown_range(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = whole(self)

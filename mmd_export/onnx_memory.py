@@ -30,7 +30,7 @@ def _has_symbols(model: ir.Model) -> bool:
 
 
 def _fix_batch(model: ir.Model, batch: int) -> None:
-    """``batch`` images in the place of any number; what has another symbol is left to be inferred."""
+    """Every symbol of the inputs becomes ``batch``; shapes with other symbols are dropped, to be inferred."""
     symbols = {size for value in model.graph.inputs for size in value.shape or () if not isinstance(size, int)}
     for graph in model.graphs():
         for value in _sized(graph):
@@ -42,7 +42,7 @@ def _fix_batch(model: ir.Model, batch: int) -> None:
 
 
 def _take_in_sizes(graph: ir.Graph) -> None:
-    """A copy of every integer weight of the outer graph that ``graph`` reads: inference looks no further than that."""
+    """Copy the integer weights that ``graph`` reads of the outer one; onnx 1.23 infers no shape from those."""
     for node in graph:
         for place, value in enumerate(node.inputs):
             if value is None or value.const_value is None or value.dtype != ir.DataType.INT64:

@@ -104,6 +104,7 @@ def capture(
     free = {0: torch.export.Dim.DYNAMIC} if dynamic_batch else None
     call = inspect.signature(denoiser.forward)
     network, given = denoiser, (example, timestep_tensor(timestep, example.device))
+    # only where it must be wrapped: the names of weights would start with `denoiser.`, and tuning finds them by name
     if conditions and any(each.kind is each.VAR_KEYWORD for each in call.parameters.values()):
         network, inputs = _InOrder(denoiser, conditions), (*given, *conditions.values())
     else:

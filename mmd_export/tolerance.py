@@ -227,8 +227,8 @@ def uint8_tolerance(atol: float) -> tuple[float, float]:
     """For uint8 samples of an artefact within ``atol``: levels that a value may be off, and that all are on average.
 
     A level is 2 / 255 of the range [-1, 1]. A value near x.5 may round either way, but rounding has no side: on average
-    an error stays what it was, so the limit of float32 holds. It is no less than 0.25 where ``atol`` is half a level or
-    more, far above honest noise; a truncation shows as half a level.
+    an error stays what it was, so the limit of float32 holds. It is no less than 0.25 where ``atol`` is a quarter of a
+    level or more, far above honest noise; a truncation shows as half a level.
     """
     levels = 127.5 * atol
     return max(1.0, math.ceil(levels)), max(127.5 * mean_tolerance(atol), min(levels, 0.25))

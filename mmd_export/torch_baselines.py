@@ -78,7 +78,8 @@ def _scheduler(diffusers: Any, pipeline: str, checkpoint: Checkpoint) -> Any:
 def _compiled(checkpoint: Checkpoint, plan: StepPlan, inputs: Inputs) -> Sample:
     """The sampler with its network compiled, as ``pipeline.unet = torch.compile(pipeline.unet)`` does it for one size.
 
-    torch would take a second batch size for one of many, and after eight graphs, two a size, run the next uncompiled.
+    torch would take a second batch size for one of many, and run uncompiled what comes after eight graphs, two a size
+    (torch._dynamo.config.recompile_limit, 2.13).
     """
     torch.compiler.reset()
     compiled: Any = torch.compile(checkpoint.denoiser, dynamic=False)  # a module, which its type does not tell

@@ -48,3 +48,9 @@ def torch_device(name: str | None) -> torch.device:
     if (device.index or 0) >= max(count, 1):
         raise NotAvailableError(f"device {name}: torch sees {count} GPUs, cuda:0 to cuda:{count - 1}; give one of them")
     return device
+
+
+def use_threads(count: int) -> None:
+    """Set torch's number of threads, 0 for its own choice, in the calling thread: OpenMP keeps one for each."""
+    if count:
+        torch.set_num_threads(count)

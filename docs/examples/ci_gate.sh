@@ -45,11 +45,15 @@ gate=()
 if [ -f "$BASE/manifest.json" ]; then
   gate=(--against "$BASE" --max-regression "$MAX_REGRESSION")
 elif [ -n "$BASE" ]; then
-  base_model=$MODEL
-  if [ -e "$BASE/$MODEL" ]; then
-    base_model=$BASE/$MODEL
-  elif [ -e "$MODEL" ]; then
-    echo "$BASE has no $MODEL; the base is built from the same weights" >&2
+  base_model=$MODEL file=$MODEL format="" options=""
+  case $MODEL in ddim:* | guided:*)  # FORMAT:FILE?OPTIONS
+    format=${MODEL%%:*}: file=${MODEL#*:}
+    case $file in *\?*) options=?${file#*\?} file=${file%%\?*} ;; esac ;;
+  esac
+  if [ -e "$BASE/$file" ]; then
+    base_model=$format$BASE/$file$options
+  elif [ -e "$file" ]; then
+    echo "$BASE has no $file; the base is built from the same weights" >&2
   fi
   PYTHONPATH=${BASE_PYTHONPATH:-${PYTHONPATH:-}} build "$base_model" "$OUT/base.bundle"
   gate=(--against "$OUT/base.bundle" --max-regression "$MAX_REGRESSION")

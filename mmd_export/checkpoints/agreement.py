@@ -26,7 +26,7 @@ def require_channels(config: Mapping[str, Any], where: str) -> int:
     if taken > given:
         raise UsageError(
             f"{where}: in_channels {taken} and out_channels {given} differ: the model takes more than the state, "
-            "as an inpainting model does mask and image; no sampler here gives it that, so choose a model without"
+            "as an inpainting model does mask and image, which no sampler here gives it; choose one that takes no more"
         )
     if taken != given:
         raise UsageError(f"{where}: in_channels {taken} and out_channels {given} differ")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmd_export.checkpoints.base import Checkpoint, diffusers_configs
 from mmd_export.checkpoints.diffusers_folder import TIMESTEP_SCALE, new_unet, sample_shape
+from mmd_export.checkpoints.guided_options import flag, head_counts, scheduler_of, timestep_scale
 from mmd_export.checkpoints.weights import (
     StateDict,
     as_float32,
@@ -31,16 +32,11 @@ from mmd_export.checkpoints.weights import (
 from mmd_export.conditions import class_condition
 from mmd_export.denoiser import DiffusersUNet
 from mmd_export.errors import UsageError
-from mmd_export.schedule import SchedulerConfig
 
 OPTIONS = (
     "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule", "image_size", "diffusion_steps",
     "predict_xstart", "rescale_timesteps",
 )  # fmt: skip
-FIRST_BETA, LAST_BETA, BETAS_OF = 0.0001, 0.02, 1000  # of the linear schedule; other lengths are scaled
-TOLD_OF = 1000  # what rescaled timesteps are out of, whatever the schedule's length
-UNSET = -1  # of num_head_channels in the original's commands
-SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 _ENDS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -105,13 +101,11 @@ def read_guided(
     size = sample_size or image_size
     if size is None:
         raise UsageError(f"weights {where}: nothing in them tells the image size; say ?sample_size=N")
-    heads = _head_width(
-        layout, _whole("num_heads", num_heads, where), _whole("num_head_channels", num_head_channels, where), where
-    )
-    new_order = _flag("use_new_attention_order", use_new_attention_order, where)
+    heads = _head_width(layout, *head_counts(num_heads, num_head_channels, where), where)
+    new_order = flag("use_new_attention_order", use_new_attention_order, where)
     rescale = trained.pop("rescale_timesteps", None)
-    chosen, assumed = _scheduler(scheduler, trained, path, learned=_learned_variance(weights))
-    scale = _timestep_scale(rescale, chosen.num_train_timesteps, where)
+    chosen, assumed = scheduler_of(scheduler, trained, path, learned=_learned_variance(weights))
+    scale = timestep_scale(rescale, chosen.num_train_timesteps, where)
     config, dropped = _config(layout, weights, size, heads, where)
     unet = new_unet(config, where)
     converted = _convert(weights, layout, unet.state_dict(), heads, new_order, where)
@@ -129,68 +123,6 @@ def read_guided(
         warnings=(*warnings, *precision, *dropped, *assumed),
         configs=diffusers_configs(config, chosen),
     )
-
-
-def _scheduler(
-    file: str | None, trained: Mapping[str, Any], path: Path, *, learned: bool
-) -> tuple[SchedulerConfig, tuple[str, ...]]:
-    """Of a scheduler_config.json, or of the options that the model was trained with, what is assumed said aloud.
-
-    Linear betas go from 0.1 / T to 20 / T, as in the original's get_named_beta_schedule; a variance that was not
-    ``learned`` is the large one, as in its create_gaussian_diffusion.
-    """
-    if file is not None:
-        if trained:
-            name, value = next(iter(trained.items()))
-            raise UsageError(f"weights {path}: scheduler={file} and {name}={value} are both given; choose one")
-        return SchedulerConfig.from_file(Path(file)), ()
-    name, total = trained.get("noise_schedule", "linear"), trained.get("diffusion_steps", BETAS_OF)
-    if name not in SCHEDULES:
-        raise UsageError(f"weights {path}: noise_schedule is {name!r}; known: {', '.join(SCHEDULES)}")
-    if not isinstance(total, int) or total <= LAST_BETA * BETAS_OF:
-        raise UsageError(f"weights {path}: diffusion_steps is {total!r}; a whole number above 20 is expected")
-    clean = _flag("predict_xstart", trained.get("predict_xstart", False), str(path))
-    scheduler = SchedulerConfig(
-        num_train_timesteps=total,
-        beta_start=FIRST_BETA * BETAS_OF / total,
-        beta_end=LAST_BETA * BETAS_OF / total,
-        beta_schedule=SCHEDULES[name],
-        prediction_type="sample" if clean else "epsilon",
-        variance_type="learned_range" if learned else "fixed_large",
-    )
-    assumed = (
-        f"{path.name} holds no scheduler; taken as trained with the {name} schedule of {total} timesteps, "
-        f"{scheduler.prediction_type} prediction, {scheduler.variance_type} variance"
-    )
-    return scheduler, (assumed,)
-
-
-def _timestep_scale(rescale: bool | None, total: int, where: str) -> float:
-    """What a timestep is multiplied by: 1000 / T if it is rescaled (``_WrappedModel`` of the originals' respace.py).
-
-    Raises UsageError where the answer matters and is not given: the two repositories' defaults differ.
-    """
-    if rescale is None and total != TOLD_OF:
-        raise UsageError(
-            f"weights {where}: nothing in them tells whether the network is told the timestep t or t * {TOLD_OF} / "
-            f"{total}; say ?rescale_timesteps=true, the default of improved-diffusion, or ?rescale_timesteps=false, "
-            "that of guided-diffusion"
-        )
-    return TOLD_OF / total if rescale is not None and _flag("rescale_timesteps", rescale, where) else 1.0
-
-
-def _flag(name: str, value: Any, where: str) -> bool:
-    """An option that is on or off; any other text would be on in Python."""
-    if value not in (True, False):
-        raise UsageError(f"weights {where}: {name} is {value!r}; true or false is expected")
-    return bool(value)
-
-
-def _whole(name: str, value: Any, where: str) -> int | None:
-    """An option that counts."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise UsageError(f"weights {where}: {name} is {value!r}; a whole number is expected")
-    return value
 
 
 def _read_layout(weights: Mapping[str, Tensor], where: str) -> Layout:
@@ -297,7 +229,6 @@ def _learned_variance(weights: Mapping[str, Tensor]) -> bool:
 
 def _head_width(layout: Layout, num_heads: int | None, num_head_channels: int | None, where: str) -> int | None:
     """Channels of one attention head, None for one head whatever the width; UNet2DModel has one number for all."""
-    num_head_channels = None if num_head_channels == UNSET else num_head_channels
     widths = {layout.channels[level] for level in layout.attend} | {layout.channels[-1]}
     if num_heads is None and num_head_channels is None:
         raise UsageError(

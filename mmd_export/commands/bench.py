@@ -6,9 +6,9 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
+from mmd_export.baseline import Baseline
 from mmd_export.bundle import Bundle
 from mmd_export.commands.bench_gate import Gates, gate_plan, settled_gates
 from mmd_export.commands.candidates import BenchOptions, Candidate, Checkpoints, candidates_of
@@ -31,7 +31,7 @@ class BenchReport:
 
     ``latency`` is at the first of ``batches``. ``artefacts``: SHA-256 of each candidate's. ``placements``: where the
     nodes of each ran, if its runtime can tell. ``bound``: the candidates copied nothing, the baselines did.
-    ``device_seconds``: by the events of a GPU. ``save()`` writes the baseline, if one was asked for.
+    ``device_seconds``: by the events of a GPU. ``baseline``: the ratio for later gates, if one was asked for.
     """
 
     latency: LatencyReport
@@ -45,7 +45,7 @@ class BenchReport:
     cold: Mapping[str, ColdStart] = field(default_factory=dict)
     device_seconds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     verdicts: tuple[GateVerdict, ...] = ()
-    save: Callable[[], None] = lambda: None
+    baseline: Baseline | None = None
 
     @property
     def baselines(self) -> tuple[str, ...]:
@@ -166,8 +166,8 @@ def _gated(
     notify(f"measuring {len(found)} candidates in blocks, at most {plan.seconds:g} s")
     blocks = measure_blocks({each.name: each.open for each in found}, plan, settled.limits)
     verdicts = tuple(judge(limit, blocks) for limit in settled.limits)
-    save = partial(settled.save, blocks)
-    return _report(bundles, found, {batches[0]: blocks.latency()}, options, verdicts=verdicts, save=save)
+    latencies, baseline = {batches[0]: blocks.latency()}, settled.measured(blocks)
+    return _report(bundles, found, latencies, options, verdicts=verdicts, baseline=baseline)
 
 
 def _batches(bundles: Sequence[Bundle], options: BenchOptions) -> tuple[int, ...]:

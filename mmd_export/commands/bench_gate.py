@@ -12,7 +12,6 @@ from mmd_export.baseline import Baseline, Reference, baseline_of, read_json, wit
 from mmd_export.commands.candidates import BenchOptions, Candidate
 from mmd_export.environment import describe_environment
 from mmd_export.errors import MmdExportError, UsageError
-from mmd_export.folders import write_text
 from mmd_export.gate import BlockPlan, Blocks, Limit
 
 DEFAULT_REGRESSION = 0.05
@@ -84,21 +83,17 @@ class Gates:
 
 @dataclass(frozen=True)
 class SettledGates:
-    """The limits to judge, and where the ratio goes that was measured."""
+    """The limits to judge, or the baseline to measure."""
 
     limits: tuple[Limit, ...]
     baseline: Baseline | None = None
     reference: str = ""
-    place: Path | None = None
 
-    def save(self, blocks: Blocks) -> None:
-        """Write the baseline, if one was asked for."""
-        if self.place is None or self.baseline is None:
-            return
-        import json
-
-        measured = with_ratio(self.baseline, blocks, self.baseline.candidate, self.reference)
-        write_text(self.place, json.dumps(measured.to_dict(), indent=1, sort_keys=True) + "\n")
+    def measured(self, blocks: Blocks) -> Baseline | None:
+        """The baseline with the ratio that was measured, if one was asked for."""
+        if self.baseline is None:
+            return None
+        return with_ratio(self.baseline, blocks, self.baseline.candidate, self.reference)
 
 
 def gate_plan(options: BenchOptions) -> BlockPlan:
@@ -126,7 +121,7 @@ def settled_gates(
         threads=options.threads, cuda_graph=options.cuda_graph,
     )  # fmt: skip
     if gates.save is not None:
-        return SettledGates((), now, reference.name, gates.save)
+        return SettledGates((), now, reference.name)
     if saved is None or gates.file is None:
         return SettledGates((_direct(candidate, reference, 1.0 + gates.max_regression),))
     saved.require_same(now, gates.file)

@@ -127,6 +127,9 @@ def one_order(wanted: Wanted, manifest: Manifest, max_count: int) -> Order:
             raise RefusedError(422, f"condition {name} is {row.dtype.name}, the graph takes {spec.dtype}")
         if row.shape != shape or not np.isfinite(row).all():
             raise RefusedError(422, f"condition {name} has shape {row.shape}, the graph takes finite {shape}")
+        if spec.below is not None and not 0 <= row.min() <= row.max() < spec.below:
+            holds = f"{row.min()} to {row.max()}"
+            raise RefusedError(422, f"condition {name} holds {holds}, the graph knows 0 to {spec.below - 1}")
         rows[name] = row[np.newaxis].astype(spec.dtype)
     return Order(wanted.seed, wanted.count, wanted.first, rows)
 

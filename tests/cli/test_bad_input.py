@@ -277,6 +277,13 @@ def test_a_place_is_tried_and_its_rights_are_not_believed(command: Command) -> N
     fails(command, 2, "--json /proc/a.json cannot be written: /proc: ", "inspect", "nowhere", "--json", "/proc/a.json")
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc, in which even root can make nothing")
+def test_where_a_link_leads_is_tried(command: Command, tmp_path: Path) -> None:
+    link = tmp_path / "a.json"
+    link.symlink_to("/proc/a.json")
+    fails(command, 2, f"--json {link} cannot be written: /proc: ", "inspect", "nowhere", "--json", link)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "flag"),
     [

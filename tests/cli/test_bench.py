@@ -271,7 +271,7 @@ def test_a_baseline_that_cannot_be_saved_loses_no_other_file(
     def full(path: Path, _: str, *__: str) -> None:
         raise UsageError(f"{path} cannot be written: No space left on device")
 
-    monkeypatch.setattr("mmd_export.commands.bench_gate.write_text", full)
+    monkeypatch.setattr("mmd_export.cli_bench.write_text", full)
     save = ("--save-baseline", tmp_path / "ratio.json", "--batches", 1, "--rounds", 12, *QUICK)
     files = ("--json", tmp_path / "bench.json", "--junit", tmp_path / "bench.xml", "--summary", tmp_path / "summary.md")
     code, out, err = command("bench", digits_bundle, "--against", longer_bundle, *save, *files)

@@ -189,6 +189,8 @@ def test_it_refuses_inputs_that_do_not_fit(name: str, opened: Opened, method: st
         (good | {"class_labels": good["class_labels"].astype(np.int32)}, "'class_labels' is int32, .* int64"),
         (good | {"noise": good["noise"][:, :, :4]}, r"input 'noise' is \(3, 1, 4, 8\)"),
         (good | {"class_labels": good["class_labels"][:1]}, "'class_labels' has batch 1, "),
+        (good | {"class_labels": np.array([0, 5, 2])}, "'class_labels' holds 0 to 5, the manifest says 0 to 4"),
+        (good | {"class_labels": np.array([0, -1, 2])}, "'class_labels' holds -1 to 2, the manifest says 0 to 4"),
     ]
     for inputs, message in cases:
         with pytest.raises(UsageError, match=message):

@@ -85,7 +85,7 @@ def test_step_noise_labels_and_uint8_output(out: Path) -> None:
 
 
 def test_the_range_of_labels_is_in_the_manifest_where_it_is_known(out: Path, tmp_path: Path) -> None:
-    """A manifest of an older release has none, and is the same bytes when it is sealed again."""
+    """A manifest that does not tell it says nothing of it, as those of before did."""
     arrays = golden() | {"class_labels": np.arange(3)}
     for folder, known in ((out, {"below": 5}), (tmp_path / "older", {})):
         labels = TensorSpec(name="class_labels", dtype="int64", shape=(1,), **known)
@@ -96,6 +96,8 @@ def test_the_range_of_labels_is_in_the_manifest_where_it_is_known(out: Path, tmp
         assert Bundle.open(folder).manifest.spec("class_labels").below == known.get("below")
     with pytest.raises(ValueError, match="below"):
         TensorSpec(name="class_labels", dtype="int64", shape=(1,), below=0)
+    with pytest.raises(ValueError, match="only int64 has a range"):
+        TensorSpec(name="noise", dtype="float32", shape=(1,), below=3)
 
 
 def test_the_card_is_replaced_and_sealed_again(out: Path) -> None:

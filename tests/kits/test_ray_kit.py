@@ -108,6 +108,8 @@ def test_an_order_is_what_was_asked(app: ModuleType, labelled: Path) -> None:
         ({"class_label": 1, "conditions": {"mask": [1.0]}}, "condition mask is unknown"),
         ({"conditions": {"class_labels": 1.5}}, "condition class_labels is float64, the graph takes int64"),
         ({"conditions": {"class_labels": [1]}}, "condition class_labels has shape (1,)"),
+        ({"class_label": 5}, "condition class_labels holds 5 to 5, the graph knows 0 to 4"),
+        ({"conditions": {"class_labels": -1}}, "condition class_labels holds -1 to -1"),
         ({"conditions": {"class_labels": [[1], [1, 2]]}}, "condition class_labels is no array"),
         ({"conditions": {"class_labels": "one"}}, "condition class_labels is str"),
     ],
@@ -153,7 +155,7 @@ def test_an_order_that_fails_does_not_fail_the_others(app: ModuleType, labelled:
     sampler = open_bundle(labelled, threads=1)
     found = app.draw_together(sampler, orders(app, [3, 99, 4]))
     assert [isinstance(each, app.MmdExportError) for each in found] == [False, True, False]
-    assert "onnxruntime failed while running it" in str(found[1])
+    assert "holds 99 to 99, the manifest says 0 to 4" in str(found[1])
 
 
 def test_a_static_graph_draws_one_by_one(app: ModuleType, digits_onnx: Path) -> None:

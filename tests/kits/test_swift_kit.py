@@ -24,7 +24,6 @@ def test_every_deployment_target_is_held_to_its_system() -> None:
 
 def test_the_limit_of_the_mean_error_is_that_of_the_package() -> None:
     assert re.findall(r"meanLimit: atol / (\d+)", SAMPLER) == [f"{1 / mean_tolerance(1.0):.0f}"]
-    assert "var passed: Bool { worst <= tolerance && mean <= meanLimit }" in SAMPLER
 
 
 def test_the_package_and_its_texts_name_the_systems() -> None:

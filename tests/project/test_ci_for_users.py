@@ -144,13 +144,13 @@ def test_the_recipe_takes_no_base_that_is_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "commands.txt").exists()
 
 
-@pytest.mark.parametrize(
-    ("there", "said"), [(False, "base has no run; the base is built from the same weights"), (True, "")]
-)
-def test_the_recipe_says_where_the_base_has_no_weights_of_its_own(tmp_path: Path, there: bool, said: str) -> None:
+@pytest.mark.parametrize("model", ["{}", "guided:{}?num_heads=4&image_size=64", "ddim:{}"])
+@pytest.mark.parametrize("there", [False, True])
+def test_the_recipe_says_where_the_base_has_no_weights_of_its_own(tmp_path: Path, model: str, there: bool) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "base" / ("run" if there else "")).mkdir(parents=True)
-    done = recipe(tmp_path, NOTED, MODEL="run", BASE="base")
+    done = recipe(tmp_path, NOTED, MODEL=model.format("run"), BASE="base")
+    said = "" if there else "base has no run; the base is built from the same weights"
     assert (done.returncode, done.stderr.rstrip("\n")) == (0, said)
     built = [line for line in (tmp_path / "commands.txt").read_text().splitlines() if line.startswith("build")]
-    assert built == ["build run", "build base/run" if there else "build run"]
+    assert built == [f"build {model.format(each)}" for each in ("run", "base/run" if there else "run")]

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import threading
 import zipfile
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,10 @@ class _Session:
             raise NotAvailableError(f"runtime aotinductor: {found.detail}; {found.install}")
         import torch
 
-        self._threads = options.threads
-        self._set_threads()
+        from mmd_export.torch_device import use_threads
+
+        self._use_threads = partial(use_threads, options.threads)
+        self._use_threads()
         self._bundle = bundle
         self._names = [spec.name for spec in bundle.manifest.inputs]
         self._device = torch.device(_usable_device(bundle))
@@ -59,7 +62,7 @@ class _Session:
         import torch
 
         check_inputs(self._bundle, inputs)
-        self._set_threads()
+        self._use_threads()
         given = [torch.from_numpy(np.ascontiguousarray(inputs[name])).to(self._device) for name in self._names]
         try:
             # float32 means float32: convolutions on a GPU would round to TF32
@@ -70,13 +73,6 @@ class _Session:
                 f"bundle {self._bundle.name}: torch failed while running it: {one_line(error)}"
             ) from error
         return {"sample": sample.cpu().numpy()}
-
-    def _set_threads(self) -> None:
-        """Of the calling thread, for whose parallel regions OpenMP keeps a number of its own."""
-        import torch
-
-        if self._threads:
-            torch.set_num_threads(self._threads)
 
 
 def _usable_device(bundle: Bundle) -> str:

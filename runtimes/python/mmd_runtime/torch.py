@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,8 +45,10 @@ class _TorchSession:
     def __init__(self, bundle: Bundle, options: RunOptions) -> None:
         if not (found := RUNTIME.availability()).available:
             raise NotAvailableError(f"runtime torch: {found.detail}; {found.install}")
-        self.threads = options.threads
-        self._set_threads()
+        from mmd_export.torch_device import use_threads
+
+        self._use_threads = partial(use_threads, options.threads)
+        self._use_threads()
         self.bundle = bundle
         self.sampler = _sampler(bundle, options)
         self.uint8 = bundle.manifest.spec("sample").dtype == "uint8"
@@ -57,7 +60,7 @@ class _TorchSession:
         from mmd_export.reference import run_chain, to_uint8
 
         check_inputs(self.bundle, inputs)
-        self._set_threads()
+        self._use_threads()
         results = run_chain(self.sampler, dict(inputs))
         return results | {"sample": to_uint8(results["sample"])} if self.uint8 else results
 
@@ -65,7 +68,6 @@ class _TorchSession:
         import torch
 
         self._require_known(step, known)
-        self._set_threads()
         tensors: dict[tuple[str, int], Any] = {}
         for s, noise in enumerate(known.get("step_noise", ())):
             tensors["noise", s] = torch.from_numpy(np.ascontiguousarray(noise))
@@ -82,13 +84,6 @@ class _TorchSession:
             self.sampler.advance(step - 1, tensors, conditions)
         result: Array = tensors["state", step].numpy()
         return result
-
-    def _set_threads(self) -> None:
-        """Of the calling thread, for whose parallel regions OpenMP keeps a number of its own."""
-        import torch
-
-        if self.threads:
-            torch.set_num_threads(self.threads)
 
     def _require_known(self, step: int, known: Arrays) -> None:
         """Raise UsageError unless ``step`` exists and everything that it starts from is given."""
