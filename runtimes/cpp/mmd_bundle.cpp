@@ -474,6 +474,11 @@ class ManifestReader {
         if (!is_batch && (!whole || *whole < 1)) invalid(where, "shape: ", size.value, " is no dimension");
         spec.shape.push_back(is_batch ? -1 : *whole);
       }
+      if (const Json *below = item.find("below"); below && below->kind != Json::null) {
+        const std::optional<int64_t> whole = as_whole(*below);
+        if (!whole || *whole < 1) invalid(where, "below: ", below->value, " is no number from 1 on");
+        spec.below = *whole;
+      }
       found.push_back(std::move(spec));
     }
     return found;
@@ -1319,6 +1324,11 @@ int64_t Sampler::count_of(const Tensors &inputs) const {
     if (tensor.dtype != spec.dtype || tensor.shape != says || count < 1)
       refuse(text("input '", spec.name, "' is ", name_of(tensor.dtype), " ", name_of(tensor.shape),
                   ", the manifest says ", name_of(spec.dtype), " ", name_of(says), " for ", count, " images"));
+    if (spec.dtype != DType::int64 || spec.below == 0 || tensor.data.empty()) continue;
+    const int64_t *first = tensor.as<int64_t>();
+    const auto [low, high] = std::minmax_element(first, first + tensor.data.size() / sizeof(int64_t));
+    if (*low < 0 || *high >= spec.below)
+      refuse(text("input '", spec.name, "' holds ", *low, " to ", *high, ", the manifest says 0 to ", spec.below - 1));
   }
   return count;
 }

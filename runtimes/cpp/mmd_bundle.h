@@ -121,10 +121,12 @@ struct Tensor {
 using Tensors = std::map<std::string, Tensor>;
 
 /* A dimension of -1 is the batch, where the graph takes several. */
+/* below: int64 values are 0 ... below - 1; 0 where the manifest does not tell. */
 struct TensorSpec {
   std::string name;
   DType dtype = DType::float32;
   Shape shape;
+  int64_t below = 0;
 };
 
 /* The batches that the graph takes: sizes, ascending, or else lowest ... highest. */

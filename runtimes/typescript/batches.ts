@@ -35,5 +35,16 @@ export function checkInputs({ name: bundle, inputs: specs }: Manifest, inputs: T
     const shape = spec.shape.map((length, axis) => (axis === batchAxis(spec.name) ? count : length));
     const found = `${tensor.dtype} (${tensor.shape.join(", ")})`, says = `${spec.dtype} (${shape.join(", ")})`;
     if (found !== says) throw new UsageError(`bundle ${bundle}: input '${spec.name}' is ${found}, it takes ${says}`);
+    const outside = firstOutside(tensor, spec.below);
+    if (outside !== undefined) {
+      const range = `0 to ${Number(spec.below) - 1}`;
+      throw new UsageError(`bundle ${bundle}: input '${spec.name}' holds ${outside}, the manifest says ${range}`);
+    }
   }
+}
+
+/** The first value of an int64 tensor that is not in 0 ... `below` - 1. */
+function firstOutside({ values }: Tensor, below: number | null): bigint | undefined {
+  if (below === null || !(values instanceof BigInt64Array)) return undefined;
+  return values.find((value) => value < 0n || value >= BigInt(below));
 }

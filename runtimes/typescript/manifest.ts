@@ -16,6 +16,8 @@ export interface TensorSpec {
   readonly name: string;
   readonly dtype: Dtype;
   readonly shape: readonly (number | "batch")[];
+  /** int64 values are 0 ... below - 1; null where the manifest does not tell. */
+  readonly below: number | null;
 }
 
 /** The batches that a graph takes: either a list, or all from a lowest to a highest. */
@@ -111,7 +113,8 @@ function readSpec(fields: Fields): TensorSpec {
     throw fields.invalid("dtype", `is '${dtype}', not float32, int64 or uint8`);
   }
   const shape = fields.values("shape", (length) => length === "batch" || positive(length));
-  return { name: fields.text("name"), dtype, shape: shape as (number | "batch")[] };
+  const below = fields.isNull("below") ? null : fields.whole("below", 1);
+  return { name: fields.text("name"), dtype, shape: shape as (number | "batch")[], below };
 }
 
 function readBatch(fields: Fields): Batch {

@@ -22,7 +22,7 @@ from tests.attacks import ATTACKS, Attack
 from tests.export.bundles import UNDRAWN, undrawn
 from tests.kits.cpp_builds import Build, call, configure_and_build, libraries
 from tests.kits.engines import engine_bundle
-from tests.kits.wrong import with_other_artefact, with_other_sample, with_truncated_bytes
+from tests.kits.wrong import with_other_artefact, with_other_sample, with_truncated_bytes, with_unknown_ranges
 from tests.models import LABELS, TWO_LEVELS, save_model
 from tests.project.checks import ROOT
 
@@ -189,8 +189,16 @@ def test_code_in_an_engine_runs_where_the_lock_says_that_it_is_there(
     assert ("model.plan cannot be loaded: TensorRT: the engine holds host code" in done.stderr) == (code == 5)
 
 
+@pytest.mark.parametrize("label", [5, -1])
+def test_a_label_that_the_model_does_not_know(label: int, plain: Build, everything: Path, tmp_path: Path) -> None:
+    done = plain.run("--bundle", everything, "--class-label", label, "--out", tmp_path / "none.png")
+    assert done.returncode == 2, done.stderr
+    assert f"input 'class_labels' holds {label} to {label}, the manifest says 0 to 4" in done.stderr
+
+
 def test_a_run_that_fails_is_no_damaged_bundle(plain: Build, everything: Path, tmp_path: Path) -> None:
-    refused = plain.run("--bundle", everything, "--class-label", 999, "--out", tmp_path / "none.png")
+    unknown = with_unknown_ranges(everything, tmp_path / "unknown")
+    refused = plain.run("--bundle", unknown, "--class-label", 999, "--out", tmp_path / "none.png")
     engine = plain.run("--bundle", engine_bundle(tmp_path / "engine", "3", 1), "--self-test")
     for done, library in ((refused, "onnxruntime"), (engine, "TensorRT")):
         assert done.returncode == 1, done.stderr

@@ -137,6 +137,9 @@ def test_labels_step_noise_and_weights_in_a_file_of_their_own(
     refused = run(project, "--bundle", bundle.folder, "--out", tmp_path / "any.png")
     assert refused.returncode == 2
     assert "input 'class_labels' is missing" in refused.stderr
+    outside = run(project, "--bundle", bundle.folder, "--class-label", 5, "--out", tmp_path / "any.png")
+    assert outside.returncode == 2
+    assert "input 'class_labels' holds 5, the manifest says 0 to 4" in outside.stderr
     drawn = run(project, "--bundle", bundle.folder, "--class-label", 3, "--count", 4, "--out", tmp_path / "three.png")
     assert drawn.returncode == 0, drawn.stderr
     options = SampleOptions(str(bundle.folder), seed=0, count=4, class_label=3)

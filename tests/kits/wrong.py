@@ -25,16 +25,22 @@ def with_truncated_bytes(source: Path, out: Path) -> Path:
     return _rewrite(source, out, {"sample": levels.astype(np.uint8).transpose(0, 2, 3, 1)}, None)
 
 
+def with_unknown_ranges(source: Path, out: Path) -> Path:
+    """A copy that does not tell what its labels may be."""
+    inputs = tuple(spec.model_copy(update={"below": None}) for spec in Bundle.open(source).manifest.inputs)
+    return _rewrite(source, out, {}, None, inputs=inputs)
+
+
 def with_other_artefact(source: Path, out: Path, artefact: bytes) -> Path:
     """A copy whose artefact is other bytes, rightly listed."""
     return _rewrite(source, out, {}, artefact)
 
 
-def _rewrite(source: Path, out: Path, arrays: dict[str, NDArray[Any]], artefact: bytes | None) -> Path:
+def _rewrite(source: Path, out: Path, arrays: dict[str, NDArray[Any]], artefact: bytes | None, **fields: Any) -> Path:
     good = Bundle.open(source)
     golden = good.golden()
     states = {f"state.{k}": np.asarray(state) for k, state in enumerate(golden.states, start=1)}
-    draft = ManifestDraft(**{name: getattr(good.manifest, name) for name in ManifestDraft.model_fields})
+    draft = ManifestDraft(**{name: getattr(good.manifest, name) for name in ManifestDraft.model_fields} | fields)
 
     def write(folder: Path) -> None:
         data = good.artefact_path.read_bytes() if artefact is None else artefact

@@ -151,6 +151,10 @@ public final class Sampler {
             guard found == says else {
                 throw wrong("input '\(spec.name)' is \(found), the manifest says \(says) for \(count) images")
             }
+            guard let below = spec.below, spec.dtype == "int64" else { continue }
+            if let outside = MLShapedArray<Int32>(converting: array).scalars.first(where: { $0 < 0 || $0 >= below }) {
+                throw wrong("input '\(spec.name)' holds \(outside), the manifest says 0 to \(below - 1)")
+            }
         }
         let known = Set(conditionSpecs.map(\.name))
         if let name = given.keys.sorted().first(where: { !known.contains($0) }) {

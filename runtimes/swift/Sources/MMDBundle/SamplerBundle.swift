@@ -13,6 +13,8 @@ public struct Manifest: Decodable {
         public let name: String
         public let dtype: String
         public let shape: [Int]
+        /// int64 values are 0 ... below - 1; nil where the manifest does not tell.
+        public let below: Int?
     }
     public struct File: Decodable {
         public let path: String
