@@ -189,11 +189,10 @@ def test_code_in_an_engine_runs_where_the_lock_says_that_it_is_there(
     assert ("model.plan cannot be loaded: TensorRT: the engine holds host code" in done.stderr) == (code == 5)
 
 
-@pytest.mark.parametrize("label", [5, -1])
-def test_a_label_that_the_model_does_not_know(label: int, plain: Build, everything: Path, tmp_path: Path) -> None:
-    done = plain.run("--bundle", everything, "--class-label", label, "--out", tmp_path / "none.png")
+def test_a_label_that_the_model_does_not_know(plain: Build, everything: Path, tmp_path: Path) -> None:
+    done = plain.run("--bundle", everything, "--class-label", 5, "--out", tmp_path / "none.png")
     assert done.returncode == 2, done.stderr
-    assert f"input 'class_labels' holds {label} to {label}, the manifest says 0 to 4" in done.stderr
+    assert "input 'class_labels' holds 5 to 5, the manifest says 0 to 4" in done.stderr
 
 
 def test_a_run_that_fails_is_no_damaged_bundle(plain: Build, everything: Path, tmp_path: Path) -> None:
