@@ -147,9 +147,13 @@ def draw_budgets(result: Mapping[str, Any], path: Path) -> None:
             ]
             if not points:
                 continue
-            axis.plot([steps for steps, _ in points], [sum(values) / len(values) for _, values in points], label=label)
+            means = [sum(values) / len(values) for _, values in points]
+            axis.plot([steps for steps, _ in points], means, "o-", label=label)
             axis.plot(*zip(*((steps, value) for steps, values in points for value in values), strict=True), "k.", ms=3)
         axis.set(xlabel="steps", title=title, xscale="log")
+        budgets = list(by_budget(result["cells"]))
+        axis.set_xticks(budgets, [str(steps) for steps in budgets])
+        axis.minorticks_off()
         axis.grid(alpha=0.3, which="both")
     axes[0].set_yscale("log")
     axes[0].legend()
