@@ -133,6 +133,7 @@ def draw_budgets(result: Mapping[str, Any], path: Path) -> None:
     """Held-out distance and recall by budget, a line for each method through the mean of its seeds."""
     from matplotlib.figure import Figure
 
+    found = by_budget(result["cells"])
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, name, title in (
@@ -142,7 +143,7 @@ def draw_budgets(result: Mapping[str, Any], path: Path) -> None:
         for method, label in METHODS.items():
             points = [
                 (steps, [cell[name] for cell in methods[method]])
-                for steps, methods in by_budget(result["cells"]).items()
+                for steps, methods in found.items()
                 if method in methods
             ]
             if not points:
@@ -151,8 +152,7 @@ def draw_budgets(result: Mapping[str, Any], path: Path) -> None:
             axis.plot([steps for steps, _ in points], means, "o-", label=label)
             axis.plot(*zip(*((steps, value) for steps, values in points for value in values), strict=True), "k.", ms=3)
         axis.set(xlabel="steps", title=title, xscale="log")
-        budgets = list(by_budget(result["cells"]))
-        axis.set_xticks(budgets, [str(steps) for steps in budgets])
+        axis.set_xticks(list(found), [str(steps) for steps in found])
         axis.minorticks_off()
         axis.grid(alpha=0.3, which="both")
     axes[0].set_yscale("log")

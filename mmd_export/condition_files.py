@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from mmd_export.conditions import Condition
+from mmd_export.conditions import Condition, outside
 from mmd_export.errors import UsageError, one_line
 
 _KINDS = {"float32": "f", "int64": "iub"}
@@ -110,6 +110,6 @@ def _fitted(array: NDArray[Any], wanted: Condition, count: int | None, path: Pat
         raise UsageError(f"{where} is {array.shape}; {one} for all images or {told} for each is expected")
     if not np.isfinite(array).all():
         raise UsageError(f"{where} holds NaN or infinity")
-    if wanted.below is not None and not ((array >= 0) & (array < wanted.below)).all():
-        raise UsageError(f"{where} holds {array.min()} to {array.max()}; 0 to {wanted.below - 1} are expected")
+    if found := outside(array, wanted.below):
+        raise UsageError("{} holds {}; {} are expected".format(where, *found))
     return np.array(np.broadcast_to(array, all_), dtype=wanted.dtype, order="C")

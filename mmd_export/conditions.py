@@ -15,6 +15,13 @@ from mmd_export.noise import sampler_noise
 CLASS_LABELS = "class_labels"
 
 
+def outside(values: NDArray[Any], below: int | None) -> tuple[str, str] | None:
+    """What ``values`` hold and what is allowed, as "0 to 4", where one of them is not in 0 ... ``below`` - 1."""
+    if below is None or not values.size or 0 <= values.min() <= values.max() < below:
+        return None
+    return f"{values.min()} to {values.max()}", f"0 to {below - 1}"
+
+
 @dataclass(frozen=True)
 class Condition:
     """One input of the network and of the graph, under diffusers' name.

@@ -37,6 +37,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Histogram
 
 from mmd_export.bundle import Bundle, Manifest
+from mmd_export.conditions import outside
 from mmd_export.errors import MmdExportError, ParityError, UsageError, one_line
 from mmd_export.pictures import grid
 from mmd_runtime.app import Sampler, open_bundle
@@ -127,9 +128,8 @@ def one_order(wanted: Wanted, manifest: Manifest, max_count: int) -> Order:
             raise RefusedError(422, f"condition {name} is {row.dtype.name}, the graph takes {spec.dtype}")
         if row.shape != shape or not np.isfinite(row).all():
             raise RefusedError(422, f"condition {name} has shape {row.shape}, the graph takes finite {shape}")
-        if spec.below is not None and not 0 <= row.min() <= row.max() < spec.below:
-            holds = f"{row.min()} to {row.max()}"
-            raise RefusedError(422, f"condition {name} holds {holds}, the graph knows 0 to {spec.below - 1}")
+        if found := outside(row, spec.below):
+            raise RefusedError(422, "condition {} holds {}, the graph knows {}".format(name, *found))
         rows[name] = row[np.newaxis].astype(spec.dtype)
     return Order(wanted.seed, wanted.count, wanted.first, rows)
 

@@ -19,6 +19,14 @@ def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def longer_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three times the work of ``digits_bundle``, batches 1 and 3."""
+    out = tmp_path_factory.mktemp("bundles") / "digits-6"
+    build(BuildOptions("digits", "onnx", out, steps=6, batch="1,3", verify=False))
+    return out
+
+
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
     """Run one command in this process; exit code, stdout, stderr."""
@@ -29,3 +37,13 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
         return code, captured.out, captured.err
 
     return call
+
+
+def fails(command: Command, code: int, says: str, *arguments: object) -> str:
+    """Hold one command to its exit code and its one line, which is returned."""
+    found, _, err = command(*arguments)
+    last = err.strip().splitlines()[-1]
+    assert found == code, err
+    assert says in last
+    assert "Traceback" not in err
+    return last

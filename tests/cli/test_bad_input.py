@@ -25,7 +25,7 @@ from mmd_export.checkpoint import BUILT_IN
 from mmd_export.cli import app, run
 from mmd_export.cli_errors import _EXTRAS
 from mmd_export.errors import NotAvailableError
-from tests.cli.conftest import Command
+from tests.cli.conftest import Command, fails
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -104,7 +104,7 @@ def test_what_a_package_asks_for_later_is_no_fault_of_its_import(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "onnx_ir", raising=False)
     package = importlib.import_module("onnx_ir")
-    monkeypatch.delitem(sys.modules, "onnx_ir")
+    del sys.modules["onnx_ir"]  # not by monkeypatch, which would put this one back
     assert run(lambda **_: package.load(), []) == 1
     assert "unexpected error: ImportError: 4-bit weights need" in capsys.readouterr().err
 
@@ -121,15 +121,6 @@ def test_the_extras_are_those_of_the_project() -> None:
 def model(tmp_path: Path) -> Path:
     """A copy of the built-in diffusers folder to damage."""
     return Path(shutil.copytree(BUILT_IN["digits"], tmp_path / "model"))
-
-
-def fails(command: Command, code: int, says: str, *arguments: object) -> str:
-    found, _, err = command(*arguments)
-    last = err.strip().splitlines()[-1]
-    assert found == code, err
-    assert says in last
-    assert "Traceback" not in err
-    return last
 
 
 def build(model: object, out: Path, *more: object) -> tuple[object, ...]:
@@ -245,83 +236,6 @@ def test_bundle_of_another_checkpoint(command: Command, digits_bundle: Path, mod
 
 def test_not_a_bundle(command: Command, tmp_path: Path) -> None:
     fails(command, 2, "is not a bundle", "verify", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("sample", "--out", "grid.jpg"), "--out is grid.jpg, pictures are written as PNG; name it grid.png"),
-        (("inspect", "--plot", "plan.pdf"), "--plot is plan.pdf, pictures are written as PNG; name it plan.png"),
-        (("evaluate", "--plot", "values.svg"), "--plot is values.svg, pictures are written as PNG; name it values.png"),
-        (("inspect", "--json", "."), "--json . cannot be written: it is a folder; name another file"),
-        (("verify", "--junit", f"{__file__}/a.xml"), f"/a.xml cannot be written: {__file__} is no folder; name"),
-        (("bench", "--summary", "."), "--summary . cannot be written: it is a folder; name another file"),
-        (("bench", "--save-baseline", "."), "--save-baseline . cannot be written: it is a folder; name another file"),
-        (("sample", "--out", "."), "--out . cannot be written: it is a folder; name another file"),
-        (("report", "-o", "."), "--out . cannot be written: it is a folder; name another file"),
-        (("evaluate", "--plot", "."), "--plot . cannot be written: it is a folder; name another file"),
-        (("inspect", "--plot", "."), "--plot . cannot be written: it is a folder; name another file"),
-        (("sample", "--out", f"{__file__}/a.png"), f"/a.png cannot be written: {__file__} is no folder; name"),
-        (("report", "--out", f"{__file__}/a.html"), f"/a.html cannot be written: {__file__} is no folder; name"),
-    ],
-)
-def test_what_cannot_be_written_is_refused_before_anything_is_read(
-    command: Command, arguments: tuple[str, ...], says: str
-) -> None:
-    name, *options = arguments
-    fails(command, 2, says, name, "nowhere", *options)
-
-
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc, in which even root can make nothing")
-def test_a_place_is_tried_and_its_rights_are_not_believed(command: Command) -> None:
-    fails(command, 2, "--json /proc/a.json cannot be written: /proc: ", "inspect", "nowhere", "--json", "/proc/a.json")
-
-
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc, in which even root can make nothing")
-def test_where_a_link_leads_is_tried(command: Command, tmp_path: Path) -> None:
-    link = tmp_path / "a.json"
-    link.symlink_to("/proc/a.json")
-    fails(command, 2, f"--json {link} cannot be written: /proc: ", "inspect", "nowhere", "--json", link)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "flag"),
-    [
-        ("sample", (), "--out grid.png"),
-        ("report", (), "--out report.html"),
-        ("verify", ("--json", "new/verify.json"), "--json new/verify.json"),
-        ("verify", ("--junit", "-"), "--junit -"),
-        ("bench", ("--save-baseline", "ratio.json"), "--save-baseline ratio.json"),
-        ("evaluate", ("--plot", "values.png"), "--plot values.png"),
-    ],
-)
-def test_nothing_is_written_into_a_bundle(
-    command: Command,
-    digits_bundle: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    options: tuple[str, ...],
-    flag: str,
-) -> None:
-    """Its files are sealed: one more, and it is refused for good."""
-    before = sorted(digits_bundle.rglob("*"))
-    monkeypatch.chdir(digits_bundle)
-    says = f"{flag} cannot be written: {digits_bundle.resolve()} is a bundle, which takes no other files; name another"
-    fails(command, 2, says, name, ".", *options)
-    assert sorted(digits_bundle.rglob("*")) == before
-
-
-def test_the_commands_of_a_card_leave_the_bundle_as_it_is(
-    command: Command, digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle = Path(shutil.copytree(digits_bundle, tmp_path / "b"))
-    monkeypatch.chdir(bundle)
-    said = re.findall(r"`mmd-export ((?:verify|sample) .*?)`", (bundle / "README.md").read_text(encoding="utf-8"))
-    assert [line.split()[0] for line in said] == ["verify", "sample"]
-    for line in (*said, said[0]):
-        code, _, err = command(*line.split())
-        assert code == 0, err
-    assert (tmp_path / "grid.png").is_file()
 
 
 def test_a_plan_that_is_not_known_is_refused_before_the_table(command: Command, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmd_export.bundle import BatchSpec, Bundle, TensorSpec, batch_axis
+from mmd_export.conditions import outside
 from mmd_export.errors import UsageError
 from mmd_export.runtime import Arrays, Session
 
@@ -35,10 +36,8 @@ def check_array(bundle: Bundle, array: Any, spec: TensorSpec, count: int | None 
     if not isinstance(array, np.ndarray) or array.dtype.name != spec.dtype:
         found = array.dtype.name if isinstance(array, np.ndarray) else type(array).__name__
         raise UsageError(f"{where} is {found}, the manifest says {spec.dtype}; convert it with np.asarray")
-    if spec.below is not None and array.size and not 0 <= array.min() <= array.max() < spec.below:
-        raise UsageError(
-            f"{where} holds {array.min()} to {array.max()}, the manifest says 0 to {spec.below - 1}; give such values"
-        )
+    if found := outside(array, spec.below):
+        raise UsageError("{} holds {}, the manifest says {}; give such values".format(where, *found))
     found_count = _images(array, spec)
     if _matches(array, spec, found_count):
         bundle.manifest.batch.check(found_count, bundle.name, spec.name)
