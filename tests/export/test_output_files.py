@@ -118,3 +118,11 @@ def test_a_file_that_cannot_be_renamed_over_is_copied_over(tmp_path: Path, monke
     numbers(place)
     assert json.loads(place.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [place]
+
+
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="no file here whose folder takes no others")
+def test_a_file_in_a_folder_that_takes_no_other_is_written_where_it_is() -> None:
+    place = Path("/proc/self/oom_score_adj")
+    kept = place.read_text()
+    write_text(place, kept)
+    assert place.read_text() == kept
