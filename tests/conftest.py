@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -30,7 +30,27 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """onnxscript lists its operators anew for every export, always the same, in a third of a second; once will do."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("onnxscript._framework_apis.torch_") and not hasattr(module.get_torchlib_ops, "cache_info"):
-            module.get_torchlib_ops = functools.cache(module.get_torchlib_ops)  # type: ignore[attr-defined]
+    """What torch lists anew for every export, always the same, in a third of a second, is listed once."""
+    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
+    if registration and not hasattr(registration.ONNXRegistry.from_torchlib, "cache_info"):
+        registry = registration.ONNXRegistry
+        registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+    utilities = sys.modules.get("torch._export.utils")
+    if utilities and not hasattr(utilities._materialize_cpp_cia_ops, "__wrapped__"):
+        utilities._materialize_cpp_cia_ops = _once_a_listing(utilities._materialize_cpp_cia_ops)  # type: ignore[attr-defined]
+
+
+def _once_a_listing(look_up: Callable[[], None]) -> Callable[[], None]:
+    """``look_up``, which makes torch look up its composite operators, again only when a library has registered more."""
+    last: list[str] = []
+
+    @functools.wraps(look_up)
+    def wrapper() -> None:
+        import torch
+
+        listed = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
+        if listed != last:
+            look_up()
+            last[:] = listed
+
+    return wrapper
