@@ -26,6 +26,7 @@ from mmd_export.card import model_card, with_lineage
 from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.condition_files import with_examples
 from mmd_export.conditions import Condition
+from mmd_export.decoder import decoded_shape
 from mmd_export.errors import NotAvailableError, UsageError
 from mmd_export.folders import scratch_folder
 from mmd_export.heap import release_heap
@@ -37,6 +38,7 @@ from mmd_export.reference import golden_arrays
 from mmd_export.runtime import ChainSession, RunOptions
 from mmd_export.target_options import DEFAULTS, TargetOptions, flag
 from mmd_export.targets import (
+    ChecksImages,
     ChecksOptions,
     Compiled,
     CompileOptions,
@@ -117,7 +119,8 @@ def _prepare(options: BuildOptions, notify: Callable[[str], None]) -> _Prepared:
     checkpoint = replace(
         checkpoint, conditions=with_examples(checkpoint.conditions, options.conditions, checkpoint.name)
     )
-    _require_picture(options, checkpoint)
+    static = batch.smallest if batch.is_static else None
+    _require_images(options, target, checkpoint, static)
     for warning in checkpoint.warnings:
         notify(f"warning: {warning}")
     tuned = checkpoint.tuned_precision
@@ -136,7 +139,6 @@ def _prepare(options: BuildOptions, notify: Callable[[str], None]) -> _Prepared:
     weight_bytes = sum(weight.nbytes for weight in checkpoint.denoiser.state_dict().values())
     release_heap(weight_bytes)
     notify("capturing one network call")
-    static = batch.smallest if batch.is_static else None
     program = export_program(
         checkpoint.denoiser, plan, checkpoint.shape, static, checkpoint.conditions, checkpoint.decoder
     )
@@ -293,10 +295,15 @@ def require_batches(target: Target, batch: BatchSpec) -> None:
         )
 
 
-def _require_picture(options: BuildOptions, checkpoint: Checkpoint) -> None:
-    """Raise UsageError for bytes of a latent."""
-    if options.output == "uint8" and checkpoint.latent and checkpoint.decoder is None:
+def _require_images(options: BuildOptions, target: Target, checkpoint: Checkpoint, batch: int | None) -> None:
+    """Raise UsageError for bytes of a latent, and what the target raises for images that it cannot hold as bytes."""
+    if options.output != "uint8":
+        return
+    decoder, shape = checkpoint.decoder, checkpoint.shape
+    if checkpoint.latent and decoder is None:
         raise UsageError(f"{checkpoint.name} makes latents, --output uint8 is for images; add --decode")
+    if isinstance(target, ChecksImages):
+        target.require_images(batch, (shape if decoder is None else decoded_shape(decoder, shape))[0])
 
 
 def golden_count(batch: BatchSpec) -> int:

@@ -91,6 +91,15 @@ class ChecksOptions(Protocol):
 
 
 @runtime_checkable
+class ChecksImages(Protocol):
+    """A target whose format does not hold every image as bytes."""
+
+    def require_images(self, batch: int | None, channels: int) -> None:
+        """Raise NotAvailableError for those that it does not, before any is computed."""
+        ...
+
+
+@runtime_checkable
 class DeferrableTarget(Target, Protocol):
     """One that compiles an ONNX file, and so can do it later, without torch, where the result will run."""
 

@@ -45,6 +45,14 @@ class CoreMLTarget:
 
         checked_system(options.deployment_target), checked_units(options.compute_units)
 
+    def require_images(self, batch: int | None, channels: int) -> None:
+        """Raise for what no image of Core ML can hold."""
+        if batch != 1 or channels not in (1, 3):
+            raise NotAvailableError(
+                f"target coreml gives uint8 as one picture of 1 or 3 channels, asked are {batch} of {channels}; "
+                "use --batch 1, or --output float32"
+            )
+
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
         """``model.mlpackage``; one program gives the same bytes."""
         from mmd_export.coreml.capture import capture
@@ -54,7 +62,8 @@ class CoreMLTarget:
 
         system, units = checked_system(options.target.deployment_target), checked_units(options.target.compute_units)
         channels = (program.shape if program.decoder is None else program.decoder.shape)[0]
-        _require_picture(options.output, program.batch, channels)
+        if options.output == "uint8":
+            self.require_images(program.batch, channels)
         captured = capture(program, options.output)
         islands: frozenset[str] = frozenset()
         if options.precision != "fp32":
@@ -66,15 +75,6 @@ class CoreMLTarget:
         graph = write_package(model, folder / self.artefact, {"compute_units": units})
         toolchain = {name: version(name) for name in ("torch", "coremltools")}
         return Compiled(graph, toolchain, {"deployment_target": system, "compute_units": units})
-
-
-def _require_picture(output: str, batch: int | None, channels: int) -> None:
-    """Raise NotAvailableError for bytes that no image of Core ML can hold."""
-    if output == "uint8" and (batch != 1 or channels not in (1, 3)):
-        raise NotAvailableError(
-            f"target coreml gives uint8 as one picture of 1 or 3 channels, asked are {batch} of {channels}; "
-            "use --batch 1, or --output float32"
-        )
 
 
 TARGET = CoreMLTarget()

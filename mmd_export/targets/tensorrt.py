@@ -58,8 +58,8 @@ class EngineTarget:
         return found
 
     def require_options(self, precision: str, options: TargetOptions) -> None:
-        """Raise where a GPU is needed and missing, or those that are named lack the precision."""
-        from mmd_export.trt.engine import require_capable, require_gpu_where_needed
+        """Raise where a GPU is needed and missing, those that are named lack the precision, or no cache can be."""
+        from mmd_export.trt.engine import make_cache, require_capable, require_gpu_where_needed
 
         require_gpu_where_needed(self.library, options, find_device())
         require_capable(precision, options)
@@ -67,6 +67,8 @@ class EngineTarget:
             raise NotAvailableError(
                 "--compress needs the module lzma, which this Python is built without; leave it out"
             )
+        if options.cache is not None:
+            make_cache(options.cache)
 
     def compile(self, program: SamplerProgram, folder: Path, options: CompileOptions) -> Compiled:
         """``model.plan``, packed if asked for, and ``model.onnx`` beside an engine without weights."""

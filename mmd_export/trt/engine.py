@@ -54,7 +54,7 @@ def build_engine(library: Library, request: Request, engine: Path) -> LockFacts:
         request.notify(f"{library.title}: engine {key[:12]} was built before, taken from {folder}")
     else:
         request.notify(f"{library.title}: building an engine of {nodes:,} nodes")
-        _make(folder)
+        make_cache(folder)
         with scratch_folder() as scratch:
             if library.rewrite:
                 job = replace(job, onnx=str(rewritten(request.onnx.absolute(), scratch)))
@@ -63,8 +63,8 @@ def build_engine(library: Library, request: Request, engine: Path) -> LockFacts:
     return _facts(library, request.options, digest, said, device)
 
 
-def _make(folder: Path) -> None:
-    """The folder of the cache, before the long build rather than after it."""
+def make_cache(folder: Path) -> None:
+    """The folder of the cache, before what takes long rather than after it; raises UsageError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -106,9 +106,11 @@ def test_bytes_are_a_picture(built: Built, tiny: Path) -> None:
 
 def test_what_no_picture_holds_is_refused(tiny: Path, tiny_attention: Path, tmp_path: Path, built: Built) -> None:
     options = BuildOptions(model=str(tiny), target="coreml", out=tmp_path / "out", steps=2, output="uint8")
+    stages: list[str] = []
     for wrong in (replace(options, batch="2"), replace(options, model=str(tiny_attention))):
         with pytest.raises(NotAvailableError, match=r"one picture of 1 or 3 channels, asked are \d of \d"):
-            build(wrong)
+            build(wrong, stages.append)
+    assert stages == ["reading the checkpoint"] * 2
     with pytest.raises(NotAvailableError, match="one batch size an artefact, --batch is 1,2"):
         build(replace(options, batch="1,2"))
 

@@ -231,8 +231,12 @@ def test_weights_beside_the_graph_are_found(attention: SamplerProgram, tmp_path:
 @pytest.mark.usefixtures("_rtx")
 def test_a_cache_that_cannot_be(deferred: Bundle, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"--cache .*file/cache cannot be made: Not a directory; choose another"):
-        finalize(FinalizeOptions(deferred.folder, tmp_path / "b", cache=tmp_path / "file" / "cache"))
+    chosen = TargetOptions(cache=tmp_path / "file" / "cache")
+    refusal = r"--cache .*file/cache cannot be made: Not a directory; choose another"
+    with pytest.raises(UsageError, match=refusal):
+        finalize(FinalizeOptions(deferred.folder, tmp_path / "b", cache=chosen.cache))
+    with pytest.raises(UsageError, match=refusal):
+        build(BuildOptions("is not read", "tensorrt-rtx", tmp_path / "b", of_target=chosen))
     assert not (tmp_path / "b").exists()
 
 
