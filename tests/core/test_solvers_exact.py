@@ -68,6 +68,10 @@ ORDERS: dict[str, tuple[str, dict[str, Any], int, Gain, float]] = {
     "dpm 2M": ("DPMSolverMultistepScheduler", {**FINE, **LU, "algorithm_type": "dpmsolver"}, 2, vp_gain, SIGMA_MIN),
     # Its first step is of first order, whose error h^2 stays.
     "dpm++ 3M": ("DPMSolverMultistepScheduler", {**FINE, **LU, **THIRD}, 2, vp_gain, SIGMA_MIN),
+    "dpm++ 2S": ("DPMSolverSinglestepScheduler", {**FINE, **KARRAS, **TO_MIN}, 2, vp_gain, SIGMA_MIN),
+    "deis 2": ("DEISMultistepScheduler", {**FINE, **KARRAS}, 2, vp_gain, SIGMA_MIN),
+    "unipc 2": ("UniPCMultistepScheduler", {**FINE, **KARRAS, **TO_MIN}, 3, vp_gain, SIGMA_MIN),  # its corrector adds 1
+    "pndm": ("PNDMScheduler", {**FINE, "skip_prk_steps": True}, 1, vp_gain, 0.0),  # that of its start
     "edm euler": ("EDMEulerScheduler", EDM, 1, ve_gain, 0.002),
     "edm dpm++ 2M": ("EDMDPMSolverMultistepScheduler", {**EDM, **EXPONENTIAL}, 2, ve_gain, 0.002),
     "flow euler": ("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 10**6}, 1, flow_gain, 0.0),
@@ -88,22 +92,56 @@ def test_the_order_of_accuracy(name: str) -> None:
     assert abs(found[-1] - order) < 0.25, (errors, found)
 
 
-@pytest.mark.parametrize("sampler", ["euler-ancestral", "dpmsolver-sde", "lcm", "tcd"])
+@pytest.mark.parametrize("sampler", ["euler-ancestral", "dpmsolver-sde", "tcd"])
 def test_the_variance_of_stochastic_samples_converges(sampler: str) -> None:
     """Independent unit noises: the variance of the sample is the sum of the squared gains, and tends to s^2."""
     config = SchedulerConfig.from_dict({"_class_name": "DDIMScheduler", **FINE, "timestep_spacing": "linspace"})
     errors = []
     for steps in (12, 24, 48):
         plan = make_plan(config, steps, sampler=sampler, eta=0.0 if sampler == "tcd" else None)
-        inputs = 1 + plan.noisy_steps
-        basis = torch.eye(inputs, dtype=torch.float64).reshape(inputs, inputs, 1, 1, 1)
-        unrolled = UnrolledSampler(GaussianDenoiser(plan), replace(plan, clamp_output=False))
-        gains = unrolled(basis[0], basis[1:] if plan.noisy_steps else None).flatten().numpy()
-        errors.append(abs(float(np.square(gains).sum()) / S**2 - 1.0))
-    if sampler == "lcm":  # it jumps to the posterior mean and back: its variance is too small by design
-        return
+        errors.append(abs(variance(plan) / S**2 - 1.0))
     assert errors == sorted(errors, reverse=True), errors
     assert errors[-1] < 0.7 * errors[0], errors
+
+
+def test_lcm_jumps_to_the_posterior_mean_and_back() -> None:
+    """Its variance, too small by design: of E[x0 | x], which takes a step's x up to the next level's noise."""
+    config = SchedulerConfig.from_dict({"_class_name": "DDIMScheduler", **FINE})
+    plan = make_plan(config, 6, sampler="lcm")
+    assert plan.noisy_steps == 5
+    expected = 0.0
+    for k, step in enumerate(plan.steps):
+        level = step.alpha**2 * expected + step.sigma**2 if k else 1.0
+        expected = (step.alpha * S**2 / (step.alpha**2 * S**2 + step.sigma**2)) ** 2 * level
+    assert variance(plan) == pytest.approx(expected, rel=1e-6)
+
+
+def test_consistency_jumps_to_its_guess_and_back() -> None:
+    """Song et al. 2023, algorithm 1: the noise that it adds is that of the next level less the least.
+
+    The guess is the posterior mean but for that least level, which takes the place of 0 in the two factors (eq. 5).
+    """
+    unit, least = 0.5, 0.002
+    settings = {"_class_name": "CMStochasticIterativeScheduler", "sigma_data": unit, "sigma_min": least}
+    plan = make_plan(SchedulerConfig.from_dict(settings), 4)
+    expected, std = 0.0, unit * S
+    for k in range(4):
+        sigma = unit * sigma_of(plan, k)
+        level = expected + sigma**2 - least**2 if k else sigma**2
+        mean, skip = std**2 / (std**2 + sigma**2), unit**2 / (unit**2 + sigma**2)
+        network = (mean - skip) / sigma  # that of EDM
+        guess = unit**2 / (unit**2 + (sigma - least) ** 2) + (sigma - least) * network
+        expected = guess**2 * level
+    assert variance(plan) == pytest.approx(expected, rel=1e-6)
+
+
+def variance(plan: StepPlan) -> float:
+    """Of a sample of unit noises, which are independent: the sum of the squared gains."""
+    inputs = 1 + plan.noisy_steps
+    basis = torch.eye(inputs, dtype=torch.float64).reshape(inputs, inputs, 1, 1, 1)
+    unrolled = UnrolledSampler(GaussianDenoiser(plan), replace(plan, clamp_output=False))
+    gains = unrolled(basis[0], basis[1:] if plan.noisy_steps else None).flatten().numpy()
+    return float(np.square(gains).sum())
 
 
 def test_one_step_of_every_sampler_is_the_posterior_mean() -> None:
