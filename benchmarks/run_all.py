@@ -26,6 +26,8 @@ SCRIPTS = (
     "benchmarks.digits_quality",
     "benchmarks.finetune_speed",
     "benchmarks.precision",
+    "benchmarks.autocast",
+    "benchmarks.guidance",
     "benchmarks.half_ends",
     "benchmarks.steep_plans",
     "benchmarks.verify_time",
@@ -35,9 +37,11 @@ SCRIPTS = (
     "benchmarks.latency_gate",
     "benchmarks.example",
     "benchmarks.siblings",
+    "benchmarks.cpp_kit",
     "benchmarks.web_kit",
     "benchmarks.ray_kit",
     "benchmarks.optimum_pipeline",
+    "benchmarks.large_model",
 )
 TABLES = "benchmarks.tables"
 

@@ -3,6 +3,7 @@ import Foundation
 
 /// What the golden noise gave on this device, against the float64 reference.
 public struct SelfTest {
+    public let bundle: String
     public let images: Int
     public let worst: Double
     public let tolerance: Double
@@ -13,8 +14,8 @@ public struct SelfTest {
     public var passed: Bool { worst <= tolerance && mean <= meanLimit }  // NaN is not
     public var line: String {
         String(
-            format: "self-test %@: %d images, largest error %.3g (tolerance %g), %.2f ms a batch",
-            verdict, images, worst, tolerance, milliseconds)
+            format: "self-test %@: %@ in Core ML, %d images, largest error %.3g (tolerance %g), %.2f ms a batch",
+            verdict, bundle, images, worst, tolerance, milliseconds)
     }
     private var verdict: String {
         if passed { return "passed" }
@@ -228,6 +229,7 @@ public final class Sampler {
         }.sorted()
         let atol = bundle.manifest.tolerance.atol
         return SelfTest(
+            bundle: bundle.manifest.name,
             images: count, worst: fault ? .infinity : worst, tolerance: atol, mean: mean, meanLimit: atol / 8,
             milliseconds: times[times.count / 2])
     }
