@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mmd_export.environment import describe_environment
+from mmd_export.folders import output_place
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -63,10 +64,10 @@ def environment() -> dict[str, Any]:
 
 
 def write_result(path: Path, script: str, values: dict[str, Any]) -> None:
-    """JSON with the script's name and the environment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """JSON with the script's name and the environment; the file is the old one or all of the new one."""
     result = {"script": script, "environment": environment(), **values}
-    path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    with output_place(path) as place:
+        place.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     print(f"{path.name} written")
 
 

@@ -27,6 +27,8 @@ from torch import nn
 
 from benchmarks.common import CIFAR10_UNET, RESULTS, ROOT, environment, save_cifar10, save_small, write_result
 from benchmarks.finetune_plain import PlainLoop
+from mmd_export.errors import NotAvailableError
+from mmd_export.folders import output_place
 from mmd_export.latency import LatencyReport
 from mmd_finetune.compute import full_float32
 from mmd_finetune.data import load_images
@@ -137,11 +139,27 @@ def plain_step(task: Task) -> Callable[[], float]:
 SIDES = {"plain": plain_step, "ours": our_step}
 
 
+def ours(name: str, folder: Path, device: str) -> dict[str, Any]:
+    """The settings of our side: without torch.compile where it gives another gradient, which is tried once."""
+    given = OURS[device]
+    if not given.get("compile"):
+        return given
+    refused = kept(folder)["refused"]
+    if name not in refused:
+        try:
+            our_step(make_task(name, folder, device, batch_size=SMALL, **given))
+            refused[name] = ""
+        except NotAvailableError as error:
+            refused[name] = str(error)
+        keep(folder, {"refused": refused})
+    return {**given, "compile": not refused[name]}
+
+
 def measure_speed(name: str, folder: Path, device: str, rounds: int, seconds: dict[str, list[float]]) -> None:
     """Fill up ``seconds`` to ``rounds`` of each side, in turn, after two that do not count."""
     steps = {
         "plain": plain_step(make_task(name, folder, device, batch_size=SMALL)),
-        "ours": our_step(make_task(name, folder, device, batch_size=SMALL, **OURS[device])),
+        "ours": our_step(make_task(name, folder, device, batch_size=SMALL, **ours(name, folder, device))),
     }
     for step in steps.values():
         for _ in range(2):
@@ -174,7 +192,7 @@ MEMORY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def measure_memory(name: str, folder: Path, device: str, case: str) -> dict[str, float]:
     """Peak and added memory of one iteration, MB; run in a fresh process."""
     side, values = MEMORY_CASES[case]
-    given = values if side == "plain" else OURS[device] | values
+    given = values if side == "plain" else ours(name, folder, device) | values
     step = SIDES[side](make_task(name, folder, device, **given))
     before = resident("VmRSS") if device == "cpu" else torch.cuda.memory_allocated()
     if device == "cpu":
@@ -206,14 +224,16 @@ def in_a_process(arguments: argparse.Namespace, name: str, case: str) -> dict[st
 
 def kept(folder: Path) -> dict[str, Any]:
     path = folder / "measured.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"speed": {}, "memory": {}}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {"speed": {}, "memory": {}, "refused": {}, **known}
 
 
 def keep(folder: Path, values: dict[str, dict[str, Any]]) -> None:
     known = kept(folder)
     for key, part in values.items():
         known[key] |= part
-    (folder / "measured.json").write_text(json.dumps(known, indent=1), encoding="utf-8")
+    with output_place(folder / "measured.json") as place:
+        place.write_text(json.dumps(known, indent=1), encoding="utf-8")
 
 
 def summarise(measured: dict[str, Any], device: str) -> dict[str, Any]:
@@ -231,6 +251,7 @@ def summarise(measured: dict[str, Any], device: str) -> dict[str, Any]:
             "images_per_second": images,
             "times_faster": vars(ratio),
             "memory": memory,
+            "not_compiled": measured["refused"].get(name, ""),
             "memory_4096_to_256": growth,
             "reached": {
                 "speed": ratio.median >= LEAST_SPEED[device],

@@ -1,8 +1,9 @@
 """Everything that wants an NVIDIA GPU: ``make gpu OUT=folder [PART=latency|parity|tune|finetune|cifar10]``.
 
-Each part writes ``gpu_<part>.json`` to the folder and is skipped if that file is there, so a broken run goes on where
-it was. Needs torch with CUDA and diffusers; runs from the source tree without an installation. ``--device cpu --smoke``
-tries the code out where there is no GPU and marks its result so. Part ``cifar10`` needs ``DATA=folder``, see
+Each part writes ``gpu_<part>.json`` to the folder, again after everything that it measured, and a broken run goes on
+where it was; a part that fails does not stop the next. Runs from the source tree without an installation, with torch
+for CUDA and the packages of ``NEEDED``; ONNX Runtime and TensorRT-RTX where they are. ``--device cpu --smoke`` tries
+the code out where there is no GPU and marks its result so. Part ``cifar10`` needs ``DATA=folder``, see
 ``benchmarks/cifar10.py``; it goes on cell by cell, and its run folders stay in ``runs/cifar10``.
 """
 
@@ -15,12 +16,17 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "finetune"), str(ROOT / "runtimes/python")]
+NEEDED = ("torch", "diffusers", "pydantic", "safetensors", "onnx", "onnxscript")
+if missing := [name for name in NEEDED if find_spec(name) is None]:
+    sys.exit(f"benchmarks/gpu.py: not installed: {', '.join(missing)}")
 
 import torch  # noqa: E402 - the source tree has to be on the path first
 
@@ -28,7 +34,7 @@ from benchmarks.common import save_cifar10, write_result  # noqa: E402
 from mmd_export.build import BuildOptions, build  # noqa: E402
 from mmd_export.bundle import Bundle  # noqa: E402
 from mmd_export.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
-from mmd_export.errors import MmdExportError, NotAvailableError  # noqa: E402
+from mmd_export.errors import NotAvailableError  # noqa: E402
 from mmd_export.latency import measure  # noqa: E402
 from mmd_export.parity import check_artefact  # noqa: E402
 from mmd_export.plan import StepPlan  # noqa: E402
@@ -39,6 +45,7 @@ from mmd_export.target_options import TargetOptions  # noqa: E402
 from mmd_export.targets import CompileOptions, get_target  # noqa: E402
 from mmd_export.torch_baselines import baseline  # noqa: E402
 from mmd_export.unroll import UnrolledSampler  # noqa: E402
+from mmd_finetune.compute import full_float32  # noqa: E402
 from mmd_runtime.onnx_providers import get_provider, open_session, placement, record_placement  # noqa: E402
 from mmd_runtime.registry import get_runtime  # noqa: E402
 
@@ -47,6 +54,28 @@ BATCHES = (1, 64)
 ROUNDS = 100
 
 Call = Callable[[], object]
+
+
+class PartFile:
+    """``gpu_<part>.json``: what was measured so far, on this device, and whether it is all.
+
+    Args:
+        path: the file; ``values`` begins with what it holds, if ``device`` and ``smoke`` were the same.
+        device: the name of the GPU, or ``cpu``.
+        smoke: whether the part is only tried out.
+    """
+
+    def __init__(self, path: Path, device: str, *, smoke: bool) -> None:
+        self.path, self.facts = path, {"device": device, "smoke": smoke}
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        same = all(known.get(name) == value for name, value in self.facts.items())
+        self.complete: bool = same and known["complete"]
+        self.values: dict[str, Any] = known["values"] if same else {}
+
+    def keep(self, *, complete: bool = False) -> None:
+        """Write ``values``."""
+        facts = {**self.facts, "complete": complete, "values": self.values}
+        write_result(self.path, "benchmarks/gpu.py", facts)
 
 
 def cifar10(folder: Path) -> tuple[Checkpoint, StepPlan]:
@@ -61,28 +90,37 @@ def digits() -> tuple[Checkpoint, StepPlan]:
     return checkpoint, checkpoint.plan_for(STEPS)
 
 
-def latency(arguments: argparse.Namespace) -> dict[str, Any]:
+def latency(arguments: argparse.Namespace, file: PartFile) -> None:
     """Seconds of one sample call, all candidates interleaved, for each batch."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    model = "digits" if arguments.smoke else "ddpm-cifar10 architecture"
+    file.values |= {"steps": STEPS, "model": f"{model}, float32, TF32 off"}
+    results: dict[str, Any] = file.values.setdefault("batches", {})
+    with tempfile.TemporaryDirectory() as scratch, full_float32():
         checkpoint, plan = digits() if arguments.smoke else cifar10(Path(scratch))
         for batch in BATCHES[:1] if arguments.smoke else BATCHES:
-            candidates, skipped = prepare(checkpoint, plan, batch, arguments, Path(scratch))
+            if str(batch) in results:
+                continue
+            candidates, differences, skipped = prepare(checkpoint, plan, batch, arguments, Path(scratch))
             report = measure(candidates, 3 if arguments.smoke else ROUNDS, warmup=1 if arguments.smoke else 30)
-            ratios = {name: vars(report.ratio(name, "eager")) for name in candidates}
-            medians = {name: report.summary(name).median for name in candidates}
-            results[str(batch)] = {"median_seconds": medians, "ratio_to_eager": ratios, "skipped": skipped}
-            print(batch, medians, skipped, flush=True)
-    return {"steps": STEPS, "model": "ddpm-cifar10 architecture, float32, TF32 off", "batches": results}
+            results[str(batch)] = {
+                "median_seconds": {name: report.summary(name).median for name in candidates},
+                "ratio_to_eager": {name: vars(report.ratio(name, "eager")) for name in candidates},
+                "largest_difference_to_eager": differences,
+                "skipped": skipped,
+            }
+            print(batch, results[str(batch)], flush=True)
+            file.keep()
 
 
 def prepare(
     checkpoint: Checkpoint, plan: StepPlan, batch: int, arguments: argparse.Namespace, scratch: Path
-) -> tuple[dict[str, Call], dict[str, str]]:
-    """Every candidate that works here, and why the others do not."""
+) -> tuple[dict[str, Call], dict[str, float], dict[str, str]]:
+    """Every candidate that works here, how far its image is from the first one's, and why the others do not work.
+
+    An AOTInductor package is captured last: a capture that fails may leave torch's CUDA state unfit for another.
+    """
     device = torch.device(arguments.device)
-    noise = torch.randn(batch, *checkpoint.shape, device=device)
+    noise = torch.randn(batch, *checkpoint.shape).to(device)  # drawn on the CPU, whatever the GPU's generator is in
     program = export_program(checkpoint.denoiser.cpu(), plan, checkpoint.shape, batch)
     folder = scratch / f"onnx-{batch}"
     folder.mkdir()
@@ -97,33 +135,44 @@ def prepare(
         "torch.compile, CUDA graphs": lambda: synchronised(torch.compile(special, mode="reduce-overhead"), noise),
         "diffusers pipeline": lambda: pipeline(checkpoint, plan, noise),
         "AOTInductor": lambda: synchronised(package(), noise),
-        "AOTInductor, CUDA graph": lambda: cuda_graph(package(), noise),
         "ONNX Runtime CUDA": lambda: onnx_cuda(folder, noise, graph=False),
         "ONNX Runtime CUDA, CUDA graph": lambda: onnx_cuda(folder, noise, graph=True),
         "TensorRT-RTX, CUDA graph": lambda: engine(
             "digits" if arguments.smoke else str(scratch), noise, scratch / f"rtx-{batch}"
         ),
+        "AOTInductor, CUDA graph": lambda: cuda_graph(package(), noise),
     }
     candidates: dict[str, Call] = {}
+    images: dict[str, torch.Tensor] = {}
     skipped: dict[str, str] = {}
     for name, make in makers.items():
         try:
-            candidates[name] = make()
-            candidates[name]()
+            call = make()
+            image = call()
         except Exception as error:  # noqa: BLE001 - one backend that fails must not lose the others; the JSON says why
-            candidates.pop(name, None)
-            skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    return candidates, skipped
+            skipped[name] = first_line(error)
+            continue
+        candidates[name] = call
+        if isinstance(image, torch.Tensor):
+            images[name] = image.cpu()
+    differences = {name: float((image - images["eager"]).abs().max()) for name, image in images.items()}
+    return candidates, differences, skipped
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error and how its message begins."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def synchronised(run: Callable[..., Any], noise: torch.Tensor) -> Call:
-    """Call and wait for the device."""
+    """Call and wait for the device; gives the image."""
 
-    def call() -> None:
+    def call() -> object:
         with torch.inference_mode():
-            run(noise)
+            image: object = run(noise)
         if noise.is_cuda:
             torch.cuda.synchronize()
+        return image
 
     return call
 
@@ -153,7 +202,7 @@ def engine(source: str, noise: torch.Tensor, folder: Path) -> Call:
 
 
 def cuda_graph(sampler: Callable[..., Any], noise: torch.Tensor) -> Call:
-    """The whole chain captured once, then replayed."""
+    """The whole chain captured once, then replayed; gives the image."""
     if not noise.is_cuda:
         raise RuntimeError("needs CUDA")
     static = noise.clone()
@@ -165,18 +214,23 @@ def cuda_graph(sampler: Callable[..., Any], noise: torch.Tensor) -> Call:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.inference_mode(), torch.cuda.graph(graph):
-        sampler(static)
+        image = sampler(static)
+    replayed = [sampler, image]  # their memory is the graph's: it must live as long
 
-    def call() -> None:
+    def call() -> object:
         static.copy_(noise)
         graph.replay()
         torch.cuda.synchronize()
+        return replayed[1]
 
     return call
 
 
 def compiled_ahead(program: SamplerProgram, folder: Path, device: str) -> Callable[[], Callable[..., Any]]:
-    """What loads the package of target torch; if it could not be compiled, loading raises why."""
+    """What loads the package of target torch; if it could not be compiled, loading raises why.
+
+    For one thread: else it looks for finished runs before each, which no capture of a CUDA graph allows.
+    """
     folder.mkdir()
     target = get_target("torch")
     try:
@@ -188,11 +242,11 @@ def compiled_ahead(program: SamplerProgram, folder: Path, device: str) -> Callab
             raise failure
 
         return fail
-    return lambda: torch._inductor.aoti_load_package(str(folder / target.artefact))
+    return lambda: torch._inductor.aoti_load_package(str(folder / target.artefact), run_single_threaded=True)
 
 
 def onnx_cuda(folder: Path, noise: torch.Tensor, *, graph: bool) -> Call:
-    """The shipped graph in ONNX Runtime's CUDA provider, input and output on the device."""
+    """The shipped graph in ONNX Runtime's CUDA provider, input and output on the device; gives the image."""
     import onnxruntime as ort
 
     provider, settings = get_provider("cuda"), ort.SessionOptions()
@@ -202,21 +256,27 @@ def onnx_cuda(folder: Path, noise: torch.Tensor, *, graph: bool) -> Call:
     binding, sample = session.io_binding(), torch.empty_like(noise)
     for bind, name, tensor in ((binding.bind_input, "noise", noise), (binding.bind_output, "sample", sample)):
         bind(name, "cuda", 0, "float32", tuple(tensor.shape), tensor.data_ptr())
-    return lambda: session.run_with_iobinding(binding)
+
+    def call() -> object:
+        assert noise.is_cuda  # the binding knows its address alone
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return sample
+
+    return call
 
 
-def parity(arguments: argparse.Namespace) -> dict[str, Any]:
+def parity(arguments: argparse.Namespace, file: PartFile) -> None:
     """Largest error after every step on the device against the float64 reference on the CPU: torch, then artefacts."""
-    results: dict[str, Any] = {}
-    artefacts: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    file.values["steps"] = STEPS
+    results: dict[str, Any] = file.values.setdefault("max_abs_error", {})
+    artefacts: dict[str, Any] = file.values.setdefault("artefacts", {})
+    with tempfile.TemporaryDirectory() as scratch, full_float32():
         models = {"digits": (digits(), "digits")}
         if not arguments.smoke:
             folder = Path(scratch) / "cifar10"
             models["ddpm-cifar10 architecture"] = (cifar10(folder), str(folder))
         for name, ((checkpoint, plan), source) in models.items():
-            batches = BATCHES[:1] if arguments.smoke else BATCHES
-            artefacts[name] = verified(source, Path(scratch) / f"bundles-{name[:6]}", arguments.device, batches)
             inputs = golden_inputs(checkpoint, plan, 4)
             exact = run_chain(sampler_of(checkpoint.as_double(), plan), inputs, torch.float64)
             sampler = sampler_of(checkpoint, plan).to(arguments.device)
@@ -225,11 +285,16 @@ def parity(arguments: argparse.Namespace) -> dict[str, Any]:
             found = {f"state.{k}": state.cpu().numpy() for k, state in enumerate(states, start=1)}
             results[name] = {key: float(abs(value - exact[key]).max()) for key, value in found.items()}
             print(name, results[name], flush=True)
-    return {"steps": STEPS, "max_abs_error": results, "artefacts": artefacts}
+            file.keep()
+            batches = BATCHES[:1] if arguments.smoke else BATCHES
+            found = artefacts.setdefault(name, {})
+            verify(found, source, Path(scratch) / f"bundles-{name[:6]}", arguments.device, batches, file.keep)
 
 
-def verified(source: str, folder: Path, device: str, batches: Sequence[int]) -> dict[str, Any]:
-    """Each artefact of the device, through its runtime against the golden file: errors, or why there are none.
+def verify(
+    found: dict[str, Any], source: str, folder: Path, device: str, batches: Sequence[int], keep: Callable[[], None]
+) -> None:
+    """Into ``found``: each artefact of the device, through its runtime against the golden file: errors, or why not.
 
     At each batch size; ONNX Runtime on a GPU with a captured CUDA graph too.
     """
@@ -238,7 +303,6 @@ def verified(source: str, folder: Path, device: str, batches: Sequence[int]) -> 
         "torch": (TargetOptions(device=device), "aotinductor"),
         "tensorrt-rtx": (TargetOptions(), "tensorrt-rtx"),
     }
-    found: dict[str, Any] = {}
     for (target, (chosen, name)), batch in itertools.product(wanted.items(), batches):
         options = BuildOptions(
             source, target, folder / f"{target}-{batch}", batch=str(batch),
@@ -246,18 +310,20 @@ def verified(source: str, folder: Path, device: str, batches: Sequence[int]) -> 
         )  # fmt: skip
         for graph in (False, True) if name == "onnxruntime:cuda" else (False,):
             what = f"{target} in {name}, batch {batch}{', CUDA graph' if graph else ''}"
+            if what in found:
+                continue
             try:
                 bundle = Bundle.open(options.out) if options.out.exists() else build(options)
                 rung = check_artefact(bundle, get_runtime(name), RunOptions(cuda_graph=graph))
                 errors = {each.name: each.max_abs for each in rung.comparisons}
                 found[what] = {"passed": rung.passed, "max_abs_error": errors}
-            except MmdExportError as error:
-                found[what] = {"not_run": str(error)}
+            except Exception as error:  # noqa: BLE001 - as in prepare
+                found[what] = {"not_run": first_line(error)}
             print(what, found[what], flush=True)
-    return found
+            keep()
 
 
-def tune(arguments: argparse.Namespace) -> dict[str, Any]:
+def tune(arguments: argparse.Namespace, file: PartFile) -> None:
     """The digits run on the device: held-out distance before and after, and seconds."""
     from mmd_finetune.loop import tune as run
     from mmd_finetune.settings import make_settings
@@ -268,29 +334,29 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
         result = run(make_settings(given | short))
     facts = {name: value for name, value in vars(result).items() if name != "folder"}
     print(facts, flush=True)
-    return {"steps": STEPS, "run": facts}
+    file.values |= {"steps": STEPS, "run": facts}
 
 
-def finetune(arguments: argparse.Namespace) -> dict[str, Any]:
+def finetune(arguments: argparse.Namespace, file: PartFile) -> None:
     """Speed and memory of tuning against the plain loop: ``finetune_speed.py``, in a process of its own."""
-    folder = arguments.out.resolve()
-    out, work = folder / "finetune_speed_cuda.json", folder / "finetune_speed"
+    out = arguments.out.resolve() / f"finetune_speed_{arguments.device}.json"
+    work = ROOT / f"runs/finetune_speed_{arguments.device}"
     options = ["--device", arguments.device, "--out", str(out), "--work", str(work)]
     short = ["--models", "digits", "--rounds", "2"] if arguments.smoke else []
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path[:3])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "benchmarks.finetune_speed", *options, *short]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     values: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    return {"models": values["models"]}
+    file.values["models"] = values["models"]
 
 
-def cifar10_budgets(arguments: argparse.Namespace) -> dict[str, Any]:
+def cifar10_budgets(arguments: argparse.Namespace, file: PartFile) -> None:
     """A base model trained and tuned on CIFAR-10, by step budget."""
     from benchmarks import cifar10 as budgets
 
     if arguments.data is None or not (arguments.data / "weights").is_dir():
         raise SystemExit(f"part cifar10: --data {arguments.data} has no weights/; make gpu PART=cifar10 DATA=folder")
-    return budgets.run(
+    file.values |= budgets.run(
         argparse.Namespace(
             steps=budgets.BUDGETS[:1] if arguments.smoke else budgets.BUDGETS,
             seeds=[0],
@@ -304,9 +370,9 @@ def cifar10_budgets(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "parity": parity,
+PARTS: dict[str, Callable[[argparse.Namespace, PartFile], None]] = {
     "latency": latency,
+    "parity": parity,
     "tune": tune,
     "finetune": finetune,
     "cifar10": cifar10_budgets,
@@ -324,19 +390,25 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here; nothing was measured", file=sys.stderr)
         return 3
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+    failed = False
     for name, part in PARTS.items():
-        path = arguments.out / f"gpu_{name}.json"
         if arguments.part not in (name, "all") or (
             arguments.part == "all" and name == "cifar10" and not arguments.data
         ):
             continue
-        if path.exists():
-            print(f"{path.name} is there already; delete it to measure again")
+        file = PartFile(arguments.out / f"gpu_{name}.json", device, smoke=arguments.smoke)
+        if file.complete:
+            print(f"{file.path.name} is there already; delete it to measure again")
             continue
-        device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
-        values = part(arguments)
-        write_result(path, "benchmarks/gpu.py", {"device": device, "smoke": arguments.smoke, **values})
-    return 0
+        try:
+            part(arguments, file)
+        except Exception:  # noqa: BLE001 - the parts have nothing to do with one another
+            traceback.print_exc()
+            failed = True
+            continue
+        file.keep(complete=True)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

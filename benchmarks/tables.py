@@ -141,9 +141,10 @@ ONNX_GRAPHS = ("onnxruntime", "onnxruntime --device cpu")
 def gpu() -> str:
     """Latency on a GPU, if one was ever measured."""
     result = read("gpu_latency.json")
+    batches = {} if result is None or result["smoke"] else result["values"]["batches"]
     rows = []
     for batch in ("1", "64"):
-        found = {} if result is None else result["batches"].get(batch, {})
+        found = batches.get(batch, {})
         for name, seconds in found.get("median_seconds", {}).items():
             ratio = found["ratio_to_eager"][name]["median"]
             rows.append((f"{name}, batch {batch}", f"{seconds * 1e3:.2f}", f"{1 / ratio:.2f}"))
