@@ -146,8 +146,9 @@ def ours(name: str, folder: Path, device: str) -> dict[str, Any]:
         return given
     refused = kept(folder)["refused"]
     if name not in refused:
+        task = make_task(name, folder, device, batch_size=SMALL, **given)
         try:
-            our_step(make_task(name, folder, device, batch_size=SMALL, **given))
+            our_step(task)
             refused[name] = ""
         except NotAvailableError as error:
             refused[name] = str(error)

@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -60,15 +61,21 @@ class PartFile:
     """``gpu_<part>.json``: what was measured so far, on this device, and whether it is all.
 
     Args:
-        path: the file; ``values`` begins with what it holds, if ``device`` and ``smoke`` were the same.
+        path: the file; ``values`` begins with what it holds. A trial is written over.
         device: the name of the GPU, or ``cpu``.
         smoke: whether the part is only tried out.
+
+    Raises:
+        FileExistsError: the file holds a measurement of another device, or this is a trial.
     """
 
     def __init__(self, path: Path, device: str, *, smoke: bool) -> None:
         self.path, self.facts = path, {"device": device, "smoke": smoke}
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         same = all(known.get(name) == value for name, value in self.facts.items())
+        if known and not same and not known["smoke"]:
+            found = {name: known[name] for name in self.facts}
+            raise FileExistsError(f"{path.name} holds {found}, this is {self.facts}; choose another --out")
         self.complete: bool = same and known["complete"]
         self.values: dict[str, Any] = known["values"] if same else {}
 
@@ -120,7 +127,9 @@ def prepare(
     An AOTInductor package is captured last: a capture that fails may leave torch's CUDA state unfit for another.
     """
     device = torch.device(arguments.device)
-    noise = torch.randn(batch, *checkpoint.shape).to(device)  # drawn on the CPU, whatever the GPU's generator is in
+    noise = torch.randn(batch, *checkpoint.shape).to(
+        device
+    )  # drawn on the CPU, whatever state the GPU's generator is in
     program = export_program(checkpoint.denoiser.cpu(), plan, checkpoint.shape, batch)
     folder = scratch / f"onnx-{batch}"
     folder.mkdir()
@@ -140,7 +149,7 @@ def prepare(
         "TensorRT-RTX, CUDA graph": lambda: engine(
             "digits" if arguments.smoke else str(scratch), noise, scratch / f"rtx-{batch}"
         ),
-        "AOTInductor, CUDA graph": lambda: cuda_graph(package(), noise),
+        "AOTInductor, CUDA graph": lambda: cuda_graph(package(run_single_threaded=True), noise),
     }
     candidates: dict[str, Call] = {}
     images: dict[str, torch.Tensor] = {}
@@ -155,6 +164,8 @@ def prepare(
         candidates[name] = call
         if isinstance(image, torch.Tensor):
             images[name] = image.cpu()
+    if "eager" not in images:
+        raise RuntimeError(f"batch {batch}: nothing to compare with: {skipped['eager']}")
     differences = {name: float((image - images["eager"]).abs().max()) for name, image in images.items()}
     return candidates, differences, skipped
 
@@ -226,10 +237,11 @@ def cuda_graph(sampler: Callable[..., Any], noise: torch.Tensor) -> Call:
     return call
 
 
-def compiled_ahead(program: SamplerProgram, folder: Path, device: str) -> Callable[[], Callable[..., Any]]:
+def compiled_ahead(program: SamplerProgram, folder: Path, device: str) -> Callable[..., Callable[..., Any]]:
     """What loads the package of target torch; if it could not be compiled, loading raises why.
 
-    For one thread: else it looks for finished runs before each, which no capture of a CUDA graph allows.
+    To be captured it is loaded with ``run_single_threaded``: else it looks for finished runs before each, which no
+    capture of a CUDA graph allows.
     """
     folder.mkdir()
     target = get_target("torch")
@@ -238,11 +250,11 @@ def compiled_ahead(program: SamplerProgram, folder: Path, device: str) -> Callab
     except Exception as error:  # noqa: BLE001 - one backend that fails must not lose the others; the JSON says why
         failure = error
 
-        def fail() -> Callable[..., Any]:
+        def fail(**_: bool) -> Callable[..., Any]:
             raise failure
 
         return fail
-    return lambda: torch._inductor.aoti_load_package(str(folder / target.artefact), run_single_threaded=True)
+    return lambda **how: torch._inductor.aoti_load_package(str(folder / target.artefact), **how)
 
 
 def onnx_cuda(folder: Path, noise: torch.Tensor, *, graph: bool) -> Call:
@@ -257,11 +269,12 @@ def onnx_cuda(folder: Path, noise: torch.Tensor, *, graph: bool) -> Call:
     for bind, name, tensor in ((binding.bind_input, "noise", noise), (binding.bind_output, "sample", sample)):
         bind(name, "cuda", 0, "float32", tuple(tensor.shape), tensor.data_ptr())
 
+    bound = [noise, sample]  # of which the binding knows the addresses alone: they must live as long
+
     def call() -> object:
-        assert noise.is_cuda  # the binding knows its address alone
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()
-        return sample
+        return bound[1]
 
     return call
 
@@ -340,14 +353,18 @@ def tune(arguments: argparse.Namespace, file: PartFile) -> None:
 def finetune(arguments: argparse.Namespace, file: PartFile) -> None:
     """Speed and memory of tuning against the plain loop: ``finetune_speed.py``, in a process of its own."""
     out = arguments.out.resolve() / f"finetune_speed_{arguments.device}.json"
-    work = ROOT / f"runs/finetune_speed_{arguments.device}"
+    what = f"{file.facts['device']}{' smoke' if arguments.smoke else ''}"
+    work = ROOT / "runs/finetune_speed" / what.replace(" ", "-")
     options = ["--device", arguments.device, "--out", str(out), "--work", str(work)]
     short = ["--models", "digits", "--rounds", "2"] if arguments.smoke else []
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # All of it, carried packages too, but not this folder, whose openvino.py is not the package.
+    path = [each for each in sys.path if each and Path(each) != ROOT / "benchmarks"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, "-m", "benchmarks.finetune_speed", *options, *short]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     values: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     file.values["models"] = values["models"]
+    shutil.rmtree(work)  # measured again where the result is deleted
 
 
 def cifar10_budgets(arguments: argparse.Namespace, file: PartFile) -> None:
@@ -397,11 +414,11 @@ def main() -> int:
             arguments.part == "all" and name == "cifar10" and not arguments.data
         ):
             continue
-        file = PartFile(arguments.out / f"gpu_{name}.json", device, smoke=arguments.smoke)
-        if file.complete:
-            print(f"{file.path.name} is there already; delete it to measure again")
-            continue
         try:
+            file = PartFile(arguments.out / f"gpu_{name}.json", device, smoke=arguments.smoke)
+            if file.complete:
+                print(f"{file.path.name} is there already; delete it to measure again")
+                continue
             part(arguments, file)
         except Exception:  # noqa: BLE001 - the parts have nothing to do with one another
             traceback.print_exc()

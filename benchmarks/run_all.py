@@ -1,4 +1,4 @@
-"""Every benchmark that needs no GPU, one after the other; about 2 hours on 2 quiet cores.
+"""Every benchmark that needs no GPU, one after the other; over 2 hours on 2 quiet cores, 3 GB of disk.
 
 With ``--long`` the tuning studies too, days in all. They go on where they were stopped, and measure what is missing.
 """

@@ -56,6 +56,15 @@ def test_a_trial_is_not_taken_for_a_measurement(run: Run, tmp_path: Path) -> Non
     assert (kept["smoke"], kept["values"]) == (False, {"real": True})
 
 
+def test_a_trial_writes_over_no_measurement(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(latency=rest) == 0
+    before = (tmp_path / "gpu_latency.json").read_bytes()
+    assert run("--smoke", latency=rest, parity=rest) == 1
+    assert "'smoke': False}, this is" in capsys.readouterr().err
+    assert (tmp_path / "gpu_latency.json").read_bytes() == before
+    assert (tmp_path / "gpu_parity.json").exists()
+
+
 def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(tmp_path)])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

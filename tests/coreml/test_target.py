@@ -104,13 +104,17 @@ def test_bytes_are_a_picture(built: Built, tiny: Path) -> None:
     assert bundle.golden().sample.dtype == np.uint8
 
 
-def test_what_no_picture_holds_is_refused(tiny: Path, tiny_attention: Path, tmp_path: Path, built: Built) -> None:
+def test_what_no_picture_holds_is_refused(tiny: Path, tiny_attention: Path, latent: Path, tmp_path: Path) -> None:
     options = BuildOptions(model=str(tiny), target="coreml", out=tmp_path / "out", steps=2, output="uint8")
     stages: list[str] = []
     for wrong in (replace(options, batch="2"), replace(options, model=str(tiny_attention))):
         with pytest.raises(NotAvailableError, match=r"one picture of 1 or 3 channels, asked are \d of \d"):
             build(wrong, stages.append)
-    assert stages == ["reading the checkpoint"] * 2
+    with pytest.raises(
+        NotAvailableError, match="asked are 2 of 3"
+    ):  # of the decoded image, not of its 4-channel latent
+        build(replace(options, model=str(latent), decode=True, batch="2"), stages.append)
+    assert stages == ["reading the checkpoint"] * 3
     with pytest.raises(NotAvailableError, match="one batch size an artefact, --batch is 1,2"):
         build(replace(options, batch="1,2"))
 
