@@ -110,9 +110,7 @@ def test_what_no_picture_holds_is_refused(tiny: Path, tiny_attention: Path, late
     for wrong in (replace(options, batch="2"), replace(options, model=str(tiny_attention))):
         with pytest.raises(NotAvailableError, match=r"one picture of 1 or 3 channels, asked are \d of \d"):
             build(wrong, stages.append)
-    with pytest.raises(
-        NotAvailableError, match="asked are 2 of 3"
-    ):  # of the decoded image, not of its 4-channel latent
+    with pytest.raises(NotAvailableError, match="asked are 2 of 3"):  # channels of the image, its latent has 4
         build(replace(options, model=str(latent), decode=True, batch="2"), stages.append)
     assert stages == ["reading the checkpoint"] * 3
     with pytest.raises(NotAvailableError, match="one batch size an artefact, --batch is 1,2"):
