@@ -18,7 +18,7 @@ SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test pytest lint type bench docs gpu digits tables wheel clean
+.PHONY: help setup demo test pytest floors lint type bench docs gpu digits tables wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -41,6 +41,16 @@ test: lint pytest  ## everything that CI checks
 
 pytest: setup  ## the tests alone; ARGS="-k plan" chooses, JOBS=0 runs them in one process
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# Not the whole suite: kits, pages and benchmarks are tested with the pinned versions only.
+floors: setup  ## the tests with the lowest versions that pyproject.toml allows, in .venv-floors; ARGS= as for pytest
+	test -x .venv-floors/bin/pip || $(PY) -m venv .venv-floors
+	$(BIN)/python -m tests.project.floors > .venv-floors/floors.txt
+	.venv-floors/bin/pip -qq --disable-pip-version-check install --no-compile --constraint .venv-floors/floors.txt \
+		--editable '.[tune,finetune,onnx,openvino,coreml,report]' hypothesis jsonschema pytest pytest-timeout pytest-xdist \
+		pyyaml scipy torchmetrics
+	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -n $(JOBS) --dist loadfile \
+		tests/contract tests/core tests/cli tests/export tests/runtime tests/finetune tests/coreml tests/report $(ARGS)
 
 lint: setup  ## style, types, import contracts, wheel, start-up time, tables, site
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ def describe_environment() -> dict[str, Any]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "cores_usable": usable,
         "governor": _line(_CLOCKS / "scaling_governor"),
@@ -110,7 +110,7 @@ def _gpu() -> dict[str, str] | None:
     return dict(zip(_GPU, values, strict=True)) if len(values) == len(_GPU) else None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     """The processor's name from the operating system, else its architecture."""
     if names := _cpu_info("model name"):
         return names[0]

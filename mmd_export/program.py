@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 from mmd_export.conditions import Condition
 from mmd_export.decoder import LatentDecoder
 from mmd_export.plan import StepPlan
-from mmd_export.specialise import SpecialisedDenoiser, check_static, specialise
+from mmd_export.specialise import SpecialisedDenoiser, any_batch, check_static, specialise
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -93,7 +93,7 @@ def export_program(
     free = {0: Dim.DYNAMIC} if batch is None else None
     shapes = (free, *(free for _ in given), *(None for _ in special.constants(0)))
     special.body.eval()
-    with torch.no_grad():
+    with torch.no_grad(), any_batch():
         step = torch.export.export(special.body, arguments, dynamic_shapes=shapes, strict=False)
     check_static(step.graph)
     decode = None if decoder is None else export_decoder(decoder, shape, batch)

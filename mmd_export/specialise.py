@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mmd_export.denoiser import timestep_tensor, typical_timestep
-from mmd_export.errors import UsageError
+from mmd_export.errors import UsageError, one_line
 
 STATE, TIMESTEP = "x", "timestep"
 # Ops that broadcast their operands: before one of these a row that is equal for the whole batch is stored once.
@@ -97,6 +98,22 @@ class _InOrder(nn.Module):
         return output
 
 
+@contextmanager
+def any_batch() -> Iterator[None]:
+    """Tell what to do where torch.export takes a batch size that should be free for a constant."""
+    from torch._dynamo.exc import UserError, UserErrorType
+
+    try:
+        yield
+    except UserError as error:
+        if error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
+            raise
+        raise UsageError(
+            f"torch {torch.__version__} captures the network for one batch size only; give one, as --batch 1, or take "
+            f"a newer torch ({one_line(error)})"
+        ) from error
+
+
 def capture(
     denoiser: nn.Module, timestep: float, example: Tensor, conditions: Mapping[str, Tensor], *, dynamic_batch: bool
 ) -> fx.GraphModule:
@@ -114,7 +131,7 @@ def capture(
         name: None if name == TIMESTEP else (free,) * len(value) if isinstance(value, tuple) else free
         for name, value in bound.items()
     }
-    with torch.no_grad():
+    with torch.no_grad(), any_batch():
         program = torch.export.export(network, inputs, dynamic_shapes=shapes, strict=False)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)

@@ -76,7 +76,10 @@ class GradientDenoiser(nn.Module):
                 with fake, sdpa_kernel(SDPBackend.MATH):
                     traced = make_fx(run, decomposition_table=_decompositions())(values, *inputs)
             except Exception as error:  # tracing runs the module's own code
-                raise UsageError(f"{self.where} takes a gradient that cannot be traced: {first_line(error)}") from error
+                raise UsageError(
+                    f"{self.where} takes a gradient that torch {torch.__version__} cannot trace: {first_line(error)}"
+                    + ("; torch 2.13 or newer may" if torch.__version__ < "2.13" else "")
+                ) from error
         _erase_detach(traced)
         return traced
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from mmd_export.environment import cpu_model
 from mmd_export.errors import NotAvailableError, one_line
 from mmd_export.folders import scratch_folder
 from mmd_export.torch_device import BASE_ISA, PLAIN, cpu_vectors
@@ -76,8 +77,11 @@ def settings(folder: Path, device: str) -> dict[str, Any]:
         "aot_inductor.precompile_headers": False,  # read once: precompiling them only adds to a build
         "cpp.march": _march() if device == "cpu" else None,
     }
-    known = torch._inductor.config.get_config_copy()
-    return {name: value for name, value in options.items() if name in known and value is not None}
+    return {name: value for name, value in options.items() if _has_option(name) and value is not None}
+
+
+def _has_option(name: str) -> bool:
+    return name in torch._inductor.config.get_config_copy()
 
 
 def _march() -> str | None:
@@ -139,4 +143,6 @@ def hardware(device: str) -> dict[str, str]:
         major, minor = torch.cuda.get_device_capability()
         return {**host, "gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
     vectors = cpu_vectors()
+    if not _has_option("cpp.march"):  # torch before 2.13 compiles for `native`: whatever this processor has
+        return {**host, "vectors": vectors, "cpu": cpu_model()}
     return {**host, "vectors": BASE_ISA.get(platform.machine(), vectors) if vectors in PLAIN else vectors}

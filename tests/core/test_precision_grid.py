@@ -23,6 +23,7 @@ from mmd_export.precision.quantise import Recipe, chosen_layers, on_grid, quanti
 from mmd_export.precision.ranges import Histogram, histograms, rounded_scale
 from mmd_export.precision.trajectory import Calls
 from tests.models import weights_of
+from tests.older import needs
 from tests.precisions import Golden, calls_of, dtypes, hand_made, open_session, run, whole
 
 # Largest error of the states of a random network with attention; measured, see each assertion for the margin.
@@ -36,6 +37,8 @@ def lowered(attention_calls: Calls) -> dict[str, ir.Model]:
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
 def test_it_is_close_to_the_reference(grid: Grid, lowered: dict[str, ir.Model], attention_golden: Golden) -> None:
+    if grid.name == "fp8":
+        needs("onnxruntime", "1.32", "it moves float8 through Transpose, which opset 20 has not")
     inputs, expected = attention_golden
     states = ("state.1", "state.2")
     for name, state in zip(states, run(lowered[grid.name], inputs, *states), strict=True):

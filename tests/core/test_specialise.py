@@ -21,7 +21,7 @@ from mmd_export.errors import UsageError
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.schedule import SchedulerConfig
 from mmd_export.solvers import make_plan
-from mmd_export.specialise import SpecialisedDenoiser, specialise
+from mmd_export.specialise import SpecialisedDenoiser, capture, specialise
 from mmd_export.targets import CompileOptions, get_target
 from tests.models import ATTENTION, LABELS, TWO_CHANNELS, TWO_LEVELS, new_unet
 
@@ -263,6 +263,17 @@ def test_a_module_left_in_training_mode_is_refused() -> None:
 def test_noise_in_the_time_path_is_refused() -> None:
     with pytest.raises(UsageError, match=r"the network draws random numbers \(randn_like\)"):
         program_of(NoisyTime(lambda y: y).eval())
+
+
+def test_a_network_of_one_batch_size_is_told_to_take_one() -> None:
+    class OfTwo(nn.Module):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return x * timestep if x.shape[0] == 2 else x
+
+    x = torch.zeros(2, 1, 4, 4)
+    capture(OfTwo(), 5, x, {}, dynamic_batch=False)
+    with pytest.raises(UsageError, match=r"^torch .* for one batch size only; give one, as --batch 1, or .*\)$"):
+        capture(OfTwo(), 5, x, {}, dynamic_batch=True)
 
 
 def test_control_flow_is_refused() -> None:

@@ -141,10 +141,11 @@ def test_an_operator_that_openvino_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(NotAvailableError) as error:
         openvino_ir.convert(tmp_path / "model.onnx", [])
     assert (root.level, root.filters, root.handlers) == before
-    assert str(error.value) == (
-        f"openvino {version('openvino')} cannot convert the graph: "
-        "No conversion rule found for operations: Det-20; use --target onnx"
-    )
+    line = str(error.value)  # the words in the middle are OpenVINO's own, and change with its releases
+    assert line.startswith(f"openvino {version('openvino')} cannot convert the graph: ")
+    assert line.endswith("; use --target onnx")
+    assert "Det" in line
+    assert "\n" not in line
 
 
 def test_nothing_is_reported_and_nothing_written_to_the_home_folder(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from mmd_finetune.settings import FinetuneSettings, make_settings
 from mmd_finetune.task import prepare
 from mmd_finetune.trainable import Trainable, make_emulation, make_trainable
 from tests.models import tiny_attention
+from tests.older import needs
 from tests.precisions import attention_calls, calls_of, run, whole
 
 __all__ = ["attention_calls", "tiny_attention"]
@@ -54,6 +55,8 @@ def eight_calls(tiny_attention: Path) -> Calls:
 
 @pytest.mark.parametrize("precision", ["int8", "fp8", "w4", "fp16"])
 def test_the_emulated_chain_is_the_artefacts(precision: str, tiny_attention: Path, eight_calls: Calls) -> None:
+    if precision == "fp8":
+        needs("onnxruntime", "1.32", "it moves float8 through Transpose, which opset 20 has not")
     base = load_checkpoint(tiny_attention)
     noise = sampler_noise(5, 8, base.shape, 0)["noise"]
     with torch.no_grad():

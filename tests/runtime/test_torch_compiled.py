@@ -18,15 +18,18 @@ from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
-from mmd_export.environment import why_no_cuda
+from mmd_export.environment import cpu_model, why_no_cuda
 from mmd_export.errors import BundleError, NotAvailableError
 from mmd_export.runtime import RunOptions
 from mmd_export.target_options import TargetOptions
 from mmd_export.targets import get_target
+from mmd_export.torch_compilers import inductor
 from mmd_export.torch_compilers.inductor import hardware, private_folders, settings, without_paths
+from mmd_runtime import aotinductor
 from mmd_runtime.aotinductor import _usable_device
 from mmd_runtime.registry import get_runtime, runtime_for
 from tests.export.bundles import make
+from tests.older import needs
 
 STEPS = 3
 NAMES = ("coreai", "executorch", "torch")
@@ -203,6 +206,7 @@ def test_code_is_for_what_the_manifest_says(
     machine: str, word: str, flags: dict[str, Any], march: str | None, vectors: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never for ``native``, which torch adds on Linux where nothing is chosen."""
+    needs("torch", "2.13", "it compiles for native alone, so the manifest names the processor")
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: word)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
@@ -213,6 +217,17 @@ def test_code_is_for_what_the_manifest_says(
         (added,) = valid_vec_isa_list.__wrapped__()
         assert ("sve" in added.build_arch_flags()) == vectors.startswith("SVE")
         assert ("sve2" in added.build_arch_flags()) == vectors.startswith("SVE2-")
+
+
+def test_code_for_native_is_for_one_processor(built: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = bundle_of(built, "torch")
+    monkeypatch.setattr(inductor, "_has_option", lambda name: name != "cpp.march")
+    assert "cpp.march" not in settings(Path("folder"), "cpu")
+    native = Bundle(bundle.folder, bundle.manifest.model_copy(update={"hardware": hardware("cpu")}))
+    assert _usable_device(native) == "cpu"
+    monkeypatch.setattr(aotinductor, "cpu_model", lambda: "another")
+    with pytest.raises(NotAvailableError, match=f"is code for cpu {re.escape(cpu_model())}, this machine has another"):
+        _usable_device(native)
 
 
 def test_code_that_needs_no_vectors_runs_where_there_are_some(
