@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from mmd_export.bundle import BatchSpec, Bundle
@@ -187,6 +188,22 @@ def test_a_damaged_model_is_a_damaged_bundle(tmp_path: Path, broken: str) -> Non
         with pytest.raises(BundleError, match=r"bundle chain-2: model.onnx cannot be loaded: .*; rebuild") as error:
             opener(bundle, OPTIONS)
         assert "\n" not in str(error.value)
+
+
+def test_what_an_older_onnxruntime_does_to_fp8_is_told_as_that(tmp_path: Path) -> None:
+    """It would move a float8 value through Transpose, which opset 20 has for other types only."""
+    bundle = make(tmp_path / "b", BatchSpec(sizes=(2,)))
+    save_float8_transpose(bundle.artefact_path)
+    with pytest.raises(NotAvailableError, match=r"fp8 needs onnxruntime 1.32 or newer, this is \d.*; pip install -"):
+        RUNTIME.open(bundle, OPTIONS)
+
+
+def save_float8_transpose(path: Path) -> None:
+    kind = onnx.TensorProto.FLOAT8E4M3FN
+    value = onnx.helper.make_tensor_value_info
+    node = onnx.helper.make_node("Transpose", ["noise"], ["sample"])
+    graph = onnx.helper.make_graph([node], "g", [value("noise", kind, (2, 1))], [value("sample", kind, (1, 2))])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), path)
 
 
 def test_a_state_without_its_name_is_found(tmp_path: Path) -> None:

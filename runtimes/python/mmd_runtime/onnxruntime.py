@@ -269,8 +269,13 @@ def _run(bundle: Bundle, session: Any, feeds: Arrays) -> dict[str, Array]:
         raise MmdExportError(f"bundle {bundle.name}: onnxruntime failed while running it: {one_line(error)}") from error
 
 
-def _broken(bundle: Bundle, error: Exception) -> BundleError:
+def _broken(bundle: Bundle, error: Exception) -> MmdExportError:
     artefact = bundle.manifest.artefact
+    if "float8" in str(error) and "Transpose" in str(error):  # it moves Q and DQ through one that opset 20 has not
+        return NotAvailableError(
+            f"bundle {bundle.name}: {artefact} cannot be loaded: fp8 needs onnxruntime 1.32 or newer, this is "
+            f"{_onnxruntime().__version__}; pip install --upgrade onnxruntime"
+        )
     return BundleError(f"bundle {bundle.name}: {artefact} cannot be loaded: {one_line(error)}; rebuild the bundle")
 
 
