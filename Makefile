@@ -42,14 +42,18 @@ test: lint pytest  ## everything that CI checks
 pytest: setup  ## the tests alone; ARGS="-k plan" chooses, JOBS=0 runs them in one process
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-# Not the whole suite: kits, pages and benchmarks are tested with the pinned versions only.
-floors: setup  ## the tests with the lowest versions that pyproject.toml allows, in .venv-floors; ARGS= as for pytest
+# Not the whole suite: kits, pages and benchmarks are tested with the pinned versions only. Python 3.11, for which the
+# oldest packages have wheels.
+floors:  ## the tests with the lowest versions that pyproject.toml allows, in .venv-floors; ARGS= as for pytest
 	test -x .venv-floors/bin/pip || $(PY) -m venv .venv-floors
-	$(BIN)/python -m tests.project.floors > .venv-floors/floors.txt
+	.venv-floors/bin/pip -qq --disable-pip-version-check install packaging
+	.venv-floors/bin/python tests/project/floors.py > .venv-floors/floors.txt
 	.venv-floors/bin/pip -qq --disable-pip-version-check install --no-compile --constraint .venv-floors/floors.txt \
 		--editable '.[tune,finetune,onnx,openvino,coreml,report]' hypothesis jsonschema pytest pytest-timeout pytest-xdist \
 		pyyaml scipy torchmetrics
-	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -n $(JOBS) --dist loadfile \
+	MMD_EXPORT_REQUIRED_TARGETS="coreml onnx openvino torch" \
+		MMD_EXPORT_REQUIRED_RUNTIMES="aotinductor coreml-reference onnxruntime openvino torch" \
+		OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -n $(JOBS) --dist loadfile \
 		tests/contract tests/core tests/cli tests/export tests/runtime tests/finetune tests/coreml tests/report $(ARGS)
 
 lint: setup  ## style, types, import contracts, wheel, start-up time, tables, site

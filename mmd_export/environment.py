@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -108,6 +109,13 @@ def _gpu() -> dict[str, str] | None:
     first = done.stdout.strip().splitlines()[:1] if done.returncode == 0 else []
     values = [value.strip() for value in first[0].split(",")] if first else []
     return dict(zip(_GPU, values, strict=True)) if len(values) == len(_GPU) else None
+
+
+def cpu_kind() -> str:
+    """The processor's name and a hash of what it can do, by /proc/cpuinfo: clouds give many kinds one name."""
+    facts = [*_cpu_info("CPU implementer")[:1], *_cpu_info("CPU part")[:1]]  # ARM
+    able = sorted({word for key in ("flags", "Features") for value in _cpu_info(key)[:1] for word in value.split()})
+    return f"{cpu_model()}, {hashlib.sha256(' '.join([*facts, *able]).encode()).hexdigest()[:12]}"
 
 
 def cpu_model() -> str:

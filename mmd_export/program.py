@@ -93,7 +93,7 @@ def export_program(
     free = {0: Dim.DYNAMIC} if batch is None else None
     shapes = (free, *(free for _ in given), *(None for _ in special.constants(0)))
     special.body.eval()
-    with torch.no_grad(), any_batch():
+    with torch.no_grad(), any_batch("network"):
         step = torch.export.export(special.body, arguments, dynamic_shapes=shapes, strict=False)
     check_static(step.graph)
     decode = None if decoder is None else export_decoder(decoder, shape, batch)
@@ -104,7 +104,7 @@ def export_decoder(decoder: LatentDecoder, shape: tuple[int, int, int], batch: i
     """Capture the decoder for latents of ``shape``; raises UsageError if it is not static."""
     example = torch.zeros(batch or 2, *shape)
     free = {0: Dim.DYNAMIC} if batch is None else None
-    with torch.no_grad():
+    with torch.no_grad(), any_batch("decoder"):
         call = torch.export.export(decoder.eval(), (example,), dynamic_shapes=(free,), strict=False)
     check_static(call.graph)
     (image,) = call.graph.output_node().args[0]

@@ -99,8 +99,8 @@ class _InOrder(nn.Module):
 
 
 @contextmanager
-def any_batch() -> Iterator[None]:
-    """Tell what to do where torch.export takes a batch size that should be free for a constant."""
+def any_batch(what: str) -> Iterator[None]:
+    """Tell what to do where torch.export takes the batch size of ``what``, which should be free, for a constant."""
     from torch._dynamo.exc import UserError, UserErrorType
 
     try:
@@ -109,8 +109,8 @@ def any_batch() -> Iterator[None]:
         if error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
             raise
         raise UsageError(
-            f"torch {torch.__version__} captures the network for one batch size only; give one, as --batch 1, or take "
-            f"a newer torch ({one_line(error)})"
+            f"torch {torch.__version__} captures the {what} for one batch size only: {one_line(error)}; build a bundle "
+            "of one size, as --batch 1, or with a newer torch"
         ) from error
 
 
@@ -131,7 +131,7 @@ def capture(
         name: None if name == TIMESTEP else (free,) * len(value) if isinstance(value, tuple) else free
         for name, value in bound.items()
     }
-    with torch.no_grad(), any_batch():
+    with torch.no_grad(), any_batch("network"):
         program = torch.export.export(network, inputs, dynamic_shapes=shapes, strict=False)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)

@@ -11,4 +11,4 @@ from packaging.version import Version
 def needs(package: str, least: str, why: str) -> None:
     """Skip the test under an older ``package``."""
     if Version(found := version(package)) < Version(least):
-        pytest.skip(f"{package} {found}: {why}; {least} does")
+        pytest.skip(f"{package} {found}, not {least}: {why}")

@@ -62,7 +62,7 @@ class TorchTarget:
         exported = moved(unroll(program, options.output), device)
         require_torch_only(exported)
         options.notify("compiling with Inductor and the C++ compiler, a minute or more")
-        calls = compile_package(exported, folder / self.artefact, device)
+        calls = compile_package(exported, folder / self.artefact)
         facts = {"nodes": sum(calls.values()), "op_counts": calls} | program_facts(program)
         return Compiled(facts, {"torch": version("torch")}, hardware(device))
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from mmd_export.environment import cpu_model
+from mmd_export.environment import cpu_kind
 from mmd_export.errors import NotAvailableError, one_line
 from mmd_export.folders import scratch_folder
 from mmd_export.torch_device import BASE_ISA, PLAIN, cpu_vectors
@@ -40,7 +40,7 @@ def moved(exported: ExportedProgram, device: str) -> ExportedProgram:
     return move_to_device_pass(exported, device)
 
 
-def compile_package(exported: ExportedProgram, path: Path, device: str) -> dict[str, int]:
+def compile_package(exported: ExportedProgram, path: Path) -> dict[str, int]:
     """Compile ``exported`` and write the archive; returns the calls of kernels and operators in one run, by name.
 
     Raises NotAvailableError for what Inductor cannot compile.
@@ -56,14 +56,14 @@ def compile_package(exported: ExportedProgram, path: Path, device: str) -> dict[
         folder.mkdir()
         module = exported.module(check_guards=False)
         try:
-            aot_compile(module, arguments, keywords, options=settings(folder, device))
+            aot_compile(module, arguments, keywords, options=settings(folder))
         except InductorError as error:
             raise NotAvailableError(f"target torch cannot compile it: {one_line(error)}; use --target onnx") from error
         write_archive(folder, path, private_folders(str(scratch)))
         return _calls((folder / f"{_STEM}.wrapper.cpp").read_text(encoding="utf-8"))
 
 
-def settings(folder: Path, device: str) -> dict[str, Any]:
+def settings(folder: Path) -> dict[str, Any]:
     """Inductor's options: weights once (no freezing), no debug lines, nothing that depends on the thread count."""
     options: dict[str, Any] = {
         "aot_inductor.package": True,
@@ -75,7 +75,7 @@ def settings(folder: Path, device: str) -> dict[str, Any]:
         "aot_inductor.compile_wrapper_opt_level": "O0",
         "aot_inductor.enable_line_tables": False,
         "aot_inductor.precompile_headers": False,  # read once: precompiling them only adds to a build
-        "cpp.march": _march() if device == "cpu" else None,
+        "cpp.march": _march(),
     }
     return {name: value for name, value in options.items() if _has_option(name) and value is not None}
 
@@ -138,11 +138,13 @@ def _calls(wrapper: str) -> dict[str, int]:
 
 def hardware(device: str) -> dict[str, str]:
     """What the compiled code needs, to be compared before it is loaded."""
-    host = {"device": device, "system": platform.system(), "machine": platform.machine()}
-    if device == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        return {**host, "gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
     vectors = cpu_vectors()
-    if not _has_option("cpp.march"):  # torch before 2.13 compiles for `native`: whatever this processor has
-        return {**host, "vectors": vectors, "cpu": cpu_model()}
-    return {**host, "vectors": BASE_ISA.get(platform.machine(), vectors) if vectors in PLAIN else vectors}
+    facts = {"device": device, "system": platform.system(), "machine": platform.machine(), "vectors": vectors}
+    if sys.platform == "linux" and not _has_option("cpp.march"):  # torch before 2.13 compiles for `native` there
+        facts["cpu"] = cpu_kind()
+    elif vectors in PLAIN:
+        facts["vectors"] = BASE_ISA.get(platform.machine(), vectors)
+    if device == "cuda":  # beside what calls its kernels
+        major, minor = torch.cuda.get_device_capability()
+        facts |= {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
+    return facts

@@ -7,6 +7,7 @@ import functools
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,6 +151,20 @@ def test_a_gradient_is_the_gradient(attribute: str) -> None:
                 found = denoiser(*given)
             assert found.dtype == dtype
             assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(("version", "move"), [("2.12.1", "; torch 2.13 or newer may"), ("2.13.0", "")])
+def test_a_gradient_that_torch_cannot_trace(version: str, move: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no numel of symbolic sizes\nand more")
+
+    monkeypatch.setattr("mmd_export.checkpoints.gradient.make_fx", refuse)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    with pytest.raises(UsageError) as error:
+        load_checkpoint(f"{NETS}:AutogradEnergy")
+    assert str(error.value).endswith(
+        f"takes a gradient that torch {version} cannot trace: RuntimeError: no numel of symbolic sizes{move}"
+    )
 
 
 def test_a_gradient_by_finite_differences() -> None:

@@ -38,7 +38,7 @@ def lowered(attention_calls: Calls) -> dict[str, ir.Model]:
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
 def test_it_is_close_to_the_reference(grid: Grid, lowered: dict[str, ir.Model], attention_golden: Golden) -> None:
     if grid.name == "fp8":
-        needs("onnxruntime", "1.32", "it moves float8 through Transpose, which opset 20 has not")
+        needs("onnxruntime", "1.32", "float8 goes through Transpose, which opset 20 has not")
     inputs, expected = attention_golden
     states = ("state.1", "state.2")
     for name, state in zip(states, run(lowered[grid.name], inputs, *states), strict=True):

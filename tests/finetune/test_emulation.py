@@ -56,7 +56,7 @@ def eight_calls(tiny_attention: Path) -> Calls:
 @pytest.mark.parametrize("precision", ["int8", "fp8", "w4", "fp16"])
 def test_the_emulated_chain_is_the_artefacts(precision: str, tiny_attention: Path, eight_calls: Calls) -> None:
     if precision == "fp8":
-        needs("onnxruntime", "1.32", "it moves float8 through Transpose, which opset 20 has not")
+        needs("onnxruntime", "1.32", "float8 goes through Transpose, which opset 20 has not")
     base = load_checkpoint(tiny_attention)
     noise = sampler_noise(5, 8, base.shape, 0)["noise"]
     with torch.no_grad():

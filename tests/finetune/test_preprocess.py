@@ -28,7 +28,7 @@ def smooth(count: int, height: int, width: int) -> np.ndarray[Any, np.dtype[np.u
 
 
 def with_pillow(kind: str, name: str) -> Any:
-    """The processor on Pillow; since transformers 5 the unmarked one computes with torch."""
+    """The processor on Pillow. Releases of transformers that name it so have one on torch under the plain name."""
     place = f"transformers.models.{kind}.image_processing"
     try:
         return getattr(importlib.import_module(f"{place}_pil_{kind}"), f"{name}ImageProcessorPil")

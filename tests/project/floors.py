@@ -8,25 +8,30 @@ from __future__ import annotations
 import sys
 import tomllib
 from collections.abc import Iterable
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from tests.project.checks import ROOT
-
+ROOT = Path(__file__).parents[2]
 EXTRAS = ("tune", "finetune", "onnx", "openvino", "coreml", "report")  # targets that many install together
-_NAME = "mmd-export"
 
 
 def floors(extras: Iterable[str] = EXTRAS) -> list[str]:
-    """``name==version`` of the dependencies and of those of ``extras``, sorted, without this project's own extras."""
+    """``name==version`` of the dependencies and of those of ``extras``, sorted, without this project's own extras.
+
+    Raises ValueError for a range without a lower bound.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
-    return sorted({pinned for line in lines if (pinned := _pinned(Requirement(line)))})
+    wanted = (Requirement(line) for line in lines)
+    return sorted({_pinned(each) for each in wanted if each.name != project["name"]})
 
 
-def _pinned(requirement: Requirement) -> str | None:
+def _pinned(requirement: Requirement) -> str:
     bounds = [each.version for each in requirement.specifier if each.operator == ">="]
-    return None if requirement.name == _NAME else f"{requirement.name}=={bounds[0]}"
+    if not bounds:
+        raise ValueError(f"{requirement} in pyproject.toml has no lower bound, >=")
+    return f"{requirement.name}=={bounds[0]}"
 
 
 if __name__ == "__main__":

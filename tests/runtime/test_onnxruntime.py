@@ -190,11 +190,15 @@ def test_a_damaged_model_is_a_damaged_bundle(tmp_path: Path, broken: str) -> Non
         assert "\n" not in str(error.value)
 
 
-def test_what_an_older_onnxruntime_does_to_fp8_is_told_as_that(tmp_path: Path) -> None:
-    """It would move a float8 value through Transpose, which opset 20 has for other types only."""
+def test_what_an_older_onnxruntime_does_to_fp8_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It moves a float8 value through Transpose, which opset 20 has for other types only."""
     bundle = make(tmp_path / "b", BatchSpec(sizes=(2,)))
     save_float8_transpose(bundle.artefact_path)
-    with pytest.raises(NotAvailableError, match=r"fp8 needs onnxruntime 1.32 or newer, this is \d.*; pip install -"):
+    monkeypatch.setattr("onnxruntime.__version__", "1.31.1")
+    with pytest.raises(NotAvailableError, match=r"onnxruntime is 1\.31\.1, fp8 needs 1\.32 or newer; upgrade"):
+        RUNTIME.open(bundle, OPTIONS)
+    monkeypatch.setattr("onnxruntime.__version__", "1.32.0")
+    with pytest.raises(BundleError, match="rebuild the bundle"):
         RUNTIME.open(bundle, OPTIONS)
 
 

@@ -16,16 +16,16 @@ import pytest
 import torch
 from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
+from mmd_export import environment
 from mmd_export.build import BuildOptions, build
 from mmd_export.bundle import Bundle
-from mmd_export.environment import cpu_model, why_no_cuda
+from mmd_export.environment import cpu_kind, why_no_cuda
 from mmd_export.errors import BundleError, NotAvailableError
 from mmd_export.runtime import RunOptions
 from mmd_export.target_options import TargetOptions
 from mmd_export.targets import get_target
 from mmd_export.torch_compilers import inductor
 from mmd_export.torch_compilers.inductor import hardware, private_folders, settings, without_paths
-from mmd_runtime import aotinductor
 from mmd_runtime.aotinductor import _usable_device
 from mmd_runtime.registry import get_runtime, runtime_for
 from tests.export.bundles import make
@@ -210,7 +210,7 @@ def test_code_is_for_what_the_manifest_says(
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: word)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
-    chosen = settings(Path("folder"), "cpu")
+    chosen = settings(Path("folder"))
     assert chosen.get("cpp.march") == march
     assert hardware("cpu")["vectors"] == vectors
     if machine == "aarch64" and sys.platform == "linux":  # what Inductor adds by itself
@@ -222,11 +222,14 @@ def test_code_is_for_what_the_manifest_says(
 def test_code_for_native_is_for_one_processor(built: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = bundle_of(built, "torch")
     monkeypatch.setattr(inductor, "_has_option", lambda name: name != "cpp.march")
-    assert "cpp.march" not in settings(Path("folder"), "cpu")
+    monkeypatch.setattr("sys.platform", "linux")
+    assert "cpp.march" not in settings(Path("folder"))
     native = Bundle(bundle.folder, bundle.manifest.model_copy(update={"hardware": hardware("cpu")}))
     assert _usable_device(native) == "cpu"
-    monkeypatch.setattr(aotinductor, "cpu_model", lambda: "another")
-    with pytest.raises(NotAvailableError, match=f"is code for cpu {re.escape(cpu_model())}, this machine has another"):
+    here = cpu_kind()
+    real = environment._cpu_info
+    monkeypatch.setattr(environment, "_cpu_info", lambda key: ["fpu"] if key in ("flags", "Features") else real(key))
+    with pytest.raises(NotAvailableError, match=f"is code for cpu {re.escape(here)}, this machine has .*, [0-9a-f]+;"):
         _usable_device(native)
 
 

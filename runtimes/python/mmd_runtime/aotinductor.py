@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mmd_export.bundle import Bundle
-from mmd_export.environment import cpu_model, why_no_cuda
+from mmd_export.environment import cpu_kind, why_no_cuda
 from mmd_export.errors import BundleError, MmdExportError, NotAvailableError, one_line
 from mmd_export.runtime import Array, Arrays, Availability, ChainSession, RunOptions, Session, uninstalled
 from mmd_runtime.chunks import check_inputs
@@ -82,16 +82,14 @@ def _usable_device(bundle: Bundle) -> str:
     from mmd_export.torch_device import BASE_ISA, cpu_vectors
 
     wants = bundle.manifest.hardware or {}
-    has = {"system": platform.system(), "machine": platform.machine()}
+    has = {"system": platform.system(), "machine": platform.machine(), "vectors": cpu_vectors()}
+    if "cpu" in wants:  # compiled for just this processor
+        has["cpu"] = cpu_kind()
     if wants.get("device") == "cuda":
         if not torch.cuda.is_available():
             why = why_no_cuda(torch.__version__, torch.version.cuda)
             raise NotAvailableError(f"bundle {bundle.name} runs on CUDA: {why}, or rebuild with --device cpu")
         has["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
-    else:
-        has["vectors"] = cpu_vectors()
-        if "cpu" in wants:  # compiled for just this processor
-            has["cpu"] = cpu_model()
     for name, value in has.items():
         wanted = wants.get(name)
         wider = name == "vectors" and (wanted in BASE_ISA.values() or (wanted, value) == ("AVX2", "AVX512"))

@@ -32,6 +32,7 @@ from mmd_runtime.onnx_providers import (
 )
 
 INSTALL = "pip install 'mmd-export[onnx]'"
+_MOVES_FLOAT8 = (1, 32)  # before, also through Transpose, which opset 20 has for other types only
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(uint8)": "uint8"}
 
 
@@ -271,10 +272,12 @@ def _run(bundle: Bundle, session: Any, feeds: Arrays) -> dict[str, Array]:
 
 def _broken(bundle: Bundle, error: Exception) -> MmdExportError:
     artefact = bundle.manifest.artefact
-    if "float8" in str(error) and "Transpose" in str(error):  # it moves Q and DQ through one that opset 20 has not
+    version = _onnxruntime().__version__
+    old = tuple(int(part) for part in version.split(".")[:2]) < _MOVES_FLOAT8
+    if old and "float8" in str(error) and "Transpose" in str(error):
         return NotAvailableError(
-            f"bundle {bundle.name}: {artefact} cannot be loaded: fp8 needs onnxruntime 1.32 or newer, this is "
-            f"{_onnxruntime().__version__}; pip install --upgrade onnxruntime"
+            f"bundle {bundle.name}: {artefact} cannot be loaded: onnxruntime is {version}, fp8 needs 1.32 or newer; "
+            "upgrade the package that it comes from"
         )
     return BundleError(f"bundle {bundle.name}: {artefact} cannot be loaded: {one_line(error)}; rebuild the bundle")
 
