@@ -264,7 +264,7 @@ def test_unknown_runtime(command: Command, digits_bundle: Path) -> None:
         (("bild",), "No such command 'bild'. Did you mean 'build'; see mmd-export --help"),
         (("build", "digits"), "Missing option '--target'; see mmd-export build --help"),
         (("bench", "b", "--chekpoint", "d"), "--chekpoint (Possible options: --checkpoint); see mmd-export bench --h"),
-        (("bench", "b", "--rounds", "many"), "for '--rounds': "),
+        (("bench", "b", "--rounds", "many"), "Invalid value 'many' for '--rounds': Input should be a valid integer"),
         (("verify", "b", "--seed"), "Option '--seed' requires an argument; see mmd-export verify --help"),
         (("verify", "b", "c"), "(c); see mmd-export verify --help"),
     ],

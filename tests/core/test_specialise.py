@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import pytest
@@ -16,9 +16,10 @@ from mmd_export.checkpoint import load_checkpoint
 from mmd_export.checkpoints.gradient import GradientDenoiser
 from mmd_export.checkpoints.static import Signature
 from mmd_export.conditions import class_condition
+from mmd_export.decoder import LatentDecoder
 from mmd_export.denoiser import AtTimesteps, DiffusersUNet
 from mmd_export.errors import UsageError
-from mmd_export.program import SamplerProgram, export_program
+from mmd_export.program import SamplerProgram, export_decoder, export_program
 from mmd_export.schedule import SchedulerConfig
 from mmd_export.solvers import make_plan
 from mmd_export.specialise import SpecialisedDenoiser, capture, specialise
@@ -274,6 +275,15 @@ def test_a_network_of_one_batch_size_is_told_to_take_one() -> None:
     capture(OfTwo(), 5, x, {}, dynamic_batch=False)
     with pytest.raises(UsageError, match=r"^torch .* captures the network for one batch size only: .* --batch 1, or"):
         capture(OfTwo(), 5, x, {}, dynamic_batch=True)
+
+
+def test_a_decoder_of_one_batch_size_is_told_to_take_one() -> None:
+    class OfTwo(nn.Module):
+        def forward(self, latents: Tensor) -> Tensor:
+            return 2 * latents if latents.shape[0] == 2 else latents
+
+    with pytest.raises(UsageError, match=r"captures the decoder for one batch size only: .* --batch 1, or"):
+        export_decoder(cast("LatentDecoder", OfTwo()), (1, 4, 4), None)
 
 
 def test_control_flow_is_refused() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from mmd_export.runtime import RunOptions
 from mmd_export.targets import get_target
 from mmd_runtime.openvino import RUNTIME
 from tests.models import new_unet, tiny
+from tests.older import needs
 
 __all__ = ["tiny"]  # the fixture
 OPTIONS = RunOptions(threads=1)
@@ -142,11 +142,11 @@ def test_an_operator_that_openvino_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(NotAvailableError) as error:
         openvino_ir.convert(tmp_path / "model.onnx", [])
     assert (root.level, root.filters, root.handlers) == before
-    line = str(error.value)  # the words in the middle are OpenVINO's own, and change with its releases
-    assert line.startswith(f"openvino {version('openvino')} cannot convert the graph: ")
-    assert line.endswith("; use --target onnx")
-    assert re.search(r"\bDet\b", line)
-    assert "\n" not in line
+    needs("openvino", "2026.4", "it has other words for this")
+    assert str(error.value) == (
+        f"openvino {version('openvino')} cannot convert the graph: "
+        "No conversion rule found for operations: Det-20; use --target onnx"
+    )
 
 
 def test_nothing_is_reported_and_nothing_written_to_the_home_folder(tmp_path: Path) -> None:
