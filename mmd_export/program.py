@@ -11,8 +11,10 @@ from torch.export import Dim, ExportedProgram
 
 from mmd_export.conditions import Condition
 from mmd_export.decoder import LatentDecoder
+from mmd_export.denoiser import typical_timestep
+from mmd_export.lift import lift
 from mmd_export.plan import StepPlan
-from mmd_export.specialise import SpecialisedDenoiser, any_batch, check_static, specialise
+from mmd_export.specialise import SpecialisedDenoiser, any_batch, check_static, export_call, fold
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -88,14 +90,9 @@ def export_program(
     rows = batch or 2  # torch.export takes a batch of 1 for a constant
     example = torch.zeros(rows, *shape)
     given = {condition.name: torch.from_numpy(condition.examples(0, rows)) for condition in conditions}
-    special = specialise(denoiser, plan.timesteps, example, given, dynamic_batch=batch is None).eval()
-    arguments = (example, *given.values(), *special.constants(0))
-    free = {0: Dim.DYNAMIC} if batch is None else None
-    shapes = (free, *(free for _ in given), *(None for _ in special.constants(0)))
-    special.body.eval()
-    with torch.no_grad(), any_batch("network"):
-        step = torch.export.export(special.body, arguments, dynamic_shapes=shapes, strict=False)
-    check_static(step.graph)
+    call = export_call(denoiser, typical_timestep(plan.timesteps), example, given, dynamic_batch=batch is None)
+    special = fold(call, plan.timesteps, tuple(given)).eval()
+    step = lift(special.body, call, (example, *given.values(), *special.constants(0)))
     decode = None if decoder is None else export_decoder(decoder, shape, batch)
     return SamplerProgram(plan, step, special, shape, batch, conditions, decode)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from mmd_export.denoiser import timestep_tensor, typical_timestep
 from mmd_export.errors import UsageError, one_line
+from mmd_export.free_batch import broadcasts, repeat_rows, slice_parts
 
 STATE, TIMESTEP = "x", "timestep"
 # Ops that broadcast their operands: before one of these a row that is equal for the whole batch is stored once.
@@ -76,13 +79,19 @@ def specialise(
     (data-dependent branches).
     """
     given = dict(conditions or {})
-    first = typical_timestep(timesteps)  # one graph serves all calls, so one type of timestep does
-    module = capture(denoiser, first, example, given, dynamic_batch=dynamic_batch)
-    check_static(module.graph)  # here too: noise in the time path would be folded into one constant draw
+    program = export_call(denoiser, typical_timestep(timesteps), example, given, dynamic_batch=dynamic_batch)
+    return fold(program, timesteps, tuple(given))
+
+
+def fold(program: ExportedProgram, timesteps: Sequence[float], names: tuple[str, ...]) -> SpecialisedDenoiser:
+    """The captured call ``program`` with its time path folded for every timestep; UsageError if it is not static."""
+    module = module_of(program)
+    check_static(module.graph)  # before: noise in the time path would be folded into one constant draw
     split = split_time(module.graph)
-    tables = [_evaluate(module, split, timestep, timestep_tensor(first).dtype) for timestep in timesteps]
+    dtype = timestep_tensor(typical_timestep(timesteps)).dtype  # one graph serves all calls, so one type does
+    tables = [_evaluate(module, split, timestep, dtype) for timestep in timesteps]
     tables = _store_equal_rows_once(split, tables)
-    return SpecialisedDenoiser(_body(module, split, tuple(given)), tables, tuple(given))
+    return SpecialisedDenoiser(_body(module, split, names), tables, names)
 
 
 class _InOrder(nn.Module):
@@ -118,6 +127,13 @@ def capture(
     denoiser: nn.Module, timestep: float, example: Tensor, conditions: Mapping[str, Tensor], *, dynamic_batch: bool
 ) -> fx.GraphModule:
     """One call of ``denoiser`` on (x, timestep, *conditions) as a graph of aten ops, without its assertions."""
+    return module_of(export_call(denoiser, timestep, example, conditions, dynamic_batch=dynamic_batch))
+
+
+def export_call(
+    denoiser: nn.Module, timestep: float, example: Tensor, conditions: Mapping[str, Tensor], *, dynamic_batch: bool
+) -> ExportedProgram:
+    """The same as torch.export gives it; UsageError where it takes a free batch for a constant."""
     free = {0: torch.export.Dim.DYNAMIC} if dynamic_batch else None
     call = inspect.signature(denoiser.forward)
     network, given = denoiser, (example, timestep_tensor(timestep, example.device))
@@ -132,7 +148,11 @@ def capture(
         for name, value in bound.items()
     }
     with torch.no_grad(), any_batch("network"):
-        program = torch.export.export(network, inputs, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(network, inputs, dynamic_shapes=shapes, strict=False)
+
+
+def module_of(program: ExportedProgram) -> fx.GraphModule:
+    """Its graph as a module, without assertions and what does nothing."""
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     for node in reversed(module.graph.nodes):
@@ -140,6 +160,7 @@ def capture(
             module.graph.erase_node(node)
         elif node.target is torch.ops.aten.squeeze.dim and _keeps_shape(node):
             node.replace_all_uses_with(node.args[0])
+    slice_parts(module.graph, next(node for node in module.graph.nodes if node.name == STATE))
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
@@ -229,16 +250,21 @@ def _body(module: fx.GraphModule, split: TimeSplit, names: tuple[str, ...]) -> f
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     placeholders = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
-    copies[placeholders[STATE]] = graph.placeholder(STATE)
-    for i, name in enumerate(names):  # in an order of our own; what came through ** is called conditions_<i>
-        copies[placeholders.get(name) or placeholders[f"conditions_{i}"]] = graph.placeholder(name)
+    # in an order of our own; what came through ** is called conditions_<i>
+    given = {STATE: placeholders[STATE]}
+    given |= {name: placeholders.get(name) or placeholders[f"conditions_{i}"] for i, name in enumerate(names)}
+    for name, node in given.items():
+        copies[node] = graph.placeholder(name)
+        copies[node].meta = dict(node.meta)
     for i, node in enumerate(split.crossing):
         copies[node] = graph.placeholder(f"time_{i}")
+    repeated = repeat_rows(graph, copies[placeholders[STATE]], {node: copies[node] for node in split.crossing})
     for node in module.graph.nodes:
         if node.op == "output":
             graph.output(copies[node.args[0][0]])  # torch.export returns a tuple of one
         elif node not in copies and node not in split.time:
-            copies[node] = graph.node_copy(node, lambda parent: copies[parent])
+            seen = ChainMap({} if broadcasts(node) else repeated, copies)
+            copies[node] = graph.node_copy(node, seen.__getitem__)
     graph.eliminate_dead_code()
     graph.lint()
     with warnings.catch_warnings():
