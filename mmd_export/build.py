@@ -27,11 +27,12 @@ from mmd_export.checkpoint import Checkpoint, load_checkpoint
 from mmd_export.condition_files import with_examples
 from mmd_export.conditions import Condition
 from mmd_export.decoder import decoded_shape
-from mmd_export.errors import NotAvailableError, UsageError
+from mmd_export.errors import NotAvailableError, UsageError, one_line
 from mmd_export.folders import scratch_folder
 from mmd_export.heap import release_heap
 from mmd_export.measured import log_beside, measured
 from mmd_export.network_options import AS_IT_IS, NetworkOptions
+from mmd_export.plan import StepPlan
 from mmd_export.plan_options import PlanOptions
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.reference import golden_arrays
@@ -135,7 +136,7 @@ def _prepare(options: BuildOptions, notify: Callable[[str], None]) -> _Prepared:
             "set clip_sample false in its config unless the model was trained so"
         )
     notify("running the float64 reference")
-    golden = golden_arrays(checkpoint, plan, golden_count(batch), options.output)
+    golden = _golden(checkpoint, plan, golden_count(batch), options.output)
     weight_bytes = sum(weight.nbytes for weight in checkpoint.denoiser.state_dict().values())
     release_heap(weight_bytes)
     notify("capturing one network call")
@@ -144,6 +145,20 @@ def _prepare(options: BuildOptions, notify: Callable[[str], None]) -> _Prepared:
     )
     draft = _draft(options, checkpoint, program, batch, target)
     return _Prepared(target, batch, program, weight_bytes, golden, draft, tuned, checkpoint.lineage)
+
+
+def _golden(checkpoint: Checkpoint, plan: StepPlan, count: int, output: str) -> dict[str, NDArray[Any]]:
+    """The reference's arrays; UsageError for a network of whole timesteps, where the plan has others."""
+    try:
+        return golden_arrays(checkpoint, plan, count, output)
+    except RuntimeError as error:
+        fraction = next((timestep for timestep in plan.timesteps if not float(timestep).is_integer()), None)
+        if fraction is None:
+            raise
+        raise UsageError(
+            f"{checkpoint.name} fails in a plan with timestep {fraction:g}: {one_line(error)}; choose whole ones with "
+            "--timesteps, or another --sampler"
+        ) from error
 
 
 def _ranges_made_up(precision: str, target: Target, conditions: Sequence[Condition]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, TypeGuard
 
@@ -11,38 +11,48 @@ import torch
 from torch import Tensor, fx
 
 _ATEN = torch.ops.aten
-_IN_PARTS = (
+_SPLITS = (
     _ATEN.chunk.default, _ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.tensor_split.sections,
 )  # fmt: skip
 
 
-def repeat_rows(graph: fx.Graph, x: fx.Node, stored: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
-    """What ``stored`` holds of one image, by the node that had it of all, repeated for as many as ``x`` has.
+def free_sizes(node: fx.Node) -> list[int]:
+    """The dimensions of its value that follow the batch; none of what is no tensor."""
+    shape: Any = getattr(node.meta.get("val"), "shape", ())
+    return [dim for dim, size in enumerate(shape) if not isinstance(size, int)]
 
-    For operators that do not broadcast; only of nodes whose size follows the batch of ``x``.
+
+def repeat_rows(graph: fx.Graph, x: fx.Node, rows: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Each of ``rows``, 1 long where the size of its key follows the batch, expanded to the batch of ``x``.
+
+    A key without such a size, or with one that is no multiple of the batch, is left out.
     """
     repeated = {}
-    for node, copy in stored.items():
-        shape = node.meta["val"].shape
-        factors = {i: _factor(size, x) for i, size in enumerate(shape) if not isinstance(size, int)}
-        if factors and None not in factors.values():
-            sizes = [_times(graph, x, factors[i] or 0) if i in factors else size for i, size in enumerate(shape)]
-            repeated[node] = graph.call_function(_ATEN.expand.default, (copy, sizes))
+    for node, row in rows.items():
+        factors = [_factor(node.meta["val"].shape[dim], x) for dim in free_sizes(node)]
+        if factors and _known(factors):
+            sizes: list[int | fx.Node] = [*node.meta["val"].shape]
+            for dim, factor in zip(free_sizes(node), factors, strict=True):
+                sizes[dim] = _times(graph, x, factor)
+            repeated[node] = graph.call_function(_ATEN.expand.default, (row, sizes))
     return repeated
 
 
-def broadcasts(node: fx.Node) -> bool:
-    """Whether one row of an operand serves for all rows of another."""
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+def row_is_enough(node: fx.Node, rows: Container[fx.Node]) -> bool:
+    """Whether ``node`` computes the same with ``rows`` of 1 in place of a batch: another operand has all its sizes."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.pointwise not in node.target.tags:
+        return False
+    others = [parent.meta.get("val") for parent in node.all_input_nodes if parent not in rows]
+    return str(node.meta["val"].shape) in {str(value.shape) for value in others if isinstance(value, Tensor)}
 
 
-def slice_parts(graph: fx.Graph, x: fx.Node) -> None:
-    """Parts of what follows the batch of ``x``, as the two halves of guidance inside a network, become slices.
+def slice_splits(graph: fx.Graph, x: fx.Node) -> None:
+    """chunk and split along the batch, as of the two halves of guidance inside a network, become slices.
 
-    torch.onnx 2.13 makes a sequence of them, at which onnxscript 0.7.2 fails (optimizer/_constant_folding.py,
-    split_to_sequence, where no size is known) and which TensorRT does not take. Delete when Split comes out.
+    torch.onnx 2.13 makes a sequence of the parts. onnxscript 0.7.2 fails at it (optimizer/_constant_folding.py,
+    split_to_sequence, where no size is known), and TensorRT takes no sequence. Delete when torch.onnx makes a Split.
     """
-    for node in [each for each in graph.nodes if each.target in _IN_PARTS]:
+    for node in [each for each in graph.nodes if each.target in _SPLITS]:
         dim: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)  # the same place in all of them
         parts: Sequence[Tensor] = node.meta["val"]
         factors = [_factor(part.shape[dim], x) for part in parts]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -18,12 +19,15 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
+from mmd_export.errors import UsageError, one_line
+
 
 def lift(body: fx.GraphModule, source: ExportedProgram, inputs: Sequence[Tensor]) -> ExportedProgram:
     """``body``, its nodes copied out of the module of ``source``, with example ``inputs`` in its own order.
 
-    Its one output is a tensor. Values without ``val`` in their meta get it here, and so does all that has another shape
-    than in ``source``, as one row in place of a whole batch. Raises what torch does where an operator cannot take it.
+    Its one output is a tensor. ``val`` is computed where a node has none in its meta, and where an input has another
+    shape than in ``source``, as one row in place of a whole batch. Raises UsageError for an operator that cannot take
+    the shape.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -42,7 +46,8 @@ def lift(body: fx.GraphModule, source: ExportedProgram, inputs: Sequence[Tensor]
     )
     given_as, one = pytree.tree_structure((tuple(inputs), {})), pytree.tree_structure(inputs[0])
     names = [node.name for node in given]
-    call = ModuleCallSignature([], [], given_as, one, names)  # of the whole, torch.export lists neither
+    # the arguments of submodules are listed, those of the whole are in the signature
+    call = ModuleCallSignature([], [], given_as, one, names)
     return ExportedProgram(
         body,
         graph,
@@ -67,6 +72,7 @@ def _weights(body: fx.GraphModule, graph: fx.Graph, copies: dict[fx.Node, fx.Nod
     for letter, kind, targets in (("p", InputKind.PARAMETER, parameters), ("b", InputKind.BUFFER, buffers)):
         for target in targets:
             copy = graph.placeholder(f"{letter}_{target.replace('.', '_')}")
+            copy.target = copy.name  # which fx has made legal and unique
             copy.meta = dict(readers[target][0].meta)
             copies.update(dict.fromkeys(readers[target], copy))
             persistent = True if kind is InputKind.BUFFER else None
@@ -83,7 +89,7 @@ def _complete_values(graph: fx.Graph, given: Sequence[fx.Node], inputs: Sequence
     """Compute the fake values that are missing, and those that another shape reaches."""
     mode = given[0].meta["val"].fake_mode
     changed = set()
-    with mode, torch.no_grad():
+    with enable_python_dispatcher(), mode, torch.no_grad():  # some operators know symbolic sizes in Python alone
         for node, value in zip(given, inputs, strict=True):
             if "val" not in node.meta:
                 node.meta["val"] = mode.from_tensor(value, static_shapes=True)
@@ -92,7 +98,13 @@ def _complete_values(graph: fx.Graph, given: Sequence[fx.Node], inputs: Sequence
             if node.op != "call_function" or ("val" in node.meta and changed.isdisjoint(node.all_input_nodes)):
                 continue
             args, keywords = fx.map_arg((node.args, node.kwargs), lambda parent: parent.meta["val"])
-            value = node.target(*args, **keywords)
+            try:
+                value = node.target(*args, **keywords)
+            except RuntimeError as error:
+                raise UsageError(
+                    f"{node.target} joins the timestep to the state in a way that fits one batch size only: "
+                    f"{one_line(error)}; build a bundle of one size, as --batch 1"
+                ) from error
             if _layout(value) != _layout(node.meta.get("val")):
                 node.meta["val"] = value
                 changed.add(node)

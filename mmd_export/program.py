@@ -14,7 +14,7 @@ from mmd_export.decoder import LatentDecoder
 from mmd_export.denoiser import typical_timestep
 from mmd_export.lift import lift
 from mmd_export.plan import StepPlan
-from mmd_export.specialise import SpecialisedDenoiser, any_batch, check_static, export_call, fold
+from mmd_export.specialise import SpecialisedDenoiser, any_batch, check_static, export_call, specialise
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -91,7 +91,7 @@ def export_program(
     example = torch.zeros(rows, *shape)
     given = {condition.name: torch.from_numpy(condition.examples(0, rows)) for condition in conditions}
     call = export_call(denoiser, typical_timestep(plan.timesteps), example, given, dynamic_batch=batch is None)
-    special = fold(call, plan.timesteps, tuple(given)).eval()
+    special = specialise(call, plan.timesteps, tuple(given)).eval()
     step = lift(special.body, call, (example, *given.values(), *special.constants(0)))
     decode = None if decoder is None else export_decoder(decoder, shape, batch)
     return SamplerProgram(plan, step, special, shape, batch, conditions, decode)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +20,9 @@ from torch.export import ExportedProgram
 
 from mmd_export.denoiser import timestep_tensor, typical_timestep
 from mmd_export.errors import UsageError, one_line
-from mmd_export.free_batch import broadcasts, repeat_rows, slice_parts
+from mmd_export.free_batch import free_sizes, repeat_rows, row_is_enough, slice_splits
 
 STATE, TIMESTEP = "x", "timestep"
-# Ops that broadcast their operands: before one of these a row that is equal for the whole batch is stored once.
-_BROADCASTING = {torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor, torch.ops.aten.sub.Tensor}
 # The arguments that switch training on, under the names of aten's schemas.
 _TRAINING = ("train", "training")
 _ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default}
@@ -63,35 +61,19 @@ class TimeSplit:
     crossing: list[fx.Node]
 
 
-def specialise(
-    denoiser: nn.Module,
-    timesteps: Sequence[float],
-    example: Tensor,
-    conditions: Mapping[str, Tensor] | None = None,
-    *,
-    dynamic_batch: bool = False,
-) -> SpecialisedDenoiser:
-    """Capture one call of ``denoiser`` at ``example`` (B, C, H, W) and fold its time path for every timestep.
+def specialise(program: ExportedProgram, timesteps: Sequence[float], names: Sequence[str] = ()) -> SpecialisedDenoiser:
+    """The call that ``export_call`` captured, its time path folded for every timestep.
 
-    ``conditions`` are examples of what the network is told besides, by name.
-
-    Raises UsageError for a network that draws noise or trains, torch's export errors for one that cannot be captured
-    (data-dependent branches).
+    ``names``: what the network is told besides. Raises UsageError for a network that draws noise or trains, and for one
+    whose time path cannot be folded.
     """
-    given = dict(conditions or {})
-    program = export_call(denoiser, typical_timestep(timesteps), example, given, dynamic_batch=dynamic_batch)
-    return fold(program, timesteps, tuple(given))
-
-
-def fold(program: ExportedProgram, timesteps: Sequence[float], names: tuple[str, ...]) -> SpecialisedDenoiser:
-    """The captured call ``program`` with its time path folded for every timestep; UsageError if it is not static."""
     module = module_of(program)
     check_static(module.graph)  # before: noise in the time path would be folded into one constant draw
-    split = split_time(module.graph)
     dtype = timestep_tensor(typical_timestep(timesteps)).dtype  # one graph serves all calls, so one type does
-    tables = [_evaluate(module, split, timestep, dtype) for timestep in timesteps]
-    tables = _store_equal_rows_once(split, tables)
-    return SpecialisedDenoiser(_body(module, split, names), tables, names)
+    paths = [_TimePath(module, timestep, dtype) for timestep in timesteps]
+    split = _without_mixed_rows(module.graph, paths[0])
+    tables = _store_equal_rows_once(split, [[path.tensor(node) for node in split.crossing] for path in paths])
+    return SpecialisedDenoiser(_body(module, split, tuple(names)), tables, names)
 
 
 class _InOrder(nn.Module):
@@ -108,6 +90,14 @@ class _InOrder(nn.Module):
 
 
 @contextmanager
+def quiet_copies() -> Iterator[None]:
+    """Copies of a program say nothing. Delete when torch copies nothing that it deprecates itself (2.13: LeafSpec)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+        yield
+
+
+@contextmanager
 def any_batch(what: str) -> Iterator[None]:
     """Tell what to do where torch.export takes the batch size of ``what``, which should be free, for a constant."""
     from torch._dynamo.exc import UserError, UserErrorType
@@ -117,9 +107,11 @@ def any_batch(what: str) -> Iterator[None]:
     except UserError as error:
         if error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
             raise
+        reason = one_line(error).split(" For more information")[0]
         raise UsageError(
-            f"torch {torch.__version__} captures the {what} for one batch size only: {one_line(error)}; build a bundle "
-            "of one size, as --batch 1, or with a newer torch"
+            f"torch {torch.__version__} captures the {what} for one batch size only: {reason} len(x) and "
+            "int(x.shape[0]) do that, x.shape[0] does not; else build a bundle of one size, as --batch 1, or with a "
+            "newer torch"
         ) from error
 
 
@@ -133,7 +125,11 @@ def capture(
 def export_call(
     denoiser: nn.Module, timestep: float, example: Tensor, conditions: Mapping[str, Tensor], *, dynamic_batch: bool
 ) -> ExportedProgram:
-    """The same as torch.export gives it; UsageError where it takes a free batch for a constant."""
+    """One call of ``denoiser`` at ``example`` (B, C, H, W), as torch.export captures it.
+
+    ``conditions`` are examples of what the network is told besides, by name. Raises UsageError where a free batch turns
+    out to be a constant, torch's export errors for what cannot be captured (data-dependent branches).
+    """
     free = {0: torch.export.Dim.DYNAMIC} if dynamic_batch else None
     call = inspect.signature(denoiser.forward)
     network, given = denoiser, (example, timestep_tensor(timestep, example.device))
@@ -147,12 +143,28 @@ def export_call(
         name: None if name == TIMESTEP else (free,) * len(value) if isinstance(value, tuple) else free
         for name, value in bound.items()
     }
-    with torch.no_grad(), any_batch("network"):
-        return torch.export.export(network, inputs, dynamic_shapes=shapes, strict=False)
+    with torch.no_grad(), any_batch("network"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")  # what a call kept
+        program = torch.export.export(network, inputs, dynamic_shapes=shapes, strict=False)
+    # what is written in place has no value of its own to fold
+    with quiet_copies():
+        return program.run_decompositions({}) if _writes_time(program) else program
+
+
+def _writes_time(program: ExportedProgram) -> bool:
+    """Whether an operator writes in place what depends on the timestep alone, or into it."""
+    weights = {spec.arg.name for spec in program.graph_signature.input_specs if spec.target is not None}
+    time = split_time(program.graph, weights).time
+    return any(
+        isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+        and (node in time or node.args[0] in time)
+        for node in program.graph.nodes
+    )
 
 
 def module_of(program: ExportedProgram) -> fx.GraphModule:
-    """Its graph as a module, without assertions and what does nothing."""
+    """Its graph as a module: without assertions and what does nothing, parts of a free batch as slices."""
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     for node in reversed(module.graph.nodes):
@@ -160,7 +172,7 @@ def module_of(program: ExportedProgram) -> fx.GraphModule:
             module.graph.erase_node(node)
         elif node.target is torch.ops.aten.squeeze.dim and _keeps_shape(node):
             node.replace_all_uses_with(node.args[0])
-    slice_parts(module.graph, next(node for node in module.graph.nodes if node.name == STATE))
+    slice_splits(module.graph, _inputs(module.graph)[STATE])
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
@@ -172,99 +184,136 @@ def _keeps_shape(node: fx.Node) -> bool:
     return before is not None and after is not None and before.dim() == after.dim()
 
 
-def split_time(graph: fx.Graph) -> TimeSplit:
-    """Separate what depends on the timestep alone; a shape of the state is not a dependence on the state."""
+def _inputs(graph: fx.Graph) -> dict[str, fx.Node]:
+    return {node.name: node for node in graph.nodes if node.op == "placeholder"}
+
+
+def split_time(graph: fx.Graph, weights: Container[str] = ()) -> TimeSplit:
+    """Separate what depends on the timestep alone; a shape of the state is not a dependence on the state.
+
+    ``weights``: the inputs of a lifted graph that are none of the network's.
+    """
     on_state: set[fx.Node] = set()
     on_time: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
+            if node.name in weights:
+                continue
             (on_time if node.name == TIMESTEP else on_state).add(node)
         elif node.target is not torch.ops.aten.sym_size.int:
             if any(parent in on_state for parent in node.all_input_nodes):
                 on_state.add(node)
             if any(parent in on_time for parent in node.all_input_nodes):
                 on_time.add(node)
-    time = on_time - on_state
-    crossing = [
-        node for node in graph.nodes
-        if node in time and node.op != "placeholder" and any(user not in time for user in node.users)
-    ]  # fmt: skip
-    return TimeSplit(time, crossing)
+    return _split_at(graph, on_time - on_state)
 
 
-class _TimeInterpreter(fx.Interpreter):
-    """Runs only what the crossing values need, for a batch of one."""
+def _split_at(graph: fx.Graph, time: set[fx.Node]) -> TimeSplit:
+    return TimeSplit(
+        time, [node for node in graph.nodes if node in time and any(user not in time for user in node.users)]
+    )
 
-    def __init__(self, module: fx.GraphModule, split: TimeSplit, timestep: Tensor) -> None:
+
+class _TimePath(fx.Interpreter):
+    """The values of what depends on the timestep alone, each computed when it is asked for, for a batch of one."""
+
+    def __init__(self, module: fx.GraphModule, timestep: float, dtype: torch.dtype) -> None:
         super().__init__(module)
-        self.split = split
-        self.timestep = timestep
+        device = next((p.device for p in module.parameters()), None)
+        self.timestep = timestep_tensor(timestep, device).to(dtype)
         self.values: dict[fx.Node, Any] = {}
 
-    def value(self, node: fx.Node) -> Any:
-        """The value of ``node``, evaluated on demand."""
+    def tensor(self, node: fx.Node) -> Tensor:
+        """The value of ``node``; UsageError if it is none that a graph can be told."""
+        with torch.no_grad():
+            value = self._value(node)
+        if not isinstance(value, Tensor):
+            raise UsageError("the network reads the timestep as a Python number (item); compute with it as a tensor")
+        return value.detach().clone()
+
+    def _value(self, node: fx.Node) -> Any:
         if node not in self.values:
-            self.values[node] = self._evaluate(node)
+            self.values[node] = self._compute(node)
         return self.values[node]
 
-    def _evaluate(self, node: fx.Node) -> Any:
+    def _compute(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
             return self.timestep
         if node.target is torch.ops.aten.sym_size.int:
             return 1
         if node.op == "get_attr":
             return self.fetch_attr(str(node.target))
-        arguments = fx.map_arg(node.args, self.value)
-        keywords = fx.map_arg(node.kwargs, self.value)
+        arguments = fx.map_arg(node.args, self._value)
+        keywords = fx.map_arg(node.kwargs, self._value)
         return self.call_function(node.target, arguments, keywords)
 
 
-def _evaluate(module: fx.GraphModule, split: TimeSplit, timestep: float, dtype: torch.dtype) -> list[Tensor]:
-    device = next((p.device for p in module.parameters()), None)
-    with torch.no_grad():
-        interpreter = _TimeInterpreter(module, split, timestep_tensor(timestep, device).to(dtype))
-        return [interpreter.value(node).detach().clone() for node in split.crossing]
+def _without_mixed_rows(graph: fx.Graph, path: _TimePath) -> TimeSplit:
+    """The split that leaves in the graph what has rows, where the batch is free, that differ within one image.
+
+    As where the two halves of guidance add their classes to the time: how its rows go on for more images is in the
+    operators that made it. What those read is folded.
+    """
+    split = split_time(graph)
+    time, nodes = set(split.time), list(split.crossing)
+    while nodes:
+        node = nodes.pop()
+        dims = free_sizes(node)
+        if node in time and dims and not _is_one_row(path.tensor(node), dims):
+            time.remove(node)
+            nodes += [parent for parent in node.all_input_nodes if parent in time]
+    return _split_at(graph, time)
 
 
 def _store_equal_rows_once(split: TimeSplit, tables: list[list[Tensor]]) -> list[list[Tensor]]:
-    """A static batch repeats the same row; keep one where every user broadcasts, or where the batch is free.
-
-    A network that sees 2 B images (guidance) has two rows for one image, equal up to the order of summation.
-    """
+    """A free batch has one row for all, and a static one where that is enough for every user."""
     columns = list(zip(*tables, strict=True))
     for i, node in enumerate(split.crossing):
-        broadcast = all(user.target in _BROADCASTING for user in node.users if user not in split.time)
-        equal = all(value.dim() > 1 and bool((value == value[:1]).all()) for value in columns[i])
-        if _has_free_rows(node) or (equal and broadcast):
-            columns[i] = tuple(value[:1].clone() for value in columns[i])
+        if dims := free_sizes(node):
+            columns[i] = tuple(_first_row(value, dims).clone() for value in columns[i])
+        elif all(value.dim() > 1 and bool((value == value[:1]).all()) for value in columns[i]):
+            users = [user for user in node.users if user not in split.time]
+            if all(row_is_enough(user, {node}) for user in users):
+                columns[i] = tuple(value[:1].clone() for value in columns[i])
     return [list(row) for row in zip(*columns, strict=True)] if columns else tables
 
 
-def _has_free_rows(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dim() > 1 and isinstance(value.shape[0], torch.SymInt)
+def _first_row(value: Tensor, dims: Sequence[int]) -> Tensor:
+    """``value`` 1 long along ``dims``."""
+    for dim in dims:
+        value = value.narrow(dim, 0, 1)
+    return value
+
+
+def _is_one_row(value: Tensor, dims: Sequence[int]) -> bool:
+    """Whether all rows are equal, up to the order of summation: guidance sees the same timestep twice."""
+    largest = float(value.abs().max()) if value.numel() else 0.0
+    return torch.allclose(value, _first_row(value, dims), rtol=1e-5, atol=1e-6 * largest)
 
 
 def _body(module: fx.GraphModule, split: TimeSplit, names: tuple[str, ...]) -> fx.GraphModule:
     """The graph with inputs (x, *conditions, *crossing values) and the time path gone."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    placeholders = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
+    inputs = _inputs(module.graph)
     # in an order of our own; what came through ** is called conditions_<i>
-    given = {STATE: placeholders[STATE]}
-    given |= {name: placeholders.get(name) or placeholders[f"conditions_{i}"] for i, name in enumerate(names)}
+    given = {STATE: inputs[STATE]}
+    given |= {name: inputs.get(name) or inputs[f"conditions_{i}"] for i, name in enumerate(names)}
     for name, node in given.items():
         copies[node] = graph.placeholder(name)
         copies[node].meta = dict(node.meta)
     for i, node in enumerate(split.crossing):
         copies[node] = graph.placeholder(f"time_{i}")
-    repeated = repeat_rows(graph, copies[placeholders[STATE]], {node: copies[node] for node in split.crossing})
+        copies[node].target = copies[node].name  # a condition may be called so
+    repeated = repeat_rows(graph, copies[inputs[STATE]], {node: copies[node] for node in split.crossing})
+    (output,) = module.graph.output_node().all_input_nodes
+    if output in split.time:
+        raise UsageError("the network's output does not depend on its input x")
     for node in module.graph.nodes:
-        if node.op == "output":
-            graph.output(copies[node.args[0][0]])  # torch.export returns a tuple of one
-        elif node not in copies and node not in split.time:
-            seen = ChainMap({} if broadcasts(node) else repeated, copies)
+        if node.op != "output" and node not in copies and node not in split.time:
+            seen = ChainMap({} if row_is_enough(node, repeated) else repeated, copies)
             copies[node] = graph.node_copy(node, seen.__getitem__)
+    graph.output(copies[output])
     graph.eliminate_dead_code()
     graph.lint()
     with warnings.catch_warnings():
@@ -283,6 +332,8 @@ def check_static(graph: fx.Graph) -> None:
             raise UsageError(f"the network holds {name} in training mode; call .eval() on it")
         if _draws(node, given):
             raise UsageError(f"the network draws random numbers ({name}); only noise inputs may be random")
+        if node.target is torch.ops.higher_order.wrap_with_autocast:
+            raise UsageError("the network switches autocast; leave torch.autocast out, --precision sets the graph's")
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise UsageError(f"the network holds control flow ({name}); a static graph has none")
 

@@ -6,9 +6,6 @@ written here. A target that compiled the call by itself gives it as ``calls``. I
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +15,6 @@ from torch.export import Dim, ExportedProgram
 from mmd_export.plan import StepPlan
 from mmd_export.program import SamplerProgram
 from mmd_export.unroll import UnrolledSampler
-
-
-@contextmanager
-def quiet_copies() -> Iterator[None]:
-    """Copies of a program say nothing. Delete when torch copies nothing that it deprecates itself (2.13: LeafSpec)."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
-        yield
 
 
 @dataclass(frozen=True)

@@ -81,12 +81,20 @@ def require_static(network: nn.Module, signature: Signature, where: str) -> bool
 
     Raises UsageError with what it does instead, and the line of its code where that is known.
     """
-    takes_gradient = _shapes_alone_decide(network, signature, where)
+    _require_plain(network, where)
     inputs = signature.examples(2)
     before = _random_states()
     first = call(network, signature, inputs, where)
     if before != _random_states():
         raise UsageError(f"{where} draws random numbers; only noise inputs may be random")
+    for name, value, kept in zip(str(signature).split(", "), inputs, signature.examples(2), strict=True):
+        if not torch.equal(value, kept):
+            raise UsageError(
+                f"{where} writes into its input {name}; make a new tensor, as by {name}.clamp(-1, 1) in place of "
+                f"{name}.clamp_(-1, 1)"
+            )
+    # not before: what the module keeps of its first call, as tables of cosines, would be tensors without data
+    takes_gradient = _shapes_alone_decide(network, signature, where)
     _require_image(first, inputs[0], signature.timestep, where)
     again = float((call(network, signature, inputs, where) - first).abs().max())
     if again > 0.0:
@@ -99,6 +107,16 @@ def require_static(network: nn.Module, signature: Signature, where: str) -> bool
         )
     _require_double(network, signature, where)
     return takes_gradient
+
+
+def _require_plain(network: nn.Module, where: str) -> None:
+    """Refuse what is compiled already: it cannot be captured, and a call without data may take the process with it."""
+    for name, part in network.named_modules():
+        at = f" ({name})" if name else ""
+        if isinstance(part, torch.jit.ScriptModule):
+            raise UsageError(f"{where} holds a TorchScript module{at}, which cannot be captured; give its Python class")
+        if hasattr(part, "_orig_mod"):  # torch.compile's
+            raise UsageError(f"{where} is compiled by torch.compile{at}; give the module without it")
 
 
 def _apart(

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from mmd_export.errors import NotAvailableError
 from mmd_export.program import DecoderProgram, ExportedDenoiser, SamplerProgram
-from mmd_export.unrolled_program import quiet_copies, unroll
+from mmd_export.specialise import quiet_copies
+from mmd_export.unrolled_program import unroll
 
 _ATEN = torch.ops.aten
 

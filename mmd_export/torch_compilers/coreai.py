@@ -21,7 +21,8 @@ from torch.export import ExportedProgram
 
 from mmd_export.errors import NotAvailableError
 from mmd_export.program import SamplerProgram
-from mmd_export.unrolled_program import quiet_copies, unroll, unroll_step
+from mmd_export.specialise import quiet_copies
+from mmd_export.unrolled_program import unroll, unroll_step
 
 MAIN = "main"
 _DATE = "20270101T000000Z"  # an asset of no certain day, so that one program is the same bytes every day

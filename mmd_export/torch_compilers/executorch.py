@@ -20,8 +20,9 @@ from torch.export import ExportedProgram
 
 from mmd_export.errors import NotAvailableError, one_line
 from mmd_export.program import SamplerProgram
+from mmd_export.specialise import quiet_copies
 from mmd_export.torch_compilers.splice import splice
-from mmd_export.unrolled_program import Calls, quiet_copies, unroll, unroll_step
+from mmd_export.unrolled_program import Calls, unroll, unroll_step
 
 BACKEND = "XnnpackBackend"
 NETWORK, DECODER = "network", "decoder"

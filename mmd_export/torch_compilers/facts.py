@@ -6,6 +6,7 @@ import math
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 from torch.export import ExportedProgram
 
@@ -69,11 +70,16 @@ def kept_beside(plan: StepPlan, k: int) -> int:
 
 
 def _bytes(node: fx.Node, batch: int) -> int:
-    """Of a value, or of all that an operator returns; a free size counts as ``batch``."""
+    """Of a value, or of all that an operator returns."""
     made: Any = node.meta.get("val")
     values = made if isinstance(made, (tuple, list)) else (made,)
     sized = [value for value in values if hasattr(value, "element_size")]
-    return sum(
-        value.element_size() * math.prod(size if isinstance(size, int) else batch for size in value.shape)
-        for value in sized
-    )
+    return sum(value.element_size() * math.prod(_size(each, batch) for each in value.shape) for value in sized)
+
+
+def _size(size: int | torch.SymInt, batch: int) -> int:
+    """A free size at ``batch``, the only symbol that there is."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.xreplace(dict.fromkeys(expression.free_symbols, batch)))

@@ -21,8 +21,8 @@ from torch.export import ExportedProgram
 from mmd_export.environment import cpu_kind
 from mmd_export.errors import NotAvailableError, one_line
 from mmd_export.folders import scratch_folder
+from mmd_export.specialise import quiet_copies
 from mmd_export.torch_device import BASE_ISA, PLAIN, cpu_vectors
-from mmd_export.unrolled_program import quiet_copies
 
 FOLDER = "model/data/aotinductor/model"
 _STEM = "sampler"

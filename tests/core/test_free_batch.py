@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmd_export.batch import BatchSpec
 from mmd_export.denoiser import AtTimesteps
+from mmd_export.errors import UsageError
 from mmd_export.program import SamplerProgram, export_program
 from mmd_export.schedule import SchedulerConfig
 from mmd_export.solvers import make_plan
@@ -84,16 +85,88 @@ class Guided(TimeAsChannel):
         return a + 2 * (a - b)
 
 
+class GuidedTokens(TimeAsToken):
+    """The rows of the folded token are those of both halves, and lie in its second dimension."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        a, b = super().forward(torch.cat([x, x.flip(3)]), timestep).chunk(2)
+        return a + 2 * (a - b)
+
+
+class GuidedByTime(nn.Module):
+    """Each half has its own number beside the time: its rows differ, half after half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known, self.unknown = (nn.Parameter(torch.zeros(1, 1, 1, 1)) for _ in range(2))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        time = wave(timestep, x.shape[0]).reshape(-1, 1, 1, 1)
+        both = torch.exp(torch.cat([time + self.known, time + self.unknown]))
+        a, b = (torch.cat([x, x.flip(3)]) * both).chunk(2)
+        return a + 2 * (a - b)
+
+
+class Places(nn.Module):
+    """Each image is four rows of its own place: rows differ, image after image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.zeros(1, 4, 4))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        time = wave(timestep, x.shape[0]).reshape(-1, 1, 1)
+        return (x.reshape(-1, 4) * (time + self.places).reshape(-1, 4)).reshape(x.shape)
+
+
+class MixedOperands(nn.Module):
+    """No operand has the shape of the result but through the time."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        time = wave(timestep, x.shape[0]).reshape(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+        scaled = torch.addcmul(time, x, 1 + time)  # as adaptive layer norm is often written
+        return torch.cat([x.mean() * time, torch.lerp(scaled, time, 0.25)], 1).sum(1, keepdim=True)
+
+
+class FilledInPlace(nn.Module):
+    """The textbook's embedding, written into an empty one; the state is added to it in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 16)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        embedding = torch.zeros(x.shape[0], 4, dtype=x.dtype)
+        embedding[:, 0::2] = wave(timestep, x.shape[0])[:, None]
+        embedding[:, 1::2] = torch.cos(wave(timestep, x.shape[0]))[:, None]
+        time: Tensor = self.linear(embedding)
+        time.add_(x.flatten(1))
+        time[:, 8:] += x.flatten(1)[:, :8]
+        return time.reshape(x.shape)
+
+
 NETWORKS: dict[str, nn.Module] = {
     "channel": TimeAsChannel(),
     "token": TimeAsToken(),
     "matrix": TimeAsMatrix(),
     **{how: Guided(how) for how in ("chunk", "split", "sizes", "tensor_split")},
+    "guided tokens": GuidedTokens(),
+    "guided by time": GuidedByTime(),
+    "places": Places(),
+    "mixed operands": MixedOperands(),
+    "filled in place": FilledInPlace(),
 }
-
-
 # The folded values of one call: of one image, whatever the batch.
-FOLDED = {"channel": [(1, 1, 4, 4)], "token": [(1, 1, 4)], "matrix": [(1, 4, 4)]}
+FOLDED = {
+    "channel": [(1, 1, 4, 4)],
+    "token": [(1, 1, 4)],
+    "matrix": [(1, 4, 4)],
+    "guided tokens": [(1, 1, 4)],
+    "guided by time": [(1, 1, 1, 1), (1, 1, 1, 1)],
+    "places": [(1, 4, 4)],
+    "mixed operands": [(1, 1, 4, 4), (1, 1, 4, 4)],
+    "filled in place": [(1, 16)],
+}
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -109,20 +182,33 @@ def network(name: str) -> nn.Module:
     return NETWORKS[name].eval()
 
 
+def program_of(network: nn.Module, batch: int | None) -> SamplerProgram:
+    return export_program(network, make_plan(SchedulerConfig(prediction_type="v_prediction"), 2), SHAPE, batch)
+
+
 @pytest.fixture(scope="module")
 def program(network: nn.Module) -> SamplerProgram:
-    return export_program(network, make_plan(SchedulerConfig(prediction_type="v_prediction"), 2), SHAPE, None)
+    return program_of(network, None)
+
+
+def assert_the_same(program: SamplerProgram, network: nn.Module, batch: int) -> None:
+    """Every call again after the other: nothing of one is left in the next."""
+    x = torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(batch))
+    plain, runner = AtTimesteps(network, program.plan.timesteps), program.runner()
+    with torch.no_grad():
+        for k in (1, 0, 1):
+            torch.testing.assert_close(program.denoiser(x, k), plain(x, k), rtol=0, atol=1e-6)
+            torch.testing.assert_close(runner(x, k), plain(x, k), rtol=0, atol=1e-6)
+        assert float((plain(x, 0) - plain(x, 1)).abs().max()) > 1e-3  # the timestep matters
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_the_captured_call_is_the_network(network: nn.Module, program: SamplerProgram, batch: int) -> None:
-    x = torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(batch))
-    plain, runner = AtTimesteps(network, program.plan.timesteps), program.runner()
-    with torch.no_grad():
-        for k in range(2):
-            torch.testing.assert_close(program.denoiser(x, k), plain(x, k), rtol=0, atol=1e-6)
-            torch.testing.assert_close(runner(x, k), plain(x, k), rtol=0, atol=1e-6)
-        assert float((plain(x, 0) - plain(x, 1)).abs().max()) > 1e-3  # the timestep matters
+    assert_the_same(program, network, batch)
+
+
+def test_of_one_batch_size_too(network: nn.Module) -> None:
+    assert_the_same(program_of(network, 3), network, 3)
 
 
 def test_the_time_path_is_folded_for_one_image(name: str, program: SamplerProgram) -> None:
@@ -142,3 +228,55 @@ def test_the_graph_is_the_sampler_for_every_batch(network: nn.Module, program: S
             expected = sampler(noise)
         (sample,) = session.run(None, {"noise": noise.numpy()})
         torch.testing.assert_close(torch.from_numpy(sample), expected, rtol=0, atol=1e-5)
+
+
+def test_names_of_weights_may_be_alike_or_no_names_of_python() -> None:
+    class Alike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Sequential(nn.SiLU(), nn.Conv2d(1, 1, 1))
+            self.conv_1 = nn.Conv2d(1, 1, 1)
+            self.parts = nn.ModuleDict({"a-b": nn.Conv2d(1, 1, 1)})
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            y: Tensor = self.parts["a-b"](self.conv(x) + self.conv_1(x) * wave(timestep, 1))
+            return y
+
+    network = Alike().eval()
+    program = program_of(network, None)
+    assert_the_same(program, network, 2)
+    assert set(program.step.state_dict) == {name for name, _ in network.named_parameters()}
+
+
+def test_a_shared_weight_is_one_input() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(1, 1, 3, padding=1)
+            self.last = self.first
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            y: Tensor = self.last(torch.relu(self.first(x)) * wave(timestep, 1))
+            return y
+
+    network = Tied().eval()
+    program = program_of(network, None)
+    assert_the_same(program, network, 2)
+    assert len(program.step.state_dict) == 2
+
+
+def test_what_a_static_graph_cannot_be_told_is_one_line() -> None:
+    class OfANumber(nn.Module):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return x * timestep.item()
+
+    class OfTimeAlone(nn.Module):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return wave(timestep, x.shape[0]).reshape(-1, 1, 1, 1).expand(x.shape)
+
+    with pytest.raises(
+        UsageError, match=r"reads the timestep as a Python number \(item\); compute with it as a tensor"
+    ):
+        program_of(OfANumber(), None)
+    with pytest.raises(UsageError, match="output does not depend on its input x"):
+        program_of(OfTimeAlone(), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,12 +17,12 @@ from mmd_export.checkpoints.gradient import GradientDenoiser
 from mmd_export.checkpoints.static import Signature
 from mmd_export.conditions import class_condition
 from mmd_export.decoder import LatentDecoder
-from mmd_export.denoiser import AtTimesteps, DiffusersUNet
+from mmd_export.denoiser import AtTimesteps, DiffusersUNet, typical_timestep
 from mmd_export.errors import UsageError
 from mmd_export.program import SamplerProgram, export_decoder, export_program
 from mmd_export.schedule import SchedulerConfig
 from mmd_export.solvers import make_plan
-from mmd_export.specialise import SpecialisedDenoiser, capture, specialise
+from mmd_export.specialise import SpecialisedDenoiser, capture, export_call, specialise
 from mmd_export.targets import CompileOptions, get_target
 from tests.models import ATTENTION, LABELS, TWO_CHANNELS, TWO_LEVELS, new_unet
 
@@ -60,7 +60,20 @@ def denoiser_of(model: str) -> nn.Module:
 
 def specialised(model: str, denoiser: nn.Module, batch: int | None) -> SpecialisedDenoiser:
     x, labels = example(model, batch or 2)
-    return specialise(denoiser, timesteps_of(model), x, labels, dynamic_batch=batch is None)
+    return specialised_at(denoiser, timesteps_of(model), x, labels, dynamic_batch=batch is None)
+
+
+def specialised_at(
+    denoiser: nn.Module,
+    timesteps: Sequence[float],
+    x: Tensor,
+    labels: Mapping[str, Tensor] | None = None,
+    *,
+    dynamic_batch: bool,
+) -> SpecialisedDenoiser:
+    given = labels or {}
+    call = export_call(denoiser, typical_timestep(timesteps), x, given, dynamic_batch=dynamic_batch)
+    return specialise(call, timesteps, tuple(given))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +121,7 @@ class Stepwise(nn.Module):
 def test_whole_and_fractional_timesteps_in_one_plan(timesteps: tuple[float, ...]) -> None:
     x, _ = example("plain", 2)
     traced = GradientDenoiser(Stepwise(), Signature((1, 8, 8)), "stepwise")
-    plain, folded = AtTimesteps(Stepwise(), timesteps), specialise(traced, timesteps, x, dynamic_batch=True)
+    plain, folded = AtTimesteps(Stepwise(), timesteps), specialised_at(traced, timesteps, x, dynamic_batch=True)
     for k in range(len(timesteps)):
         assert torch.equal(folded(x, k), plain(x, k))
 
@@ -123,7 +136,7 @@ class Timeless(nn.Module):
 @pytest.mark.parametrize("batch", [2, None])
 def test_a_network_that_ignores_the_timestep_has_nothing_to_fold(batch: int | None) -> None:
     x, _ = example("plain", 2)
-    special = specialise(Timeless(), (7.0, 2.0), x, dynamic_batch=batch is None)
+    special = specialised_at(Timeless(), (7.0, 2.0), x, dynamic_batch=batch is None)
     assert [special.constants(k) for k in range(2)] == [[], []]
     assert torch.equal(special(x, 1), torch.tanh(x))
 
