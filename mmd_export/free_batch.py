@@ -34,7 +34,10 @@ def repeat_rows(graph: fx.Graph, x: fx.Node, rows: Mapping[fx.Node, fx.Node]) ->
             sizes: list[int | fx.Node] = [*node.meta["val"].shape]
             for dim, factor in zip(free_sizes(node), factors, strict=True):
                 sizes[dim] = _times(graph, x, factor)
-            repeated[node] = graph.call_function(_ATEN.expand.default, (row, sizes))
+            expanded = graph.call_function(_ATEN.expand.default, (row, sizes))
+            # as the value was: a view of it may need its strides
+            kept = {"memory_format": torch.contiguous_format}
+            repeated[node] = graph.call_function(_ATEN.clone.default, (expanded,), kept)
     return repeated
 
 

@@ -100,7 +100,7 @@ def _complete_values(graph: fx.Graph, given: Sequence[fx.Node], inputs: Sequence
             args, keywords = fx.map_arg((node.args, node.kwargs), lambda parent: parent.meta["val"])
             try:
                 value = node.target(*args, **keywords)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:  # its shape rules raise both
                 raise UsageError(
                     f"{node.target} joins the timestep to the state in a way that fits one batch size only: "
                     f"{one_line(error)}; build a bundle of one size, as --batch 1"

@@ -93,6 +93,19 @@ class GuidedTokens(TimeAsToken):
         return a + 2 * (a - b)
 
 
+class TimeAsContext(nn.Module):
+    """Keys and values are of the time alone, and become rows of each head by a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        context = wave(timestep, x.shape[0]).reshape(-1, 1, 1) * torch.linspace(-1, 1, 12).reshape(3, 4)
+        seen: Tensor = self.attention(x.reshape(-1, 4, 4), context, context)[0]
+        return seen.reshape(x.shape)
+
+
 class GuidedByTime(nn.Module):
     """Each half has its own number beside the time: its rows differ, half after half."""
 
@@ -151,6 +164,7 @@ NETWORKS: dict[str, nn.Module] = {
     "matrix": TimeAsMatrix(),
     **{how: Guided(how) for how in ("chunk", "split", "sizes", "tensor_split")},
     "guided tokens": GuidedTokens(),
+    "context": TimeAsContext(),
     "guided by time": GuidedByTime(),
     "places": Places(),
     "mixed operands": MixedOperands(),
@@ -162,6 +176,7 @@ FOLDED = {
     "token": [(1, 1, 4)],
     "matrix": [(1, 4, 4)],
     "guided tokens": [(1, 1, 4)],
+    "context": [(3, 1, 4), (3, 1, 4)],
     "guided by time": [(1, 1, 1, 1), (1, 1, 1, 1)],
     "places": [(1, 4, 4)],
     "mixed operands": [(1, 1, 4, 4), (1, 1, 4, 4)],
