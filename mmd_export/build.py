@@ -35,7 +35,7 @@ from mmd_export.network_options import AS_IT_IS, NetworkOptions
 from mmd_export.plan import StepPlan
 from mmd_export.plan_options import PlanOptions
 from mmd_export.program import SamplerProgram, export_program
-from mmd_export.reference import golden_arrays
+from mmd_export.reference import golden_arrays, takes
 from mmd_export.runtime import ChainSession, RunOptions
 from mmd_export.target_options import DEFAULTS, TargetOptions, flag
 from mmd_export.targets import (
@@ -151,13 +151,13 @@ def _golden(checkpoint: Checkpoint, plan: StepPlan, count: int, output: str) -> 
     """The reference's arrays; UsageError for a network of whole timesteps, where the plan has others."""
     try:
         return golden_arrays(checkpoint, plan, count, output)
-    except RuntimeError as error:
+    except (IndexError, RuntimeError) as error:
         fraction = next((timestep for timestep in plan.timesteps if not float(timestep).is_integer()), None)
-        if fraction is None:
+        if fraction is None or takes(checkpoint, fraction) or not takes(checkpoint, round(fraction)):
             raise
         raise UsageError(
-            f"{checkpoint.name} fails in a plan with timestep {fraction:g}: {one_line(error)}; choose whole ones with "
-            "--timesteps, or another --sampler"
+            f"model {checkpoint.name} fails at timestep {fraction:g} of the plan: {one_line(error)}; choose whole ones "
+            "with --timesteps, or another --sampler"
         ) from error
 
 

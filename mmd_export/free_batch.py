@@ -35,9 +35,9 @@ def repeat_rows(graph: fx.Graph, x: fx.Node, rows: Mapping[fx.Node, fx.Node]) ->
             for dim, factor in zip(free_sizes(node), factors, strict=True):
                 sizes[dim] = _times(graph, x, factor)
             expanded = graph.call_function(_ATEN.expand.default, (row, sizes))
-            # as the value was: a view of it may need its strides
-            kept = {"memory_format": torch.contiguous_format}
-            repeated[node] = graph.call_function(_ATEN.clone.default, (expanded,), kept)
+            # contiguous: every view of it is possible then, of an expanded one not
+            layout: dict[str, fx.node.Argument] = {"memory_format": torch.contiguous_format}
+            repeated[node] = graph.call_function(_ATEN.clone.default, (expanded,), layout)
     return repeated
 
 

@@ -101,6 +101,8 @@ def _complete_values(graph: fx.Graph, given: Sequence[fx.Node], inputs: Sequence
             try:
                 value = node.target(*args, **keywords)
             except (RuntimeError, ValueError) as error:  # its shape rules raise both
+                if isinstance(given[0].meta["val"].shape[0], int):
+                    raise
                 raise UsageError(
                     f"{node.target} joins the timestep to the state in a way that fits one batch size only: "
                     f"{one_line(error)}; build a bundle of one size, as --batch 1"

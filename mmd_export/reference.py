@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mmd_export.bundle import take
 from mmd_export.checkpoint import Checkpoint
-from mmd_export.denoiser import AtTimesteps
+from mmd_export.denoiser import AtTimesteps, timestep_tensor
 from mmd_export.errors import UsageError
 from mmd_export.noise import sampler_noise
 from mmd_export.plan import StepPlan
@@ -80,6 +80,17 @@ def golden_arrays(
             f"{wrong[0]}, of {plan.step_count} steps; check its weights or choose another sampler"
         )
     return golden | {"sample": to_uint8(exact["sample"])} if output == "uint8" else golden
+
+
+def takes(checkpoint: Checkpoint, timestep: float) -> bool:
+    """Whether its network runs at ``timestep``."""
+    told = {each.name: torch.from_numpy(each.examples(0, 1)) for each in checkpoint.conditions}
+    try:
+        with torch.inference_mode():
+            checkpoint.denoiser(torch.zeros(1, *checkpoint.shape), timestep_tensor(timestep), **told)
+    except (IndexError, RuntimeError):
+        return False
+    return True
 
 
 def to_uint8(image: NDArray[Any]) -> NDArray[np.uint8]:

@@ -70,8 +70,9 @@ def specialise(program: ExportedProgram, timesteps: Sequence[float], names: Sequ
     module = module_of(program)
     check_static(module.graph)  # before: noise in the time path would be folded into one constant draw
     dtype = timestep_tensor(typical_timestep(timesteps)).dtype  # one graph serves all calls, so one type does
-    paths = [_TimePath(module, timestep, dtype) for timestep in timesteps]
-    split = _without_mixed_rows(module.graph, paths[0])
+    fixed: dict[fx.Node, Any] = {}
+    paths = [_TimePath(module, timestep, dtype, fixed) for timestep in timesteps]
+    split = _without_mixed_rows(module.graph, paths)
     tables = _store_equal_rows_once(split, [[path.tensor(node) for node in split.crossing] for path in paths])
     return SpecialisedDenoiser(_body(module, split, tuple(names)), tables, names)
 
@@ -109,9 +110,9 @@ def any_batch(what: str) -> Iterator[None]:
             raise
         reason = one_line(error).split(" For more information")[0]
         raise UsageError(
-            f"torch {torch.__version__} captures the {what} for one batch size only: {reason} len(x) and "
-            "int(x.shape[0]) do that, x.shape[0] does not; else build a bundle of one size, as --batch 1, or with a "
-            "newer torch"
+            f"torch {torch.__version__} captures the {what} for one batch size only: {reason} Often len(x) or "
+            "int(x.shape[0]) does that, and x.shape[0] does not; else build a bundle of one size, as --batch 1, or "
+            "with a newer torch"
         ) from error
 
 
@@ -125,7 +126,7 @@ def capture(
 def export_call(
     denoiser: nn.Module, timestep: float, example: Tensor, conditions: Mapping[str, Tensor], *, dynamic_batch: bool
 ) -> ExportedProgram:
-    """One call of ``denoiser`` at ``example`` (B, C, H, W), as torch.export captures it.
+    """One call of ``denoiser`` at ``example`` (B, C, H, W), as torch.export captures it; functional where it must be.
 
     ``conditions`` are examples of what the network is told besides, by name. Raises UsageError where a free batch turns
     out to be a constant, torch's export errors for what cannot be captured (data-dependent branches).
@@ -144,7 +145,8 @@ def export_call(
         for name, value in bound.items()
     }
     with torch.no_grad(), any_batch("network"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")  # what a call kept
+        # Of torch 2.13: what a call leaves in an attribute. That two calls are the same was tried when it was loaded.
+        warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")
         program = torch.export.export(network, inputs, dynamic_shapes=shapes, strict=False)
     # what is written in place has no value of its own to fold
     with quiet_copies():
@@ -152,15 +154,23 @@ def export_call(
 
 
 def _writes_time(program: ExportedProgram) -> bool:
-    """Whether an operator writes in place what depends on the timestep alone, or into it."""
+    """Whether state or time is written in place into what no state has been in: the split would not see it there."""
     weights = {spec.arg.name for spec in program.graph_signature.input_specs if spec.target is not None}
-    time = split_time(program.graph, weights).time
-    return any(
-        isinstance(node.target, torch._ops.OpOverload)
-        and node.target._schema.is_mutable
-        and (node in time or node.args[0] in time)
-        for node in program.graph.nodes
-    )
+    on_state, told = set[fx.Node](), set[fx.Node]()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            told |= set() if node.name in weights else {node}
+            on_state |= set() if node.name in (*weights, TIMESTEP) else {node}
+        elif node.target is not torch.ops.aten.sym_size.int:
+            told |= set() if told.isdisjoint(node.all_input_nodes) else {node}
+            if node in told and _is_mutable(node) and node.args[0] not in on_state:
+                return True
+            on_state |= set() if on_state.isdisjoint(node.all_input_nodes) else {node}
+    return False
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def module_of(program: ExportedProgram) -> fx.GraphModule:
@@ -215,13 +225,17 @@ def _split_at(graph: fx.Graph, time: set[fx.Node]) -> TimeSplit:
 
 
 class _TimePath(fx.Interpreter):
-    """The values of what depends on the timestep alone, each computed when it is asked for, for a batch of one."""
+    """The values of what depends on the timestep alone, each computed when it is asked for, for a batch of one.
 
-    def __init__(self, module: fx.GraphModule, timestep: float, dtype: torch.dtype) -> None:
+    ``fixed`` keeps what does not depend on it, for all timesteps.
+    """
+
+    def __init__(self, module: fx.GraphModule, timestep: float, dtype: torch.dtype, fixed: dict[fx.Node, Any]) -> None:
         super().__init__(module)
         device = next((p.device for p in module.parameters()), None)
         self.timestep = timestep_tensor(timestep, device).to(dtype)
-        self.values: dict[fx.Node, Any] = {}
+        self.time = split_time(module.graph).time
+        self.values, self.fixed = dict[fx.Node, Any](), fixed
 
     def tensor(self, node: fx.Node) -> Tensor:
         """The value of ``node``; UsageError if it is none that a graph can be told."""
@@ -232,9 +246,10 @@ class _TimePath(fx.Interpreter):
         return value.detach().clone()
 
     def _value(self, node: fx.Node) -> Any:
-        if node not in self.values:
-            self.values[node] = self._compute(node)
-        return self.values[node]
+        values = self.values if node in self.time else self.fixed
+        if node not in values:
+            values[node] = self._compute(node)
+        return values[node]
 
     def _compute(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -248,7 +263,7 @@ class _TimePath(fx.Interpreter):
         return self.call_function(node.target, arguments, keywords)
 
 
-def _without_mixed_rows(graph: fx.Graph, path: _TimePath) -> TimeSplit:
+def _without_mixed_rows(graph: fx.Graph, paths: Sequence[_TimePath]) -> TimeSplit:
     """The split that leaves in the graph what has rows, where the batch is free, that differ within one image.
 
     As where the two halves of guidance add their classes to the time: how its rows go on for more images is in the
@@ -257,9 +272,11 @@ def _without_mixed_rows(graph: fx.Graph, path: _TimePath) -> TimeSplit:
     split = split_time(graph)
     time, nodes = set(split.time), list(split.crossing)
     while nodes:
-        node = nodes.pop()
+        if (node := nodes.pop()) not in time:
+            continue
+        several = isinstance(node.meta.get("val"), (list, tuple))  # parts of what is left in the graph
         dims = free_sizes(node)
-        if node in time and dims and not _is_one_row(path.tensor(node), dims):
+        if several or (dims and not all(_is_one_row(path.tensor(node), dims) for path in paths)):
             time.remove(node)
             nodes += [parent for parent in node.all_input_nodes if parent in time]
     return _split_at(graph, time)
@@ -268,13 +285,16 @@ def _without_mixed_rows(graph: fx.Graph, path: _TimePath) -> TimeSplit:
 def _store_equal_rows_once(split: TimeSplit, tables: list[list[Tensor]]) -> list[list[Tensor]]:
     """A free batch has one row for all, and a static one where that is enough for every user."""
     columns = list(zip(*tables, strict=True))
+    equal = {
+        node for node, values in zip(split.crossing, columns, strict=False)
+        if all(value.dim() > 1 and bool((value == value[:1]).all()) for value in values)
+    }  # fmt: skip
     for i, node in enumerate(split.crossing):
+        users = [user for user in node.users if user not in split.time]
         if dims := free_sizes(node):
             columns[i] = tuple(_first_row(value, dims).clone() for value in columns[i])
-        elif all(value.dim() > 1 and bool((value == value[:1]).all()) for value in columns[i]):
-            users = [user for user in node.users if user not in split.time]
-            if all(row_is_enough(user, {node}) for user in users):
-                columns[i] = tuple(value[:1].clone() for value in columns[i])
+        elif node in equal and all(row_is_enough(user, equal) for user in users):
+            columns[i] = tuple(value[:1].clone() for value in columns[i])
     return [list(row) for row in zip(*columns, strict=True)] if columns else tables
 
 
@@ -287,8 +307,11 @@ def _first_row(value: Tensor, dims: Sequence[int]) -> Tensor:
 
 def _is_one_row(value: Tensor, dims: Sequence[int]) -> bool:
     """Whether all rows are equal, up to the order of summation: guidance sees the same timestep twice."""
-    largest = float(value.abs().max()) if value.numel() else 0.0
-    return torch.allclose(value, _first_row(value, dims), rtol=1e-5, atol=1e-6 * largest)
+    first = _first_row(value, dims).expand_as(value)
+    if not value.is_floating_point():
+        return torch.equal(value, first)
+    finite = value[value.isfinite()].abs()
+    return torch.allclose(value, first, rtol=1e-5, atol=1e-6 * float(finite.max()) if finite.numel() else 0.0)
 
 
 def _body(module: fx.GraphModule, split: TimeSplit, names: tuple[str, ...]) -> fx.GraphModule:

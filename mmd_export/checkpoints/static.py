@@ -72,8 +72,13 @@ class Signature:
         labels, others = self.named(inputs[2:])
         return network(*inputs[:2], *labels, **others)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the inputs, in the order of ``examples``."""
+        return ("x", "timestep", *names_of(self.conditions))
+
     def __str__(self) -> str:
-        return ", ".join(("x", "timestep", *names_of(self.conditions)))
+        return ", ".join(self.names)
 
 
 def require_static(network: nn.Module, signature: Signature, where: str) -> bool:
@@ -87,12 +92,9 @@ def require_static(network: nn.Module, signature: Signature, where: str) -> bool
     first = call(network, signature, inputs, where)
     if before != _random_states():
         raise UsageError(f"{where} draws random numbers; only noise inputs may be random")
-    for name, value, kept in zip(str(signature).split(", "), inputs, signature.examples(2), strict=True):
+    for name, value, kept in zip(signature.names, inputs, signature.examples(2), strict=True):
         if not torch.equal(value, kept):
-            raise UsageError(
-                f"{where} writes into its input {name}; make a new tensor, as by {name}.clamp(-1, 1) in place of "
-                f"{name}.clamp_(-1, 1)"
-            )
+            raise UsageError(f"{where} writes into its input {name}; begin with a copy, {name} = {name}.clone()")
     # not before: what the module keeps of its first call, as tables of cosines, would be tensors without data
     takes_gradient = _shapes_alone_decide(network, signature, where)
     _require_image(first, inputs[0], signature.timestep, where)
@@ -115,7 +117,7 @@ def _require_plain(network: nn.Module, where: str) -> None:
         at = f" ({name})" if name else ""
         if isinstance(part, torch.jit.ScriptModule):
             raise UsageError(f"{where} holds a TorchScript module{at}, which cannot be captured; give its Python class")
-        if hasattr(part, "_orig_mod"):  # torch.compile's
+        if "_orig_mod" in part._modules:  # torch.compile's
             raise UsageError(f"{where} is compiled by torch.compile{at}; give the module without it")
 
 
@@ -144,8 +146,6 @@ def _shapes_alone_decide(network: nn.Module, signature: Signature, where: str) -
     except UnsupportedOperatorException as error:
         raise UsageError(f"{where} uses {error}, which has no shape rule, so it cannot be captured") from error
     except Exception as error:  # the module's own code may raise anything
-        if ".numpy()" in str(error):
-            raise UsageError(f"{where} leaves torch{_place(error)}: numpy code cannot be captured") from error
         raise UsageError(_failed(where, signature, inputs, error)) from error
     return watch.seen
 
@@ -186,6 +186,8 @@ def _random_states() -> tuple[bytes, str, int]:
 
 
 def _failed(where: str, signature: Signature, inputs: Sequence[Tensor], error: Exception) -> str:
+    if "numpy()" in str(error):
+        return f"{where} leaves torch{_place(error)}: numpy code cannot be captured"
     shapes = ", ".join(f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for value in inputs)
     return f"{where} fails{_place(error)} on ({signature}) of {shapes}: {first_line(error)}"
 

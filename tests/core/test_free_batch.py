@@ -24,7 +24,7 @@ SHAPE = (1, 4, 4)
 
 def wave(timestep: Tensor, images: int) -> Tensor:
     """(images,), a number of the timestep."""
-    return torch.sin(timestep.to(torch.get_default_dtype())).expand(images)
+    return torch.sin(timestep.to(torch.get_default_dtype()) + 1).expand(images)
 
 
 class TimeAsChannel(nn.Module):
@@ -158,6 +158,75 @@ class FilledInPlace(nn.Module):
         return time.reshape(x.shape)
 
 
+class GuidedForATime(GuidedByTime):
+    """Guidance in the late steps alone: in the first its rows are equal."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        time = wave(timestep, x.shape[0]).reshape(-1, 1, 1, 1)
+        late = (timestep < 250).to(x.dtype)
+        both = torch.exp(torch.cat([time + late * self.known, time]))
+        a, b = (torch.cat([x, x.flip(3)]) * both).chunk(2)
+        return a + 2 * (a - b)
+
+
+class GuidedNorm(nn.Module):
+    """Scale and shift of each half, taken apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known, self.unknown = (nn.Parameter(torch.zeros(1, 2)) for _ in range(2))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        time = wave(timestep, x.shape[0])[:, None]
+        scale, shift = torch.cat([time + self.known, time + self.unknown]).chunk(2, dim=1)
+        both = torch.cat([x, x.flip(3)]) * scale[..., None, None] + shift[..., None, None]
+        a, b = both.chunk(2)
+        return a + 2 * (a - b)
+
+
+class Masked(GuidedByTime):
+    """What must not be seen is minus infinity, of all rows."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        time = wave(timestep, x.shape[0]).reshape(-1, 1, 1, 1)
+        bias = torch.cat([time + self.known, time + self.unknown]).expand(-1, 1, 1, 4)
+        bias = bias.masked_fill(torch.tensor([False, False, False, True]), -torch.inf)
+        both = torch.softmax(torch.cat([x, x.flip(3)]) * torch.exp(bias) + bias, -1)
+        a, b = both.chunk(2)
+        return a + 2 * (a - b)
+
+
+class Switched(nn.Module):
+    """What the time decides is a yes or a no."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return torch.where((timestep.expand(x.shape[0]) > 250).reshape(-1, 1, 1, 1), x, torch.tanh(x))
+
+
+class Padded(nn.Module):
+    """The state is written into what depends on nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        wide = torch.zeros(x.shape[0], 1, 6, 6, dtype=x.dtype)
+        wide[:, :, 1:-1, 1:-1] = x
+        y: Tensor = self.conv(wide) * wave(timestep, 1)
+        return y
+
+
+class TokensFirst(nn.Module):
+    """Two values of the time in one product: neither has the shape of the result but through the other."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        tokens = x.reshape(x.shape[0], 4, 4).permute(1, 0, 2)
+        time = wave(timestep, x.shape[0]).reshape(1, -1, 1) * torch.linspace(-1, 1, 16).reshape(4, 1, 4)
+        tokens = torch.addcmul(time, tokens.mean((0, 2), keepdim=True), 2 * time)
+        return tokens.permute(1, 0, 2).reshape(x.shape)
+
+
 NETWORKS: dict[str, nn.Module] = {
     "channel": TimeAsChannel(),
     "token": TimeAsToken(),
@@ -167,7 +236,13 @@ NETWORKS: dict[str, nn.Module] = {
     "context": TimeAsContext(),
     "guided by time": GuidedByTime(),
     "places": Places(),
+    "guided for a time": GuidedForATime(),
+    "guided norm": GuidedNorm(),
+    "masked": Masked(),
     "mixed operands": MixedOperands(),
+    "padded": Padded(),
+    "switched": Switched(),
+    "tokens first": TokensFirst(),
     "filled in place": FilledInPlace(),
 }
 # The folded values of one call: of one image, whatever the batch.
@@ -179,7 +254,13 @@ FOLDED = {
     "context": [(3, 1, 4), (3, 1, 4)],
     "guided by time": [(1, 1, 1, 1), (1, 1, 1, 1)],
     "places": [(1, 4, 4)],
+    "guided for a time": [(1, 1, 1, 1), (1, 1, 1, 1)],
+    "guided norm": [(1, 2), (1, 2)],
+    "masked": [(1, 1, 1, 1), (1, 1, 1, 1)],
     "mixed operands": [(1, 1, 4, 4), (1, 1, 4, 4)],
+    "padded": [(1,)],
+    "switched": [(1, 1, 1, 1)],
+    "tokens first": [(4, 1, 4), (4, 1, 4)],
     "filled in place": [(1, 16)],
 }
 
