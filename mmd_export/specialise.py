@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import ChainMap
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -198,17 +198,12 @@ def _inputs(graph: fx.Graph) -> dict[str, fx.Node]:
     return {node.name: node for node in graph.nodes if node.op == "placeholder"}
 
 
-def split_time(graph: fx.Graph, weights: Container[str] = ()) -> TimeSplit:
-    """Separate what depends on the timestep alone; a shape of the state is not a dependence on the state.
-
-    ``weights``: the inputs of a lifted graph that are none of the network's.
-    """
+def split_time(graph: fx.Graph) -> TimeSplit:
+    """Separate what depends on the timestep alone; a shape of the state is not a dependence on the state."""
     on_state: set[fx.Node] = set()
     on_time: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
-            if node.name in weights:
-                continue
             (on_time if node.name == TIMESTEP else on_state).add(node)
         elif node.target is not torch.ops.aten.sym_size.int:
             if any(parent in on_state for parent in node.all_input_nodes):
@@ -286,7 +281,7 @@ def _store_equal_rows_once(split: TimeSplit, tables: list[list[Tensor]]) -> list
     """A free batch has one row for all, and a static one where that is enough for every user."""
     columns = list(zip(*tables, strict=True))
     equal = {
-        node for node, values in zip(split.crossing, columns, strict=False)
+        node for node, values in zip(split.crossing, columns, strict=True)
         if all(value.dim() > 1 and bool((value == value[:1]).all()) for value in values)
     }  # fmt: skip
     for i, node in enumerate(split.crossing):
