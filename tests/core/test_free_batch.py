@@ -218,11 +218,11 @@ class Padded(nn.Module):
 
 
 class TokensFirst(nn.Module):
-    """Two values of the time in one product: neither has the shape of the result but through the other."""
+    """Two values of the time, equal for all tokens, in one product: each has the shape of the result, nothing else."""
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
         tokens = x.reshape(x.shape[0], 4, 4).permute(1, 0, 2)
-        time = wave(timestep, x.shape[0]).reshape(1, -1, 1) * torch.linspace(-1, 1, 16).reshape(4, 1, 4)
+        time = (wave(timestep, x.shape[0]).reshape(1, -1, 1) * torch.linspace(-1, 1, 4)).expand(4, -1, -1)
         tokens = torch.addcmul(time, tokens.mean((0, 2), keepdim=True), 2 * time)
         return tokens.permute(1, 0, 2).reshape(x.shape)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from mmd_export.checkpoint import Checkpoint
 from mmd_export.plan import Step, StepPlan, Term
@@ -52,6 +54,19 @@ def test_an_operator_of_several_results_counts_them_all() -> None:
             return left * right
 
     assert peak(Split()) == 2 * BYTES + BYTES // 2  # x; both halves; their product
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_free_size_is_the_multiple_of_the_batch_that_it_is(batch: int) -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(torch.cat([x, x]))
+
+    with torch.no_grad():
+        call = torch.export.export(
+            Doubled(), (torch.ones(2, VALUES),), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False
+        )
+    assert call_peak(call, batch, 1) == 5 * batch * BYTES  # x; both; their tanh
 
 
 def test_history_and_noise_are_held_beside_a_call() -> None:
