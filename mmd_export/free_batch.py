@@ -22,15 +22,25 @@ def free_sizes(node: fx.Node) -> list[int]:
     return [dim for dim, size in enumerate(shape) if not isinstance(size, int)]
 
 
+def in_batches(node: fx.Node, x: fx.Node) -> bool:
+    """Whether all sizes that follow the batch are multiples of that of ``x``."""
+    return _known(_factors(node, x))
+
+
+def _factors(node: fx.Node, x: fx.Node) -> list[int | None]:
+    return [_factor(node.meta["val"].shape[dim], x) for dim in free_sizes(node)]
+
+
 def repeat_rows(graph: fx.Graph, x: fx.Node, rows: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
     """Each of ``rows``, 1 long where the size of its key follows the batch, expanded to the batch of ``x``.
 
-    A key without such a size, or with one that is no multiple of the batch, is left out.
+    A key without such a size is left out. All are ``in_batches``.
     """
     repeated = {}
     for node, row in rows.items():
-        factors = [_factor(node.meta["val"].shape[dim], x) for dim in free_sizes(node)]
-        if factors and _known(factors):
+        factors = _factors(node, x)
+        assert _known(factors)
+        if factors:
             sizes: list[int | fx.Node] = [*node.meta["val"].shape]
             for dim, factor in zip(free_sizes(node), factors, strict=True):
                 sizes[dim] = _times(graph, x, factor)

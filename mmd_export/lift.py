@@ -19,15 +19,12 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from mmd_export.errors import UsageError, one_line
-
 
 def lift(body: fx.GraphModule, source: ExportedProgram, inputs: Sequence[Tensor]) -> ExportedProgram:
     """``body``, its nodes copied out of the module of ``source``, with example ``inputs`` in its own order.
 
     Its one output is a tensor. ``val`` is computed where a node has none in its meta, and where an input has another
-    shape than in ``source``, as one row in place of a whole batch. Raises UsageError for an operator that cannot take
-    the shape.
+    shape than in ``source``, as one row in place of a whole batch.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -98,15 +95,7 @@ def _complete_values(graph: fx.Graph, given: Sequence[fx.Node], inputs: Sequence
             if node.op != "call_function" or ("val" in node.meta and changed.isdisjoint(node.all_input_nodes)):
                 continue
             args, keywords = fx.map_arg((node.args, node.kwargs), lambda parent: parent.meta["val"])
-            try:
-                value = node.target(*args, **keywords)
-            except (RuntimeError, ValueError) as error:  # its shape rules raise both
-                if isinstance(given[0].meta["val"].shape[0], int):
-                    raise
-                raise UsageError(
-                    f"{node.target} joins the timestep to the state in a way that fits one batch size only: "
-                    f"{one_line(error)}; build a bundle of one size, as --batch 1"
-                ) from error
+            value = node.target(*args, **keywords)
             if _layout(value) != _layout(node.meta.get("val")):
                 node.meta["val"] = value
                 changed.add(node)

@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 from mmd_export.denoiser import timestep_tensor, typical_timestep
 from mmd_export.errors import UsageError, one_line
-from mmd_export.free_batch import free_sizes, repeat_rows, row_is_enough, slice_splits
+from mmd_export.free_batch import free_sizes, in_batches, repeat_rows, row_is_enough, slice_splits
 
 STATE, TIMESTEP = "x", "timestep"
 # The arguments that switch training on, under the names of aten's schemas.
@@ -70,9 +70,9 @@ def specialise(program: ExportedProgram, timesteps: Sequence[float], names: Sequ
     module = module_of(program)
     check_static(module.graph)  # before: noise in the time path would be folded into one constant draw
     dtype = timestep_tensor(typical_timestep(timesteps)).dtype  # one graph serves all calls, so one type does
-    fixed: dict[fx.Node, Any] = {}
-    paths = [_TimePath(module, timestep, dtype, fixed) for timestep in timesteps]
-    split = _without_mixed_rows(module.graph, paths)
+    split, fixed = split_time(module.graph), dict[fx.Node, Any]()
+    paths = [_TimePath(module, split, fixed, timestep, dtype) for timestep in timesteps]
+    split = _without_mixed_rows(module.graph, split, paths)
     tables = _store_equal_rows_once(split, [[path.tensor(node) for node in split.crossing] for path in paths])
     return SpecialisedDenoiser(_body(module, split, tuple(names)), tables, names)
 
@@ -150,10 +150,10 @@ def export_call(
         program = torch.export.export(network, inputs, dynamic_shapes=shapes, strict=False)
     # what is written in place has no value of its own to fold
     with quiet_copies():
-        return program.run_decompositions({}) if _writes_time(program) else program
+        return program.run_decompositions({}) if _writes_unseen(program) else program
 
 
-def _writes_time(program: ExportedProgram) -> bool:
+def _writes_unseen(program: ExportedProgram) -> bool:
     """Whether state or time is written in place into what no state has been in: the split would not see it there."""
     weights = {spec.arg.name for spec in program.graph_signature.input_specs if spec.target is not None}
     on_state, told = set[fx.Node](), set[fx.Node]()
@@ -225,12 +225,13 @@ class _TimePath(fx.Interpreter):
     ``fixed`` keeps what does not depend on it, for all timesteps.
     """
 
-    def __init__(self, module: fx.GraphModule, timestep: float, dtype: torch.dtype, fixed: dict[fx.Node, Any]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, split: TimeSplit, fixed: dict[fx.Node, Any], timestep: float, dtype: torch.dtype
+    ) -> None:
         super().__init__(module)
         device = next((p.device for p in module.parameters()), None)
         self.timestep = timestep_tensor(timestep, device).to(dtype)
-        self.time = split_time(module.graph).time
-        self.values, self.fixed = dict[fx.Node, Any](), fixed
+        self.time, self.values, self.fixed = split.time, dict[fx.Node, Any](), fixed
 
     def tensor(self, node: fx.Node) -> Tensor:
         """The value of ``node``; UsageError if it is none that a graph can be told."""
@@ -258,20 +259,21 @@ class _TimePath(fx.Interpreter):
         return self.call_function(node.target, arguments, keywords)
 
 
-def _without_mixed_rows(graph: fx.Graph, paths: Sequence[_TimePath]) -> TimeSplit:
+def _without_mixed_rows(graph: fx.Graph, split: TimeSplit, paths: Sequence[_TimePath]) -> TimeSplit:
     """The split that leaves in the graph what has rows, where the batch is free, that differ within one image.
 
     As where the two halves of guidance add their classes to the time: how its rows go on for more images is in the
-    operators that made it. What those read is folded.
+    operators that made it. So is how many there are, if that is no multiple of the batch. What those read is folded.
     """
-    split = split_time(graph)
+    x = _inputs(graph)[STATE]
     time, nodes = set(split.time), list(split.crossing)
     while nodes:
         if (node := nodes.pop()) not in time:
             continue
         several = isinstance(node.meta.get("val"), (list, tuple))  # parts of what is left in the graph
         dims = free_sizes(node)
-        if several or (dims and not all(_is_one_row(path.tensor(node), dims) for path in paths)):
+        alike = in_batches(node, x) and all(_is_one_row(path.tensor(node), dims) for path in paths if dims)
+        if several or not alike:
             time.remove(node)
             nodes += [parent for parent in node.all_input_nodes if parent in time]
     return _split_at(graph, time)

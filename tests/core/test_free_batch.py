@@ -217,6 +217,15 @@ class Padded(nn.Module):
         return y
 
 
+class OneMore(nn.Module):
+    """A row more than there are images, whose mean it adds."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        time = wave(timestep, x.shape[0] + 1).reshape(-1, 1, 1, 1)
+        rows = torch.cat([x.mean((1, 2, 3), keepdim=True) * 0, time]).sum(0, keepdim=True)
+        return x * rows / (x.shape[0] + 1)
+
+
 class TokensFirst(nn.Module):
     """Two values of the time, equal for all tokens, in one product: each has the shape of the result, nothing else."""
 
@@ -240,6 +249,7 @@ NETWORKS: dict[str, nn.Module] = {
     "guided norm": GuidedNorm(),
     "masked": Masked(),
     "mixed operands": MixedOperands(),
+    "one more": OneMore(),
     "padded": Padded(),
     "switched": Switched(),
     "tokens first": TokensFirst(),
@@ -258,6 +268,7 @@ FOLDED = {
     "guided norm": [(1, 2), (1, 2)],
     "masked": [(1, 1, 1, 1), (1, 1, 1, 1)],
     "mixed operands": [(1, 1, 4, 4), (1, 1, 4, 4)],
+    "one more": [(1,)],
     "padded": [(1,)],
     "switched": [(1, 1, 1, 1)],
     "tokens first": [(4, 1, 4), (4, 1, 4)],
